@@ -1,0 +1,109 @@
+"""The only file that touches version-dependent JAX names (jax 0.10.2 to 0.12)."""
+
+from __future__ import annotations
+
+import os.path
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+from jax.extend.core import Literal, Primitive
+from jax.interpreters import ad, batching, mlir
+
+# No public module offers these; each has been at this place from 0.10.2 to 0.12.0.1.
+from jax._src import core as _core
+from jax._src import effects as _effects
+from jax._src import source_info_util as _source_info
+from jax._src.lib.mlir.dialects import hlo as _hlo
+
+__all__ = [
+    "Literal",
+    "Primitive",
+    "abstract_token",
+    "ad",
+    "batching",
+    "create_token",
+    "eval_eqn",
+    "is_drop_var",
+    "mlir",
+    "register_ordered_effect",
+    "shaped_array",
+    "source_line",
+    "sub_jaxprs",
+    "trace_with_axis",
+]
+
+Tracer = jax.core.Tracer
+shaped_array = jax.core.ShapedArray
+abstract_token = _core.abstract_token
+Effect = _effects.Effect
+
+
+def create_token() -> Any:
+    """Return a fresh HLO token, inside a lowering rule."""
+    return _hlo.create_token()
+
+
+def register_ordered_effect(effect: Effect) -> None:
+    """Allow an ordered effect wherever JAX asks for permission."""
+    kind = type(effect)
+    _effects.ordered_effects.add_type(kind)
+    _effects.lowerable_effects.add_type(kind)
+    _effects.control_flow_allowed_effects.add_type(kind)
+    _effects.custom_derivatives_allowed_effects.add_type(kind)
+    # Recomputing a forward pass repeats its collectives on every rank alike.
+    _effects.remat_allowed_effects.add_type(kind)
+
+
+def trace_with_axis(
+    fun: Callable[..., Any], axis_name: str, size: int, args: Sequence[Any]
+) -> tuple[Any, Any]:
+    """Trace `fun(*args)` with a named axis in scope; (closed jaxpr, output shapes)."""
+    traced = jax.make_jaxpr(fun, axis_env=[(axis_name, size)], return_shape=True)
+    return traced(*args)
+
+
+def eval_eqn(eqn: Any, values: Sequence[Any]) -> list[Any]:
+    """Bind one equation to new operands under the current trace."""
+    params = eqn.primitive.get_bind_params(eqn.params)
+    stack = _source_info.current_name_stack() + eqn.source_info.name_stack
+    with (
+        _source_info.user_context(eqn.source_info.traceback, name_stack=stack),
+        eqn.ctx.manager,
+    ):
+        out = eqn.primitive.bind(*values, **params)
+    return list(out) if eqn.primitive.multiple_results else [out]
+
+
+def instantiate_zeros(tangent: Any) -> Any:
+    """Return an array of zeros for a symbolic zero, else the tangent itself."""
+    return ad.instantiate_zeros(tangent)
+
+
+def zero_tangent(primal: Any) -> Any:
+    """Return the symbolic zero tangent of a value."""
+    return ad.Zero.from_primal_value(primal)
+
+
+def is_drop_var(var: Any) -> bool:
+    """Tell whether an equation's output is discarded."""
+    return isinstance(var, _core.DropVar)
+
+
+def literal(value: Any, aval: Any) -> Literal:
+    """Return a literal that stands for a constant in an equation."""
+    return Literal(value, aval)
+
+
+def sub_jaxprs(eqn: Any) -> list[Any]:
+    """Return the open jaxprs among an equation's parameters."""
+    return list(_core.jaxprs_in_params(eqn.params))
+
+
+def source_line(eqn: Any) -> str:
+    """Return the user's `file.py:line (function)` of an equation, or ""."""
+    frame = _source_info.user_frame(eqn.source_info.traceback)
+    if frame is None:
+        return ""
+    name = os.path.basename(frame.file_name)
+    return f"{name}:{frame.start_line} ({frame.function_name})"

@@ -1,0 +1,188 @@
+"""The one-time cross-rank check of a schedule, and the text of its refusal.
+
+A schedule is registered when it is traced and compared when its first bucket is
+about to run: the custom call asks, once per schedule, and `answer` does it over the
+communicator's control channel. A rank that only traces or lowers never gets there,
+so it never blocks. The usual case is one 64-byte reduction; only a mismatch
+exchanges more.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import hashlib
+import importlib.metadata
+import threading
+import time
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import jax
+import numpy as np
+
+from jaxcomm.errors import JaxcommError, ScheduleMismatchError, StallError
+from jaxcomm.schedule import Schedule
+
+Result = TypeVar("Result")
+
+_POLL_SECONDS = 0.001
+_SHOWN_VARIANTS = 8
+
+
+@dataclasses.dataclass(frozen=True)
+class _Entry:
+    schedule: Schedule
+    terms: str
+
+    @functools.cached_property
+    def hash(self) -> bytes:
+        text = f"{self.schedule.fingerprint}|{self.terms}"
+        return hashlib.sha256(text.encode()).digest()
+
+
+@dataclasses.dataclass(frozen=True)
+class _Channel:
+    comm: Any
+    timeout: float
+
+
+_entries: dict[tuple[int, int], _Entry] = {}
+_channels: dict[int, _Channel] = {}
+_failures: dict[int, JaxcommError] = {}
+_lock = threading.Lock()
+
+
+def connect(key: int, comm: Any, timeout: float) -> None:
+    """Set the MPI communicator over which checks of communicator `key` run."""
+    _channels[key] = _Channel(comm, timeout)
+
+
+@functools.cache
+def versions() -> str:
+    """Return what must be equal on all ranks besides the schedule."""
+    try:
+        own = importlib.metadata.version("jaxcomm")
+    except importlib.metadata.PackageNotFoundError:
+        own = "source tree"
+    return f"jaxcomm {own}, jax {jax.__version__}"
+
+
+def register(key: int, schedule: Schedule, transport: str) -> int:
+    """Make a schedule known for the check; return the digest that names it."""
+    entry = _Entry(schedule, f"{versions()}, transport {transport}")
+    # 63 bits, as an HLO attribute; 0 means that no check is wanted.
+    digest = int.from_bytes(entry.hash[:8], "big") >> 1 or 1
+    with _lock:
+        _entries[key, digest] = entry
+    return digest
+
+
+def answer(key: int, digest: int) -> str | None:
+    """Compare a schedule across ranks; the custom calls ask this on XLA's thread.
+
+    Returns:
+      None when all ranks agree, else the error's text. The exception itself is kept
+      for `raise_failure`.
+    """
+    try:
+        _compare(_channels[key], _entries.get((key, digest)), digest)
+    except JaxcommError as error:
+        with _lock:
+            _failures[key] = error
+        return f"{type(error).__name__}: {error}"
+    except Exception as error:  # nothing may escape into C
+        return f"the schedule check failed: {type(error).__name__}: {error}"
+    return None
+
+
+def settle(key: int, run: Callable[[], Result]) -> Result:
+    """Run something to its end and turn a failed check into its own exception.
+
+    XLA reports a custom call's error as JaxRuntimeError; the first run of a schedule
+    is waited for so that the user sees ours instead.
+    """
+    try:
+        return jax.block_until_ready(run())
+    except jax.errors.JaxRuntimeError as error:
+        with _lock:
+            failure = _failures.pop(key, None)
+        if failure is None:
+            raise
+        raise failure from error
+
+
+def _compare(channel: _Channel, entry: _Entry | None, digest: int) -> None:
+    # A program from a cache may run without having been traced in this process;
+    # then the digest in its HLO is all there is to compare.
+    own = entry.hash if entry else digest.to_bytes(32, "big")
+    mine = np.frombuffer(own, np.uint8)
+    # Minimum and maximum in one reduction: the maximum is the inverted minimum of
+    # the inverse. Every rank sees the same result, so all decide alike.
+    send = np.concatenate([mine, ~mine])
+    receive = np.empty_like(send)
+    _reduce_min(channel, send, receive)
+    low, high = receive[:32], ~receive[32:]
+    if not np.array_equal(low, high):
+        raise ScheduleMismatchError(_explain(channel.comm, own, entry))
+
+
+def _reduce_min(channel: _Channel, send: np.ndarray, receive: np.ndarray) -> None:
+    from mpi4py import MPI
+
+    request = channel.comm.Iallreduce(send, receive, op=MPI.MIN)
+    deadline = time.monotonic() + channel.timeout
+    while not request.Test():
+        if time.monotonic() > deadline:
+            raise StallError(
+                f"rank {channel.comm.Get_rank()} of {channel.comm.Get_size()} waited "
+                f"{channel.timeout:g} s for the other ranks to check a schedule. A rank "
+                "ended, runs another program or has not got here; every rank must call "
+                "the same collectives in the same order. init(timeout=...) sets the time."
+            )
+        time.sleep(_POLL_SECONDS)
+
+
+def _explain(comm: Any, own: bytes, entry: _Entry | None) -> str:
+    """Say which ranks agree and where the others first differ; same on all ranks."""
+    ranks: dict[bytes, list[int]] = {}
+    for rank, digest in enumerate(comm.allgather(own)):
+        ranks.setdefault(digest, []).append(rank)
+    lines = ["the ranks hold different schedules; nothing was sent."]
+    reference: tuple[Schedule, str] | None = None
+    for digest, members in list(ranks.items())[:_SHOWN_VARIANTS]:
+        mine = (entry.schedule.to_json(), entry.terms) if entry else None
+        text = comm.bcast(mine if own == digest else None, root=members[0])
+        who = f"  {_rank_names(members)}: "
+        if text is None:
+            lines.append(who + "a compiled program that was not traced here")
+            continue
+        schedule, terms = Schedule.from_json(text[0]), text[1]
+        if reference is None:
+            reference = (schedule, terms)
+            lines.append(
+                who + f"{len(schedule.leaves)} leaves, {schedule.nbytes:,} bytes, "
+                f"{len(schedule.buckets)} buckets ({terms})"
+            )
+        else:
+            found = reference[0].diff(schedule) or f"{reference[1]} against {terms}"
+            first = next(iter(ranks.values()))[0]
+            lines.append(who + f"rank {first} has another: {found}")
+    if len(ranks) > _SHOWN_VARIANTS:
+        lines.append(f"  ... and {len(ranks) - _SHOWN_VARIANTS} more variants")
+    lines.append(
+        "Every rank must reduce a tree of the same paths, shapes and dtypes with the "
+        "same options, in the same order."
+    )
+    return "\n".join(lines)
+
+
+def _rank_names(ranks: list[int]) -> str:
+    runs: list[list[int]] = []
+    for rank in ranks:
+        if runs and rank == runs[-1][1] + 1:
+            runs[-1][1] = rank
+        else:
+            runs.append([rank, rank])
+    text = ", ".join(str(a) if a == b else f"{a}-{b}" for a, b in runs)
+    return f"rank {text}" if len(ranks) == 1 else f"ranks {text}"

@@ -1,0 +1,406 @@
+"""The collectives that users call inside jitted functions, and their primitives.
+
+Each bucket of a schedule is one equation. There are two primitives, because the
+calls of a program need one total order and must all be made, whatever happens to
+their results:
+
+- `bucket_p` carries an ordered JAX effect. It is what a bare collective binds in a
+  user's own `jit`: JAX then keeps its order and never prunes it, at the price of
+  Python dispatch (about 3 ms for 100 leaves; FINDINGS in docs/performance.md).
+- `chained_p` takes and returns a token, a uint32 scalar, and has no effect: order and
+  liveness follow from the data alone and dispatch stays on JAX's fast path. Only a
+  pass that owns the whole function can thread the token: see `rewrite`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Sequence
+from typing import Any, TypeVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxcomm import _compat, agreement, planner
+from jaxcomm.communicator import Communicator, world
+from jaxcomm.errors import InvalidOptionError, InvalidTreeError, UnsupportedDtypeError
+from jaxcomm.planner import Groups
+from jaxcomm.schedule import LeafSpec, Schedule
+from jaxcomm.transports.base import Call
+
+Tree = TypeVar("Tree")
+
+TOKEN_DTYPE = np.dtype("uint32")
+
+
+def all_reduce(
+    tree: Tree,
+    *,
+    op: str = "mean",
+    comm: Communicator | None = None,
+    groups: Groups = None,
+    bucket_bytes: int | None = None,
+    wire_dtype: str | None = None,
+) -> Tree:
+    """Reduce every leaf of a tree over all ranks.
+
+    Works on concrete arrays and inside `jit`, `grad`, `vmap`, `scan`, `cond`,
+    `while_loop`, `checkpoint`, `custom_jvp` and `custom_vjp`. Its derivative is that
+    of `lax.psum` under `pmap`: the all-reduce of the cotangents.
+
+    Args:
+      tree: arrays of equal structure, shapes and dtypes on all ranks; any shape, also
+        0-d and zero-size; `None` and empty subtrees pass through.
+      op: "mean", "sum", "min", "max" or "prod". A mean is the sum divided by the
+        number of ranks; for integers the quotient is rounded toward zero.
+      comm: the ranks that take part; all by default.
+      groups: None, a number of buckets per dtype, a function from leaf path to label,
+        or regular expressions. A named group is exactly one bucket per dtype.
+      bucket_bytes: fill buckets up to this size; None leaves it to the cost model.
+      wire_dtype: reserved; None.
+
+    Returns:
+      A tree of the same structure, shapes and dtypes, bitwise equal on all ranks.
+
+    Raises:
+      InvalidTreeError: a leaf is not an array.
+      UnsupportedDtypeError: a leaf's dtype cannot be reduced by this op.
+      InvalidOptionError: an option has an unusable value.
+      ScheduleMismatchError: the ranks' trees or options differ; nothing was sent.
+        Inside a user's own `jit` it arrives as jax.errors.JaxRuntimeError with the
+        same text.
+    """
+    comm = comm or world()
+    planner.check_options(groups=groups, bucket_bytes=bucket_bytes, op=op)
+    check_wire_dtype(wire_dtype)
+    paths, leaves, treedef = flatten(tree)
+    specs = leaf_specs(paths, leaves)
+    for spec in specs:
+        comm.lowering.check(op, spec.dtype, spec.path)
+    schedule = planner.make_schedule(
+        specs, op=op, size=comm.size, groups=groups, bucket_bytes=bucket_bytes
+    )
+    return jax.tree.unflatten(treedef, run_schedule(leaves, comm, schedule))
+
+
+def broadcast(tree: Tree, *, root: int = 0, comm: Communicator | None = None) -> Tree:
+    """Give every rank the root's values.
+
+    Args:
+      tree: arrays of any dtype, typed PRNG keys included; structure, shapes and dtypes
+        are equal on all ranks.
+      root: the rank whose values are sent.
+      comm: the ranks that take part; all by default.
+
+    Returns:
+      A tree of the same structure, shapes and dtypes.
+
+    Raises:
+      InvalidTreeError, InvalidOptionError, ScheduleMismatchError: as `all_reduce`.
+    """
+    comm = comm or world()
+    if not isinstance(root, int) or not 0 <= root < comm.size:
+        raise InvalidOptionError(f"root={root!r}; give a rank from 0 to {comm.size - 1}")
+    paths, leaves, treedef = flatten(tree)
+    keys = [_is_key(x) for x in leaves]
+    data = [
+        jax.random.key_data(x) if key else x for x, key in zip(leaves, keys, strict=True)
+    ]
+    specs = leaf_specs(paths, data)
+    for spec in specs:
+        comm.lowering.check("broadcast", spec.dtype, spec.path)
+    schedule = planner.make_schedule(specs, op="broadcast", size=comm.size, root=root)
+    out = [
+        jax.random.wrap_key_data(y, impl=jax.random.key_impl(x)) if key else y
+        for x, y, key in zip(
+            leaves, run_schedule(data, comm, schedule), keys, strict=True
+        )
+    ]
+    return jax.tree.unflatten(treedef, out)
+
+
+def plan(
+    tree: Any,
+    *,
+    groups: Groups = None,
+    bucket_bytes: int | None = None,
+    wire_dtype: str | None = None,
+    op: str = "mean",
+    size: int | None = None,
+) -> Schedule:
+    """Return the schedule that `all_reduce` would use, without running anything.
+
+    Args:
+      tree: arrays or ShapeDtypeStructs.
+      groups: as in `all_reduce`.
+      bucket_bytes: as in `all_reduce`.
+      wire_dtype: reserved; None.
+      op: as in `all_reduce`.
+      size: number of ranks; this process's by default.
+
+    Returns:
+      The schedule; the same object for equal arguments.
+
+    Raises:
+      InvalidTreeError, InvalidOptionError: as `all_reduce`.
+    """
+    planner.check_options(groups=groups, bucket_bytes=bucket_bytes, op=op)
+    check_wire_dtype(wire_dtype)
+    paths, leaves, _ = flatten(tree, abstract=True)
+    return planner.make_schedule(
+        leaf_specs(paths, leaves),
+        op=op,
+        size=world().size if size is None else size,
+        groups=groups,
+        bucket_bytes=bucket_bytes,
+    )
+
+
+def flatten(tree: Any, *, abstract: bool = False) -> tuple[list[str], list[Any], Any]:
+    """Return paths, arrays and treedef; raise InvalidTreeError for a non-array."""
+    found, treedef = jax.tree_util.tree_flatten_with_path(tree)
+    paths = [jax.tree_util.keystr(path) or "(root)" for path, _ in found]
+    leaves = []
+    for path, (_, leaf) in zip(paths, found, strict=True):
+        if isinstance(leaf, bool | int | float | complex | np.ndarray | np.generic):
+            leaf = _to_array(path, leaf)
+        shaped = abstract and hasattr(leaf, "shape") and hasattr(leaf, "dtype")
+        if not shaped and not isinstance(leaf, jax.Array):
+            raise InvalidTreeError(
+                f"leaf {path} is not an array but {type(leaf).__name__}: {leaf!r:.80}. "
+                "Pass arrays only: split other values off first (for instance with "
+                "equinox.partition), or convert them with jnp.asarray."
+            )
+        leaves.append(leaf)
+    return paths, leaves, treedef
+
+
+def leaf_specs(paths: Sequence[str], leaves: Sequence[Any]) -> tuple[LeafSpec, ...]:
+    """Describe leaves whose ready order is unknown.
+
+    Backpropagation yields the gradients of the last layers first, so the guess is
+    the reverse of the leaves' order.
+    """
+    for path, leaf in zip(paths, leaves, strict=True):
+        if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.extended):
+            raise UnsupportedDtypeError(
+                f"leaf {path}: dtype {leaf.dtype} cannot be reduced; reduce arrays of "
+                "numbers (broadcast takes PRNG keys)"
+            )
+    return tuple(
+        LeafSpec(path, tuple(leaf.shape), str(leaf.dtype), len(leaves) - 1 - i)
+        for i, (path, leaf) in enumerate(zip(paths, leaves, strict=True))
+    )
+
+
+def check_wire_dtype(wire_dtype: str | None) -> None:
+    """Raise InvalidOptionError: only the leaves' own dtypes travel so far."""
+    if wire_dtype is not None:
+        raise InvalidOptionError(
+            f"wire_dtype={wire_dtype!r} is not available in this version; leave it out"
+        )
+
+
+def run_schedule(
+    leaves: Sequence[Any], comm: Communicator, schedule: Schedule
+) -> list[Any]:
+    """Reduce leaves bucket by bucket: traced where they are tracers, else now."""
+    if comm.transport == "local" or not schedule.buckets:
+        return list(leaves)
+    if any(isinstance(leaf, jax.core.Tracer) for leaf in leaves):
+        return bind_buckets(leaves, comm, schedule)
+    digest = agreement.register(comm.key, schedule, comm.transport)
+    run = functools.partial(_run_eagerly, tuple(leaves), comm, schedule)
+    if (comm.key, digest) in _settled:
+        return list(run()[0])
+    out, _ = agreement.settle(comm.key, run)
+    _settled.add((comm.key, digest))
+    return list(out)
+
+
+_settled: set[tuple[int, int]] = set()
+
+
+@functools.partial(jax.jit, static_argnums=(1, 2))
+def _run_eagerly(
+    leaves: tuple[Any, ...], comm: Communicator, schedule: Schedule
+) -> tuple[list[Any], Any]:
+    out, token = list(leaves), new_token()
+    for k, bucket in enumerate(schedule.buckets):
+        *reduced, token = chained_p.bind(
+            *(out[i] for i in bucket.leaves),
+            token,
+            comm=comm,
+            schedule=schedule,
+            index=k,
+        )
+        for i, leaf in zip(bucket.leaves, reduced, strict=True):
+            out[i] = leaf
+    return out, token
+
+
+def bind_buckets(
+    leaves: Sequence[Any], comm: Communicator, schedule: Schedule
+) -> list[Any]:
+    """Bind one `bucket_p` equation per bucket."""
+    out = list(leaves)
+    for k, bucket in enumerate(schedule.buckets):
+        with jax.named_scope(f"jaxcomm/bucket_{k:02d}"):
+            reduced = bucket_p.bind(
+                *(out[i] for i in bucket.leaves), comm=comm, schedule=schedule, index=k
+            )
+        for i, leaf in zip(bucket.leaves, reduced, strict=True):
+            out[i] = leaf
+    return out
+
+
+def new_token() -> Any:
+    """Return the start of a token chain."""
+    return jnp.zeros((), TOKEN_DTYPE)
+
+
+# Primitives: abstract evaluation, lowering, JVP, transpose, batching.
+
+
+class _CollectiveOrder(_compat.Effect):
+    """Orders bare collectives in a user's own jitted function."""
+
+    def __str__(self) -> str:
+        return "jaxcomm order"
+
+    # Equal in every process, so that programs are.
+    def __hash__(self) -> int:
+        return 0x6A617863
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _CollectiveOrder)
+
+
+_effect = _CollectiveOrder()
+_compat.register_ordered_effect(_effect)
+
+bucket_p = _compat.Primitive("jaxcomm_bucket")
+bucket_p.multiple_results = True
+chained_p = _compat.Primitive("jaxcomm_chained_bucket")
+chained_p.multiple_results = True
+
+
+def _bucket_abstract_eval(*avals: Any, **_: Any) -> tuple[list[Any], set[Any]]:
+    return [_compat.shaped_array(a.shape, a.dtype) for a in avals], {_effect}
+
+
+def _chained_abstract_eval(*avals: Any, **_: Any) -> list[Any]:
+    return [_compat.shaped_array(a.shape, a.dtype) for a in avals]
+
+
+def _call(comm: Communicator, schedule: Schedule, index: int) -> Call:
+    bucket = schedule.buckets[index]
+    return Call(
+        comm=comm.key,
+        size=comm.size,
+        op=bucket.op,
+        digest=agreement.register(comm.key, schedule, comm.transport),
+        bucket=index,
+        pack_bytes=bucket.pack_bytes,
+        root=bucket.root,
+    )
+
+
+def _chained_lowering(
+    ctx: Any, *values: Any, comm: Communicator, schedule: Schedule, index: int
+) -> Sequence[Any]:
+    return comm.lowering.lower(ctx, _call(comm, schedule, index), values)
+
+
+def _bucket_lowering(
+    ctx: Any, *values: Any, comm: Communicator, schedule: Schedule, index: int
+) -> Sequence[Any]:
+    token = ctx.tokens_in.get(_effect)
+    avals = (*ctx.avals_in, _compat.abstract_token)
+    *out, token = comm.lowering.lower(
+        ctx.replace(avals_in=avals, avals_out=avals),
+        _call(comm, schedule, index),
+        (*values, token),
+    )
+    ctx.set_tokens_out(_compat.mlir.TokenSet({_effect: token}))
+    return out
+
+
+def _check_linear(schedule: Schedule, index: int) -> None:
+    op = schedule.buckets[index].op
+    if op not in ("mean", "sum"):
+        raise InvalidOptionError(
+            f"op={op!r} is not differentiable; use mean or sum, or stop the gradient "
+            "with jax.lax.stop_gradient"
+        )
+
+
+def _bucket_jvp(
+    primals: Sequence[Any], tangents: Sequence[Any], **params: Any
+) -> tuple[Any, Any]:
+    _check_linear(params["schedule"], params["index"])
+    out = bucket_p.bind(*primals, **params)
+    return out, bucket_p.bind(*map(_compat.instantiate_zeros, tangents), **params)
+
+
+def _bucket_transpose(
+    cotangents: Sequence[Any], *_: Any, **params: Any
+) -> Sequence[Any]:
+    return bucket_p.bind(*map(_compat.instantiate_zeros, cotangents), **params)
+
+
+def _chained_jvp(
+    primals: Sequence[Any], tangents: Sequence[Any], **params: Any
+) -> tuple[Any, Any]:
+    # Whoever differentiates a decorated function from outside breaks the chain: the
+    # transposed calls would hang on no token. The effect orders all of them instead.
+    *leaves, token = primals
+    out, d_out = _bucket_jvp(leaves, tangents[:-1], **params)
+    return [*out, token], [*d_out, _compat.zero_tangent(token)]
+
+
+def _batching(primitive: Any, leaves: int | None, args: Any, dims: Any, params: Any) -> Any:
+    """Let the batched axis travel with its leaf, under a schedule that says so."""
+    schedule, index = params["schedule"], params["index"]
+    bucket = schedule.buckets[index]
+    specs = list(schedule.leaves)
+    for i, leaf in zip(bucket.leaves, args[:leaves], strict=True):
+        specs[i] = dataclasses.replace(specs[i], shape=tuple(leaf.shape))
+    batched = dataclasses.replace(schedule, leaves=tuple(specs))
+    out = primitive.bind(*args, **{**params, "schedule": batched})
+    return out, list(dims)
+
+
+def _bucket_batching(args: Any, dims: Any, **params: Any) -> Any:
+    return _batching(bucket_p, None, args, dims, params)
+
+
+def _chained_batching(args: Any, dims: Any, **params: Any) -> Any:
+    return _batching(chained_p, -1, args, dims, params)
+
+
+bucket_p.def_effectful_abstract_eval(_bucket_abstract_eval)
+chained_p.def_abstract_eval(_chained_abstract_eval)
+_compat.mlir.register_lowering(bucket_p, _bucket_lowering, platform="cpu")
+_compat.mlir.register_lowering(chained_p, _chained_lowering, platform="cpu")
+_compat.ad.primitive_jvps[bucket_p] = _bucket_jvp
+_compat.ad.primitive_jvps[chained_p] = _chained_jvp
+_compat.ad.primitive_transposes[bucket_p] = _bucket_transpose
+_compat.batching.primitive_batchers[bucket_p] = _bucket_batching
+_compat.batching.primitive_batchers[chained_p] = _chained_batching
+
+
+def _is_key(leaf: Any) -> bool:
+    return jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+
+
+def _to_array(path: str, leaf: Any) -> Any:
+    try:
+        return jnp.asarray(leaf)
+    except (TypeError, ValueError) as error:
+        raise InvalidTreeError(
+            f"leaf {path}: {type(leaf).__name__} of dtype "
+            f"{getattr(leaf, 'dtype', '?')} is not an array JAX can hold: {error}"
+        ) from error

@@ -1,0 +1,332 @@
+"""Who the ranks are: `init`, communicators, subgroups and host-side objects.
+
+Over MPI every communicator owns three MPI communicators, so that traffic of
+different kinds never meets: `data` for the custom calls, `control` for the one-time
+schedule check, which runs on XLA's threads, and `host` for Python objects.
+"""
+
+from __future__ import annotations
+
+import atexit
+import dataclasses
+import hashlib
+import importlib.util
+import logging
+import os
+import sys
+import threading
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jaxcomm import agreement, native
+from jaxcomm.errors import InvalidOptionError, TransportUnavailableError
+from jaxcomm.transports.base import Transport
+from jaxcomm.transports.local import Local
+
+log = logging.getLogger(__name__)
+
+TRANSPORTS = ("auto", "local", "mpi", "mpi4jax")
+DEFAULT_TIMEOUT = 600.0
+STAGING_BYTES = 8 << 20
+# MPI's copy and our scaling of a segment meet in a core's L2 cache.
+SEGMENT_BYTES = 1 << 20
+
+_lock = threading.RLock()
+_world: Communicator | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class _MpiComms:
+    data: Any
+    control: Any
+    host: Any
+
+
+class Communicator:
+    """A group of ranks, numbered from 0. Hashable, and equal on every rank.
+
+    Attributes:
+      rank: this process's number, 0 <= rank < size.
+      size: number of ranks.
+      local_rank: number among the ranks on this host.
+      local_size: number of ranks on this host.
+      transport: "local", "mpi" or "mpi4jax".
+      timeout: seconds that the schedule check waits for the other ranks.
+    """
+
+    def __init__(
+        self, lineage: str, transport: str, timeout: float, comm: Any | None = None
+    ):
+        self.transport = transport
+        self.timeout = timeout
+        self.lineage = lineage
+        # The key stands in compiled programs, so it must be equal on all ranks.
+        digest = hashlib.sha256(lineage.encode()).digest()
+        self.key = int.from_bytes(digest[:8], "big") >> 1
+        self.rank, self.size = 0, 1
+        self.local_rank, self.local_size = 0, 1
+        self._subgroups: dict[tuple[int, ...], Communicator | None] = {}
+        self._comms: _MpiComms | None = None
+        self.lowering: Transport = Local()
+        if comm is not None:
+            self._connect(comm)
+
+    def _connect(self, comm: Any) -> None:
+        from mpi4py import MPI
+
+        self.rank, self.size = comm.Get_rank(), comm.Get_size()
+        node = comm.Split_type(MPI.COMM_TYPE_SHARED)
+        self.local_rank, self.local_size = node.Get_rank(), node.Get_size()
+        node.Free()
+        self._comms = _MpiComms(comm.Dup(), comm.Dup(), comm.Dup())
+        # An MPI failure becomes a Python exception, never MPI_Abort.
+        self._comms.data.Set_errhandler(MPI.ERRORS_RETURN)
+        native.create_communicator(
+            self.key,
+            self._comms.data,
+            staging_bytes=STAGING_BYTES,
+            segment_bytes=SEGMENT_BYTES,
+        )
+        agreement.connect(self.key, self._comms.control, self.timeout)
+        if self.transport == "mpi4jax":
+            from jaxcomm.transports.mpi4jax import Mpi4jax
+
+            self.lowering = Mpi4jax(self._comms.data)
+        else:
+            from jaxcomm.transports.mpi import Mpi
+
+            self.lowering = Mpi()
+
+    def subgroup(self, ranks: Sequence[int]) -> Communicator | None:
+        """Return the communicator of some of this one's ranks.
+
+        Every member must call it, in the same order as its other subgroups; other
+        ranks may. Asking again for the same ranks returns the same communicator.
+
+        Args:
+          ranks: distinct ranks of this communicator; their order numbers the new
+            ranks.
+
+        Returns:
+          The communicator, or None on a rank that is not a member.
+
+        Raises:
+          InvalidOptionError: ranks are empty, repeated or out of range.
+        """
+        members = tuple(int(r) for r in ranks)
+        bad = [r for r in members if not 0 <= r < self.size]
+        if not members or bad or len(set(members)) != len(members):
+            raise InvalidOptionError(
+                f"subgroup({list(members)}): give distinct ranks between 0 and "
+                f"{self.size - 1}"
+            )
+        if members not in self._subgroups:
+            self._subgroups[members] = self._make_subgroup(members)
+        return self._subgroups[members]
+
+    def _make_subgroup(self, members: tuple[int, ...]) -> Communicator | None:
+        if self.rank not in members:
+            return None
+        lineage = f"{self.lineage}/{','.join(map(str, members))}"
+        comm = None
+        if self._comms is not None:
+            group = self._comms.host.Get_group().Incl(list(members))
+            comm = self._comms.host.Create_group(group)
+        return Communicator(lineage, self.transport, self.timeout, comm)
+
+    def barrier(self) -> None:
+        """Wait until every rank is here (host side; not for use inside jit)."""
+        if self._comms is not None:
+            self._comms.host.Barrier()
+
+    def broadcast_object(self, obj: Any, root: int = 0) -> Any:
+        """Return the root's picklable Python object on every rank."""
+        if not 0 <= root < self.size:
+            raise InvalidOptionError(f"root={root}; give a rank below {self.size}")
+        return obj if self._comms is None else self._comms.host.bcast(obj, root)
+
+    def all_gather_object(self, obj: Any) -> list[Any]:
+        """Return every rank's picklable Python object, in rank order."""
+        return [obj] if self._comms is None else self._comms.host.allgather(obj)
+
+    def counters(self) -> dict[str, int]:
+        """Return what the native library counted on this communicator.
+
+        `calls` are custom calls, `mpi_all_reduce` and `mpi_broadcast` the MPI calls
+        they made, `bytes` their payload, and `agreements` the schedule checks: the
+        only control messages there are. Empty without MPI.
+        """
+        return {} if self._comms is None else native.counters(self.key)
+
+    def __eq__(self, other: object) -> bool:
+        return (
+            isinstance(other, Communicator)
+            and self.key == other.key
+            and self.transport == other.transport
+        )
+
+    def __hash__(self) -> int:
+        return self.key
+
+    def __repr__(self) -> str:
+        return (
+            f"Communicator({self.lineage!r}, transport={self.transport!r}, "
+            f"rank={self.rank}, size={self.size})"
+        )
+
+
+def init(
+    transport: str = "auto", *, timeout: float | None = None
+) -> Communicator:
+    """Connect this process to the other ranks; the first use of anything does it too.
+
+    Args:
+      transport: "auto" takes MPI when the process was launched as one of several
+        ranks, else "local"; "local", "mpi" and "mpi4jax" insist.
+      timeout: seconds that the one-time schedule check waits for the other ranks
+        before it raises StallError; 600 unless given.
+
+    Returns:
+      The communicator of all ranks; the same object at every call.
+
+    Raises:
+      TransportUnavailableError: what was asked for cannot be used; says why.
+      InvalidOptionError: the transport is unknown, or `init` was called before with
+        other arguments.
+    """
+    global _world
+    if transport not in TRANSPORTS:
+        raise InvalidOptionError(
+            f"transport={transport!r}; use one of {', '.join(TRANSPORTS)}"
+        )
+    if timeout is not None and not timeout > 0:
+        raise InvalidOptionError(f"timeout={timeout!r}; give a positive time in seconds")
+    with _lock:
+        if _world is None:
+            _world = _start(transport, timeout or DEFAULT_TIMEOUT)
+            log.debug("%r", _world)
+        elif transport not in ("auto", _world.transport):
+            raise InvalidOptionError(
+                f"init(transport={transport!r}), but this process already uses "
+                f"{_world.transport!r}; call init once, before anything else of jaxcomm"
+            )
+        elif timeout not in (None, _world.timeout):
+            raise InvalidOptionError(
+                f"init(timeout={timeout}), but it was set to {_world.timeout} before; "
+                "call init once, before anything else of jaxcomm"
+            )
+        return _world
+
+
+def world() -> Communicator:
+    """Return the communicator of all ranks; initialise if need be."""
+    return _world if _world is not None else init()
+
+
+def rank() -> int:
+    """Return this process's rank, a plain int, constant while tracing."""
+    return world().rank
+
+
+def size() -> int:
+    """Return the number of ranks, a plain int, constant while tracing."""
+    return world().size
+
+
+def local_rank() -> int:
+    """Return this process's rank among those on the same host."""
+    return world().local_rank
+
+
+def local_size() -> int:
+    """Return the number of ranks on this host."""
+    return world().local_size
+
+
+def launched_ranks() -> int:
+    """Return how many ranks the launcher's environment speaks of; 1 without one.
+
+    Open MPI, PMIx and Hydra (MPICH, Intel MPI) set their own variables. Slurm's
+    stand in every batch script too, and count only inside a step, that is under
+    srun.
+    """
+    names = ["OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MPI_LOCALNRANKS"]
+    if "SLURM_STEP_ID" in os.environ and "SLURM_PROCID" in os.environ:
+        names.append("SLURM_STEP_NUM_TASKS")
+    found = [os.environ.get(name, "") for name in names]
+    return max([int(text) for text in found if text.isdigit()], default=1)
+
+
+def _start(transport: str, timeout: float) -> Communicator:
+    launched = launched_ranks()
+    if transport == "auto":
+        mpi_ready = "mpi4py.MPI" in sys.modules and _mpi_size() > 1
+        transport = "mpi" if launched > 1 or mpi_ready else "local"
+    if transport == "local":
+        return Communicator("world", "local", timeout)
+
+    mpi = _import_mpi(transport, launched)
+    if launched > 1 and mpi.COMM_WORLD.Get_size() == 1:
+        raise TransportUnavailableError(
+            f"the launcher started {launched} ranks, but each of them is alone in its "
+            "MPI world: the launcher and the MPI library that mpi4py loads do not "
+            "match. Use the mpiexec of that library (`jaxcomm doctor` shows both); "
+            "under Slurm try `srun --mpi=pmix`."
+        )
+    native.load()
+    native.bind_mpi(mpi)
+    native.set_agree(agreement.answer)
+    comm = Communicator("world", transport, timeout, mpi.COMM_WORLD)
+    if comm.size > 1:
+        from jaxcomm.launch import abort
+
+        abort.install_excepthook()
+    atexit.register(_wait_for_pending_work)
+    return comm
+
+
+def _import_mpi(transport: str, launched: int) -> Any:
+    remedy = (
+        "Install it with `pip install 'jaxcomm[mpi]'`, or mpi4py against your "
+        "cluster's MPI; `jaxcomm doctor` shows what is found."
+    )
+    why = f"transport {transport!r}"
+    if launched > 1:
+        why += f" (this process is one of {launched} ranks)"
+    if importlib.util.find_spec("mpi4py") is None:
+        raise TransportUnavailableError(f"{why} needs mpi4py, which is missing. {remedy}")
+    try:
+        from mpi4py import MPI
+    except Exception as error:  # RuntimeError or ImportError: no usable libmpi
+        raise TransportUnavailableError(
+            f"{why}: mpi4py found no usable MPI library: {error}. {remedy}"
+        ) from error
+    if not MPI.Is_initialized() or MPI.Is_finalized():
+        raise TransportUnavailableError(
+            f"{why}: MPI is not initialised, or already finalised; leave mpi4py's "
+            "automatic initialisation on, or call MPI.Init_thread() before jaxcomm"
+        )
+    if MPI.Query_thread() < MPI.THREAD_MULTIPLE:
+        raise TransportUnavailableError(
+            f"{why}: MPI runs with a thread level below MPI_THREAD_MULTIPLE, and the "
+            "custom calls run on XLA's threads. Leave mpi4py.rc.thread_level at "
+            "'multiple', and check that the MPI library was built with threads."
+        )
+    return MPI
+
+
+def _mpi_size() -> int:
+    from mpi4py import MPI
+
+    ready = MPI.Is_initialized() and not MPI.Is_finalized()
+    return MPI.COMM_WORLD.Get_size() if ready else 1
+
+
+def _wait_for_pending_work() -> None:
+    # MPI_Finalize must not run beside a custom call. A CPU device runs its programs
+    # in the order of their dispatch, so when a new one is done, all are.
+    jax.effects_barrier()
+    jax.block_until_ready(jnp.zeros(()) + 1)

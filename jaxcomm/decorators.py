@@ -1,0 +1,227 @@
+"""`data_parallel`: a function of one rank's data becomes a step of all ranks."""
+
+from __future__ import annotations
+
+import functools
+import logging
+from collections.abc import Callable, Sequence
+from typing import Any, overload
+
+import jax
+
+from jaxcomm import _compat, agreement, collectives, planner, rewrite
+from jaxcomm.communicator import Communicator, world
+from jaxcomm.errors import InvalidOptionError, JaxcommError
+from jaxcomm.planner import Groups
+from jaxcomm.schedule import Schedule
+
+log = logging.getLogger(__name__)
+
+
+class DataParallel:
+    """A jitted function whose collectives run on a static schedule.
+
+    Call it like the function it wraps. Every rank passes its own data and gets its
+    own results; what went through a collective is equal on all ranks.
+    """
+
+    def __init__(
+        self,
+        fn: Callable[..., Any],
+        *,
+        axis_name: str,
+        comm: Communicator | None,
+        groups: Groups,
+        bucket_bytes: int | None,
+        donate_argnums: int | Sequence[int],
+        static_argnums: int | Sequence[int],
+    ):
+        functools.update_wrapper(self, fn)
+        self._fn = fn
+        self._axis_name = axis_name
+        self._comm = comm
+        self._groups = groups
+        self._bucket_bytes = bucket_bytes
+        self._schedules: list[Schedule] = []
+        self._unchecked = False
+
+        # jit reads argument names from the signature, which a bound method cannot take.
+        @functools.wraps(fn)
+        def traced(*args: Any, **kwargs: Any) -> Any:
+            return self._trace(*args, **kwargs)
+
+        self._jitted = jax.jit(
+            traced,
+            donate_argnums=donate_argnums,
+            static_argnums=static_argnums,
+        )
+
+    @property
+    def schedule(self) -> Schedule:
+        """The schedule of the last trace.
+
+        Raises:
+          JaxcommError: the function has not been traced yet.
+        """
+        if not self._schedules:
+            raise JaxcommError(
+                f"{_name(self._fn)} has no schedule yet: call it once, or .lower() it"
+            )
+        return self._schedules[-1]
+
+    @property
+    def schedules(self) -> tuple[Schedule, ...]:
+        """The schedules of all traces, oldest first."""
+        return tuple(self._schedules)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the function on this rank's arguments."""
+        out = self._jitted(*args, **kwargs)
+        if self._unchecked:
+            self._unchecked = False
+            # Errors of this run are ours to name; later runs stay asynchronous.
+            out = agreement.settle(self._communicator().key, lambda: out)
+        return out[0]
+
+    def __get__(self, instance: Any, owner: type | None = None) -> Any:
+        """Bind to an instance, so that methods can be decorated."""
+        return self if instance is None else functools.partial(self, instance)
+
+    def lower(self, *args: Any, **kwargs: Any) -> Any:
+        """Lower without running, as `jax.jit(fn).lower`; never waits for other ranks.
+
+        The lowered function returns a pair: the function's result and the token that
+        orders its collectives.
+        """
+        try:
+            return self._jitted.lower(*args, **kwargs)
+        finally:
+            # Nothing runs, so nothing is there to wait for.
+            self._unchecked = False
+
+    def clear_cache(self) -> None:
+        """Forget compiled programs, as `jax.jit(fn).clear_cache()`."""
+        self._jitted.clear_cache()
+
+    def _communicator(self) -> Communicator:
+        return self._comm or world()
+
+    def _trace(self, *args: Any, **kwargs: Any) -> Any:
+        """Trace, plan and evaluate; runs when JAX traces the jitted function."""
+        comm = self._communicator()
+        paths, treedef = jax.tree_util.tree_flatten_with_path((args, kwargs))
+        leaves = [leaf for _, leaf in paths]
+        dynamic = [isinstance(leaf, _compat.Tracer) for leaf in leaves]
+        inputs = [
+            (_argument_path(path), leaf)
+            for (path, leaf), traced in zip(paths, dynamic, strict=True)
+            if traced
+        ]
+
+        def call(*values: Any) -> Any:
+            found = iter(values)
+            merged = [
+                next(found) if traced else leaf
+                for leaf, traced in zip(leaves, dynamic, strict=True)
+            ]
+            a, k = jax.tree.unflatten(treedef, merged)
+            return self._fn(*a, **k)
+
+        values = [leaf for _, leaf in inputs]
+        try:
+            closed, shapes = _compat.trace_with_axis(
+                call, self._axis_name, comm.size, values
+            )
+        except NameError as error:  # JAX's answer to an unbound axis name
+            if "unbound axis" not in str(error):
+                raise
+            raise InvalidOptionError(
+                f"{_name(self._fn)}: {error}. It is decorated with "
+                f"axis_name={self._axis_name!r}; use that name in its collectives and "
+                "in layers such as BatchNorm(axis_name=...)."
+            ) from error
+        options = rewrite.Options(
+            self._axis_name, comm, self._groups, self._bucket_bytes
+        )
+        program = rewrite.program(closed, options, inputs)
+        self._schedules.append(program.schedule)
+        self._unchecked = comm.transport != "local"
+        log.debug("%s: %s", _name(self._fn), program.schedule.explain())
+        out, token = program.run(values)
+        return jax.tree.unflatten(jax.tree.structure(shapes), out), token
+
+
+@overload
+def data_parallel(fn: Callable[..., Any], **options: Any) -> DataParallel: ...
+@overload
+def data_parallel(
+    fn: None = None, **options: Any
+) -> Callable[[Callable[..., Any]], DataParallel]: ...
+
+
+def data_parallel(
+    fn: Callable[..., Any] | None = None,
+    *,
+    axis_name: str = "batch",
+    comm: Communicator | None = None,
+    groups: Groups = None,
+    bucket_bytes: int | None = None,
+    wire_dtype: str | None = None,
+    donate_argnums: int | Sequence[int] = (),
+    static_argnums: int | Sequence[int] = (),
+) -> Any:
+    """Jit a function of one rank's data, with its collectives on a static schedule.
+
+    Code written for `jax.pmap` runs unchanged, one process per device, without the
+    leading device axis: `lax.psum`, `pmean`, `pmax` and `pmin` over `axis_name` are
+    gathered into buckets, in the order in which their operands become ready, and each
+    bucket becomes one custom call. jaxcomm's own collectives may be used inside too.
+
+    Args:
+      fn: the function; leave it out to decorate with arguments.
+      axis_name: the name that collectives inside use.
+      comm: the ranks that take part; all by default.
+      groups: as in `all_reduce`, for the function's named-axis reductions. A group
+        whose leaves depend on each other is divided where they do.
+      bucket_bytes: as in `all_reduce`.
+      wire_dtype: reserved; None.
+      donate_argnums: as in `jax.jit`.
+      static_argnums: as in `jax.jit`.
+
+    Returns:
+      A `DataParallel`: a callable with `.schedule`, `.schedules` and `.lower`.
+
+    Raises:
+      InvalidOptionError: an option has an unusable value, or (when traced) a
+        collective uses another axis name.
+      UnsupportedCollectiveError: when traced: a collective that is not scheduled.
+      ScheduleMismatchError: at the first call: the ranks' schedules differ; raised on
+        every rank before anything is sent.
+    """
+    if not isinstance(axis_name, str):
+        raise InvalidOptionError(f"axis_name={axis_name!r}; give a string")
+    planner.check_options(groups=groups, bucket_bytes=bucket_bytes)
+    collectives.check_wire_dtype(wire_dtype)
+    make = functools.partial(
+        DataParallel,
+        axis_name=axis_name,
+        comm=comm,
+        groups=groups,
+        bucket_bytes=bucket_bytes,
+        donate_argnums=donate_argnums,
+        static_argnums=static_argnums,
+    )
+    if fn is None:
+        return make
+    if not callable(fn):
+        raise InvalidOptionError(f"data_parallel: {fn!r} is not a function")
+    return make(fn)
+
+
+def _argument_path(path: Any) -> str:
+    # (args, kwargs) -> "[0].params['w']" for the first argument, "['x']" by name.
+    return jax.tree_util.keystr(path[1:])
+
+
+def _name(fn: Callable[..., Any]) -> str:
+    return getattr(fn, "__qualname__", repr(fn))

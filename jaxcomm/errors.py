@@ -1,0 +1,33 @@
+"""What jaxcomm raises. Every message names the leaf, rank or option and the remedy."""
+
+
+class JaxcommError(Exception):
+    """Base of all errors of this package."""
+
+
+class ScheduleMismatchError(JaxcommError):
+    """The ranks of a communicator hold different schedules; nothing was sent."""
+
+
+class StallError(JaxcommError):
+    """Some ranks did not arrive within the time that `init(timeout=)` allows."""
+
+
+class TransportUnavailableError(JaxcommError):
+    """The transport asked for cannot be used in this process."""
+
+
+class UnsupportedDtypeError(JaxcommError, TypeError):
+    """A leaf's dtype cannot be reduced with this op over this transport."""
+
+
+class UnsupportedCollectiveError(JaxcommError, TypeError):
+    """A decorated function uses a named-axis collective that is not scheduled yet."""
+
+
+class InvalidTreeError(JaxcommError, TypeError):
+    """A leaf of the tree is not an array."""
+
+
+class InvalidOptionError(JaxcommError, ValueError):
+    """An option of a collective, a decorator or `init` has an unusable value."""

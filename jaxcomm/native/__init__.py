@@ -1,0 +1,179 @@
+"""Find, load and talk to the native library (C ABI, through ctypes).
+
+The library holds the XLA FFI handlers. It is built without MPI; `bind_mpi` gives
+it the entry points and handles of the MPI that mpi4py loaded into this process.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import jax
+
+from jaxcomm.errors import TransportUnavailableError
+
+if TYPE_CHECKING:
+    from mpi4py import MPI
+
+LIBRARY_NAME = "libjaxcomm_native.so"
+
+# Order shared with native/mpi.h.
+DTYPES = (
+    "float32",
+    "float64",
+    "int8",
+    "int16",
+    "int32",
+    "int64",
+    "uint8",
+    "uint16",
+    "uint32",
+    "uint64",
+)
+OPS = ("sum", "min", "max", "prod")
+COUNTERS = ("calls", "mpi_all_reduce", "mpi_broadcast", "bytes", "agreements")
+
+_MPI_NAMES = {
+    "float32": "FLOAT",
+    "float64": "DOUBLE",
+    **{name: f"{name.upper()}_T" for name in DTYPES[2:]},
+}
+
+AgreeCallback = Callable[[int, int], str | None]
+_AGREE_FN = ctypes.CFUNCTYPE(
+    ctypes.c_int,
+    ctypes.c_int64,
+    ctypes.c_int64,
+    ctypes.c_void_p,
+    ctypes.c_int64,
+)
+
+
+class _MpiHandles(ctypes.Structure):
+    _fields_ = (
+        ("dtype", ctypes.c_uint64 * len(DTYPES)),
+        ("byte", ctypes.c_uint64),
+        ("op", ctypes.c_uint64 * len(OPS)),
+        ("in_place", ctypes.c_uint64),
+    )
+
+
+def library_path() -> Path:
+    """Return where the native library is.
+
+    Raises:
+      TransportUnavailableError: it was not built (a bare source tree).
+    """
+    # An editable install keeps sources and build products in two folders, and
+    # both stand in the package's __path__.
+    for folder in __path__:
+        path = Path(folder) / LIBRARY_NAME
+        if path.exists():
+            return path
+    raise TransportUnavailableError(
+        f"{LIBRARY_NAME} is not beside the package; the native library has not been "
+        "built. Install the package (`pip install .`, or `make setup` in a checkout)."
+    )
+
+
+@functools.cache
+def load() -> ctypes.CDLL:
+    """Load the library and register its handlers with XLA; once per process."""
+    library = ctypes.CDLL(str(library_path()))
+    for name in ("jaxcomm_mpi_all_reduce", "jaxcomm_mpi_broadcast", "jaxcomm_gate"):
+        capsule = jax.ffi.pycapsule(getattr(library, name))
+        jax.ffi.register_ffi_target(name, capsule, platform="cpu")
+    library.jaxcomm_create_communicator.restype = None
+    library.jaxcomm_set_agree.restype = None
+    return library
+
+
+def bind_mpi(mpi: Any) -> None:
+    """Give the library the MPI that `mpi` (the module mpi4py.MPI) has loaded.
+
+    Raises:
+      TransportUnavailableError: no libmpi is mapped into this process, or it lacks
+        an entry point.
+    """
+    handles = _MpiHandles()
+    for i, dtype in enumerate(DTYPES):
+        handles.dtype[i] = _handle(mpi, getattr(mpi, _MPI_NAMES[dtype]))
+    for i, op in enumerate(OPS):
+        handles.op[i] = _handle(mpi, getattr(mpi, op.upper()))
+    handles.byte = _handle(mpi, mpi.BYTE)
+    handles.in_place = int(mpi.IN_PLACE) & (2**64 - 1)
+    text = ctypes.create_string_buffer(1024)
+    width = mpi._sizeof(mpi.Comm)
+    failures = []
+    for path in _loaded_mpi_libraries():
+        status = load().jaxcomm_open_mpi(
+            path.encode(), width, ctypes.byref(handles), text, ctypes.c_int64(1024)
+        )
+        if status == 0:
+            return
+        failures.append(f"{path}: {text.value.decode()}")
+    raise TransportUnavailableError(
+        "mpi4py is imported, but no libmpi with the needed entry points is loaded: "
+        + ("; ".join(failures) or "nothing like libmpi in the process's memory map")
+    )
+
+
+def create_communicator(
+    key: int, comm: MPI.Comm, *, staging_bytes: int, segment_bytes: int
+) -> None:
+    """Make MPI communicator `comm` known to the handlers under `key`."""
+    from mpi4py import MPI
+
+    load().jaxcomm_create_communicator(
+        ctypes.c_int64(key),
+        ctypes.c_uint64(_handle(MPI, comm)),
+        comm.Get_rank(),
+        comm.Get_size(),
+        ctypes.c_int64(staging_bytes),
+        ctypes.c_int64(segment_bytes),
+    )
+
+
+def set_agree(callback: AgreeCallback) -> None:
+    """Let the handlers ask `callback(communicator, digest)` before first use.
+
+    It returns None when all ranks agree, else the text of the error to raise.
+    """
+
+    def call(key: int, digest: int, text: int, capacity: int) -> int:
+        message = callback(key, digest)
+        if message is None:
+            return 0
+        raw = message.encode()[: capacity - 1] + b"\0"
+        ctypes.memmove(text, raw, len(raw))
+        return 1
+
+    set_agree.keep = _AGREE_FN(call)  # type: ignore[attr-defined]  # C holds it
+    load().jaxcomm_set_agree(set_agree.keep)  # type: ignore[attr-defined]
+
+
+def counters(key: int) -> dict[str, int]:
+    """Return the counters of a communicator: calls, MPI calls by kind, bytes."""
+    out = (ctypes.c_int64 * len(COUNTERS))()
+    load().jaxcomm_counters(ctypes.c_int64(key), out)
+    return dict(zip(COUNTERS, out, strict=True))
+
+
+def _handle(mpi: Any, thing: Any) -> int:
+    return mpi._handleof(thing) & (2**64 - 1)
+
+
+def _loaded_mpi_libraries() -> list[str]:
+    # libmpi is loaded with local scope, so a global dlsym does not see it.
+    pattern = re.compile(r"/lib(p?mpi|mpich|mpi_\w+)[^/]*\.so[^/]*$")
+    paths: dict[str, None] = {}
+    for line in Path("/proc/self/maps").read_text().splitlines():
+        path = line.split(maxsplit=5)[-1]
+        if pattern.search(path):
+            paths[path] = None
+    return list(paths)

@@ -1,0 +1,64 @@
+// One communicator as the handlers see it: an MPI communicator, a staging buffer
+// for small leaves, counters, and the schedules its ranks have agreed on.
+#pragma once
+
+#include <atomic>
+#include <cstdint>
+#include <memory>
+#include <mutex>
+#include <string>
+#include <unordered_set>
+
+#include "mpi.h"
+
+namespace jaxcomm {
+
+// Asks Python to compare schedule `digest` across the ranks of communicator `id`.
+// Returns 0 when all agree; otherwise writes a NUL-terminated text to `error`.
+using AgreeFn = int (*)(int64_t id, int64_t digest, char* error, int64_t capacity);
+
+// Counters that Python reads; order shared with jaxcomm/native/__init__.py.
+enum Counter : int { kCalls, kMpiAllReduce, kMpiBroadcast, kBytes, kAgreements, kCounters };
+
+class Communicator {
+ public:
+  Communicator(int64_t id, const Mpi* mpi, uint64_t handle, int rank, int size,
+               int64_t staging_bytes, int64_t segment_bytes)
+      : id(id), mpi(mpi), handle(handle), rank(rank), size(size),
+        staging_bytes(staging_bytes), segment_bytes(segment_bytes) {}
+
+  // Allocated on first use and kept: a fresh buffer of this size would fault its
+  // pages in on every call.
+  char* Staging() {
+    if (!staging_) staging_.reset(new char[static_cast<size_t>(staging_bytes)]);
+    return staging_.get();
+  }
+
+  // Empty when the ranks agree on `digest`; asks at most once per digest.
+  std::string Agree(int64_t digest, AgreeFn agree) {
+    if (digest == 0 || agreed_.count(digest)) return {};
+    char text[8192] = {};
+    counters[kAgreements]++;
+    if (agree == nullptr || agree(id, digest, text, sizeof text) != 0) {
+      return text[0] ? text : "the cross-rank schedule check failed";
+    }
+    agreed_.insert(digest);
+    return {};
+  }
+
+  const int64_t id;
+  const Mpi* const mpi;
+  const uint64_t handle;
+  const int rank;
+  const int size;
+  const int64_t staging_bytes;
+  const int64_t segment_bytes;
+  std::mutex mutex;  // held for the whole of a call: one collective at a time
+  std::atomic<int64_t> counters[kCounters] = {};
+
+ private:
+  std::unique_ptr<char[]> staging_;
+  std::unordered_set<int64_t> agreed_;
+};
+
+}  // namespace jaxcomm

@@ -1,0 +1,203 @@
+"""Leaves in, schedule out: pure functions that import neither JAX nor a transport."""
+
+from __future__ import annotations
+
+import functools
+import re
+from collections.abc import Callable, Hashable, Sequence
+from typing import TypeAlias
+
+from jaxcomm import costmodel
+from jaxcomm.errors import InvalidOptionError
+from jaxcomm.schedule import Bucket, LeafSpec, Schedule
+
+Groups: TypeAlias = int | Callable[[str], Hashable] | Sequence[str] | None
+
+OPS = ("mean", "sum", "min", "max", "prod")
+_CACHE_SIZE = 4096
+
+
+def make_schedule(
+    leaves: tuple[LeafSpec, ...],
+    *,
+    op: str | tuple[str, ...],
+    size: int,
+    stages: tuple[int, ...] | None = None,
+    groups: Groups = None,
+    bucket_bytes: int | None = None,
+    root: int = -1,
+) -> Schedule:
+    """Plan a tree, or all reductions of a program.
+
+    Args:
+      leaves: the leaves with their ready order.
+      op: "mean", "sum", "min", "max", "prod" or "broadcast"; or one per leaf.
+      size: number of ranks.
+      stages: for each leaf, how many collectives it depends on; leaves of different
+        stages never share a bucket. None: the leaves do not depend on each other.
+      groups: None, a number of buckets per dtype, a function from leaf path to
+        label, or regular expressions (a leaf belongs to the first that matches).
+      bucket_bytes: fill buckets up to this size; None asks the cost model.
+      root: sending rank of a broadcast.
+
+    Returns:
+      The schedule; equal inputs give the same object from a cache.
+
+    Raises:
+      InvalidOptionError: an option cannot be used; names it and the leaf.
+    """
+    check_options(groups=groups, bucket_bytes=bucket_bytes)
+    labels = None
+    if groups is not None and not isinstance(groups, int):
+        labels = tuple(label_of(leaf.path, groups) for leaf in leaves)
+    count = groups if isinstance(groups, int) else None
+    return _plan(leaves, op, size, stages, labels, count, bucket_bytes, root)
+
+
+def cache_info() -> functools._CacheInfo:
+    """Return hits, misses, maximum and current size of the schedule cache."""
+    return _plan.cache_info()
+
+
+def cache_clear() -> None:
+    """Forget all cached schedules."""
+    _plan.cache_clear()
+
+
+def check_options(
+    *,
+    groups: Groups = None,
+    bucket_bytes: int | None = None,
+    op: str = "sum",
+) -> None:
+    """Raise InvalidOptionError for a value that no plan can be made with."""
+    if op not in OPS:
+        raise InvalidOptionError(f"op={op!r}; use one of {', '.join(OPS)}")
+    if bucket_bytes is not None and (
+        isinstance(bucket_bytes, bool)
+        or not isinstance(bucket_bytes, int)
+        or bucket_bytes <= 0
+    ):
+        raise InvalidOptionError(
+            f"bucket_bytes={bucket_bytes!r}; give a positive number of bytes, or None "
+            "to let the planner decide"
+        )
+    if groups is None or callable(groups):
+        return
+    if isinstance(groups, int) and not isinstance(groups, bool):
+        if groups <= 0:
+            raise InvalidOptionError(f"groups={groups}; give at least one group")
+        return
+    if isinstance(groups, Sequence) and not isinstance(groups, str):
+        for pattern in groups:
+            try:
+                re.compile(pattern)
+            except (re.error, TypeError) as error:
+                raise InvalidOptionError(
+                    f"groups: {pattern!r} is not a regular expression: {error}"
+                ) from error
+        return
+    raise InvalidOptionError(
+        f"groups={groups!r}; use None, an int, a function from leaf path to label, or "
+        "a list of regular expressions"
+    )
+
+
+def label_of(path: str, groups: Callable[[str], Hashable] | Sequence[str]) -> str | None:
+    """The user's group of one leaf; None leaves it to the planner."""
+    if not callable(groups):
+        return next((p for p in groups if re.search(p, path)), None)
+    try:
+        label = groups(path)
+        hash(label)
+    except Exception as error:
+        raise InvalidOptionError(
+            f"groups: the function failed on leaf {path}: "
+            f"{type(error).__name__}: {error}; it must return a hashable label or None"
+        ) from error
+    return None if label is None else str(label)
+
+
+@functools.lru_cache(maxsize=_CACHE_SIZE)
+def _plan(
+    leaves: tuple[LeafSpec, ...],
+    op: str | tuple[str, ...],
+    size: int,
+    stages: tuple[int, ...] | None,
+    labels: tuple[str | None, ...] | None,
+    count: int | None,
+    bucket_bytes: int | None,
+    root: int,
+) -> Schedule:
+    ops = (op,) * len(leaves) if isinstance(op, str) else op
+    stages = stages or (0,) * len(leaves)
+    ready = sorted(range(len(leaves)), key=lambda i: (leaves[i].order, i))
+    # Only leaves of one kind may share a bucket.
+    kinds: dict[tuple[int, str, str], list[int]] = {}
+    for i in ready:
+        kinds.setdefault((stages[i], ops[i], leaves[i].dtype), []).append(i)
+
+    pack = costmodel.DEFAULT.pack_bytes()
+    buckets: list[Bucket] = []
+    for (stage, kind_op, dtype), members in kinds.items():
+        for label, part in _split(leaves, members, labels, count, bucket_bytes):
+            buckets.append(
+                Bucket(kind_op, dtype, tuple(part), pack, label, stage, root)
+            )
+    # A bucket can go when its last leaf is ready.
+    buckets.sort(
+        key=lambda b: (b.stage, max(leaves[i].order for i in b.leaves), b.leaves)
+    )
+    options = {
+        "bucket_bytes": str(bucket_bytes),
+        "groups": "by label" if labels is not None else str(count),
+    }
+    return Schedule(leaves, tuple(buckets), size, tuple(sorted(options.items())))
+
+
+def _split(
+    leaves: tuple[LeafSpec, ...],
+    members: list[int],
+    labels: tuple[str | None, ...] | None,
+    count: int | None,
+    bucket_bytes: int | None,
+) -> list[tuple[str, list[int]]]:
+    """Divide members (one kind, in ready order) into labelled buckets."""
+    if count is not None:
+        count = min(count, len(members))
+        parts: dict[str, list[int]] = {}
+        for k, i in enumerate(members):
+            parts.setdefault(f"group {k * count // len(members)}", []).append(i)
+        return list(parts.items())
+    named: dict[str, list[int]] = {}
+    rest: list[int] = []
+    for i in members:
+        label = labels[i] if labels is not None else None
+        if label is None:
+            rest.append(i)
+        else:
+            named.setdefault(label, []).append(i)
+    return [*named.items(), *(("", part) for part in _fill(leaves, rest, bucket_bytes))]
+
+
+def _fill(
+    leaves: tuple[LeafSpec, ...], members: list[int], bucket_bytes: int | None
+) -> list[list[int]]:
+    """Fill buckets in ready order; the planner keeps the first one small.
+
+    A small first bucket lets communication start early. A leaf larger than the
+    limit travels alone or closes its bucket: leaves are never split.
+    """
+    limit = bucket_bytes or costmodel.DEFAULT.bucket_bytes()
+    room = limit if bucket_bytes else limit // 8
+    parts: list[list[int]] = []
+    used = 0
+    for i in members:
+        nbytes = leaves[i].nbytes
+        if not parts or used + nbytes > room:
+            room = limit if parts else room
+            parts.append([])
+            used = 0
+        parts[-1].append(i)
+        used += nbytes
+    return parts

@@ -1,0 +1,240 @@
+"""The static schedule: which leaves travel together, in which order.
+
+The life of a bucket. A gradient pytree is flattened into leaves; each leaf is
+described by a `LeafSpec` (path, shape, dtype and the position at which it becomes
+ready). The planner puts leaves of one dtype and op into `Bucket`s and the buckets
+into one total order: that is the `Schedule`. It is pure data, a pure function of
+its inputs, and its JSON is the same byte for byte on every rank and in every run.
+Before a schedule is first used, the ranks compare its `fingerprint` once
+(`agreement`); from then on each bucket is one custom call inside the compiled
+step, and no rank asks another anything.
+
+Inside a bucket, a leaf larger than `pack_bytes` is reduced where it lies, in
+segments. Smaller ones are copied into the communicator's staging buffer, reduced
+together and copied back: packing costs a pass over memory, so only leaves whose
+latency would cost more are packed.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import hashlib
+import json
+import math
+from typing import Any
+
+import numpy as np
+
+from jaxcomm.errors import InvalidOptionError
+
+FORMAT = 1
+
+
+@dataclasses.dataclass(frozen=True)
+class LeafSpec:
+    """One leaf of a tree.
+
+    Attributes:
+      path: where it is, as `jax.tree_util.keystr` writes it.
+      shape: its shape.
+      dtype: its dtype's name, such as "float32".
+      order: its place in ready order: the smaller, the sooner it can be sent.
+    """
+
+    path: str
+    shape: tuple[int, ...]
+    dtype: str
+    order: int
+
+    @property
+    def count(self) -> int:
+        """Number of elements."""
+        return math.prod(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        """Size in bytes."""
+        return self.count * np.dtype(self.dtype).itemsize
+
+
+@dataclasses.dataclass(frozen=True)
+class Bucket:
+    """Leaves that travel in one custom call.
+
+    Attributes:
+      op: "mean", "sum", "min", "max", "prod" or "broadcast".
+      dtype: the leaves' common dtype.
+      leaves: indices into `Schedule.leaves`, in the order of the call's operands.
+      pack_bytes: leaves of at most this many bytes share the staging buffer.
+      label: the user's group, or "".
+      stage: how many collectives must come before: buckets of one stage do not
+        depend on each other.
+      root: the sending rank of a broadcast; -1 otherwise.
+    """
+
+    op: str
+    dtype: str
+    leaves: tuple[int, ...]
+    pack_bytes: int
+    label: str = ""
+    stage: int = 0
+    root: int = -1
+
+
+@dataclasses.dataclass(frozen=True)
+class Schedule:
+    """The buckets of a tree or of a whole program, in their total order.
+
+    Attributes:
+      leaves: every leaf that travels.
+      buckets: in the order in which every rank calls them.
+      size: number of ranks planned for.
+      options: (name, value) pairs the plan was made with, sorted by name.
+    """
+
+    leaves: tuple[LeafSpec, ...]
+    buckets: tuple[Bucket, ...]
+    size: int
+    options: tuple[tuple[str, str], ...] = ()
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all leaves of all buckets, for one rank and one step."""
+        return sum(self.bucket_nbytes(bucket) for bucket in self.buckets)
+
+    def bucket_nbytes(self, bucket: Bucket) -> int:
+        """Bytes of one bucket's leaves."""
+        return sum(self.leaves[i].nbytes for i in bucket.leaves)
+
+    def packed(self, bucket: Bucket) -> tuple[int, ...]:
+        """Those leaves of a bucket that share the staging buffer."""
+        return tuple(
+            i for i in bucket.leaves if self.leaves[i].nbytes <= bucket.pack_bytes
+        )
+
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        """SHA-256 of the JSON, in hexadecimal."""
+        return hashlib.sha256(self.to_json().encode()).hexdigest()
+
+    def __hash__(self) -> int:
+        return int(self.fingerprint[:15], 16)
+
+    def to_json(self) -> str:
+        """Return canonical JSON: sorted keys, no white space, one spelling."""
+        tree = {
+            "format": FORMAT,
+            "size": self.size,
+            "options": dict(self.options),
+            "leaves": [[x.path, list(x.shape), x.dtype, x.order] for x in self.leaves],
+            "buckets": [
+                [b.op, b.dtype, list(b.leaves), b.pack_bytes, b.label, b.stage, b.root]
+                for b in self.buckets
+            ],
+        }
+        return json.dumps(tree, sort_keys=True, separators=(",", ":"))
+
+    @classmethod
+    def from_json(cls, text: str) -> Schedule:
+        """Read what `to_json` wrote.
+
+        Raises:
+          InvalidOptionError: the text is not a schedule of this format.
+        """
+        try:
+            tree = json.loads(text)
+            if tree["format"] != FORMAT:
+                raise InvalidOptionError(
+                    f"schedule format {tree['format']}, expected {FORMAT}; "
+                    "write it again with this version of jaxcomm"
+                )
+            leaves = tuple(
+                LeafSpec(str(path), tuple(map(int, shape)), str(dtype), int(order))
+                for path, shape, dtype, order in tree["leaves"]
+            )
+            buckets = tuple(
+                Bucket(str(op), str(dt), tuple(map(int, ix)), int(pb), str(lb), st, rt)
+                for op, dt, ix, pb, lb, st, rt in tree["buckets"]
+            )
+            if any(not 0 <= i < len(leaves) for b in buckets for i in b.leaves):
+                raise ValueError("a bucket names a leaf that does not exist")
+            options = tuple(sorted(tree["options"].items()))
+            return cls(leaves, buckets, int(tree["size"]), options)
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            if isinstance(error, InvalidOptionError):
+                raise
+            raise InvalidOptionError(f"not a jaxcomm schedule: {error}") from error
+
+    def explain(self) -> str:
+        """Return the schedule as a table for people: one line a bucket."""
+        head = ("bucket", "stage", "op", "dtype", "leaves", "packed", "KiB", "what")
+        rows = [head]
+        for k, bucket in enumerate(self.buckets):
+            first = self.leaves[bucket.leaves[0]].path if bucket.leaves else ""
+            more = len(bucket.leaves) - 1
+            what = bucket.label or first + (f" +{more} more" if more > 0 else "")
+            rows.append(
+                (
+                    str(k),
+                    str(bucket.stage),
+                    bucket.op,
+                    bucket.dtype,
+                    str(len(bucket.leaves)),
+                    str(len(self.packed(bucket))),
+                    f"{self.bucket_nbytes(bucket) / 1024:.1f}",
+                    what,
+                )
+            )
+        widths = [max(len(row[c]) for row in rows) for c in range(len(head) - 1)]
+        lines = [
+            "  ".join([*(f"{x:>{w}}" for x, w in zip(row, widths, strict=False)), row[-1]])
+            for row in rows
+        ]
+        title = (
+            f"schedule {self.fingerprint[:12]}: {len(self.leaves)} leaves, "
+            f"{self.nbytes:,} bytes, {len(self.buckets)} buckets, {self.size} ranks"
+        )
+        return "\n".join([title, *lines])
+
+    def diff(self, other: Schedule) -> str:
+        """Say in one line where `other` first differs from this schedule, or ""."""
+        if self.size != other.size:
+            return f"planned for {self.size} ranks against {other.size}"
+        for a, b in zip(self.leaves, other.leaves, strict=False):
+            if a != b:
+                return f"leaf {_show(a)} against {_show(b)}"
+        if len(self.leaves) != len(other.leaves):
+            longer, there = (
+                (self, "only here")
+                if len(self.leaves) > len(other.leaves)
+                else (other, "only there")
+            )
+            extra = longer.leaves[min(len(self.leaves), len(other.leaves))]
+            return (
+                f"{len(self.leaves)} leaves against {len(other.leaves)}; "
+                f"leaf {_show(extra)} {there}"
+            )
+        for k, (p, q) in enumerate(zip(self.buckets, other.buckets, strict=False)):
+            for field in dataclasses.fields(Bucket):
+                mine, theirs = getattr(p, field.name), getattr(q, field.name)
+                if mine != theirs:
+                    where = self.leaves[p.leaves[0]].path if p.leaves else "(empty)"
+                    return (
+                        f"bucket {k} (first leaf {where}): "
+                        f"{field.name} {mine} against {theirs}"
+                    )
+        if len(self.buckets) != len(other.buckets):
+            return f"{len(self.buckets)} buckets against {len(other.buckets)}"
+        if self.options != other.options:
+            return f"options {dict(self.options)} against {dict(other.options)}"
+        return ""
+
+
+def _show(leaf: LeafSpec) -> str:
+    return f"{leaf.path} {leaf.dtype}{list(leaf.shape)}"
+
+
+def leaf_bytes(leaf: Any) -> int:
+    """Size in bytes of an array or ShapeDtypeStruct."""
+    return math.prod(leaf.shape) * np.dtype(leaf.dtype).itemsize
