@@ -17,20 +17,26 @@ from jax._src import source_info_util as _source_info
 from jax._src.lib.mlir.dialects import hlo as _hlo
 
 __all__ = [
+    "Effect",
     "Literal",
     "Primitive",
+    "Tracer",
     "abstract_token",
     "ad",
     "batching",
     "create_token",
     "eval_eqn",
+    "instantiate_zeros",
     "is_drop_var",
+    "literal",
     "mlir",
     "register_ordered_effect",
+    "scan_counts",
     "shaped_array",
     "source_line",
     "sub_jaxprs",
     "trace_with_axis",
+    "zero_tangent",
 ]
 
 Tracer = jax.core.Tracer
@@ -82,7 +88,7 @@ def instantiate_zeros(tangent: Any) -> Any:
 
 def zero_tangent(primal: Any) -> Any:
     """Return the symbolic zero tangent of a value."""
-    return ad.Zero.from_primal_value(primal)
+    return ad.Zero(jax.typeof(primal).to_tangent_aval())
 
 
 def is_drop_var(var: Any) -> bool:
@@ -100,10 +106,19 @@ def sub_jaxprs(eqn: Any) -> list[Any]:
     return list(_core.jaxprs_in_params(eqn.params))
 
 
+def scan_counts(params: Any) -> tuple[int, int]:
+    """Return how many of a scan's operands are constants and how many are carried."""
+    if "num_consts" in params:  # up to jax 0.11
+        return params["num_consts"], params["num_carry"]
+    consts, carry, _ = params["ft_in"].unpack()
+    return len(list(consts)), len(list(carry))
+
+
 def source_line(eqn: Any) -> str:
     """Return the user's `file.py:line (function)` of an equation, or ""."""
     frame = _source_info.user_frame(eqn.source_info.traceback)
     if frame is None:
         return ""
     name = os.path.basename(frame.file_name)
-    return f"{name}:{frame.start_line} ({frame.function_name})"
+    function = frame.function_name.rsplit(".", 1)[-1]
+    return f"{name}:{frame.start_line} ({function})"

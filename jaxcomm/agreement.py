@@ -13,10 +13,10 @@ import dataclasses
 import functools
 import hashlib
 import importlib.metadata
+import logging
 import threading
 import time
-from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any
 
 import jax
 import numpy as np
@@ -24,9 +24,10 @@ import numpy as np
 from jaxcomm.errors import JaxcommError, ScheduleMismatchError, StallError
 from jaxcomm.schedule import Schedule
 
-Result = TypeVar("Result")
+log = logging.getLogger(__name__)
 
 _POLL_SECONDS = 0.001
+_WARN_SECONDS = 10.0
 _SHOWN_VARIANTS = 8
 
 
@@ -96,19 +97,15 @@ def answer(key: int, digest: int) -> str | None:
     return None
 
 
-def settle(key: int, run: Callable[[], Result]) -> Result:
-    """Run something to its end and turn a failed check into its own exception.
+def raise_failure(key: int, error: jax.errors.JaxRuntimeError) -> None:
+    """Raise the failed check behind XLA's error, if there is one.
 
-    XLA reports a custom call's error as JaxRuntimeError; the first run of a schedule
-    is waited for so that the user sees ours instead.
+    XLA reports a custom call's error as JaxRuntimeError; where the caller is ours, the
+    user sees the exception of its own kind instead.
     """
-    try:
-        return jax.block_until_ready(run())
-    except jax.errors.JaxRuntimeError as error:
-        with _lock:
-            failure = _failures.pop(key, None)
-        if failure is None:
-            raise
+    with _lock:
+        failure = _failures.pop(key, None)
+    if failure is not None:
         raise failure from error
 
 
@@ -121,24 +118,38 @@ def _compare(channel: _Channel, entry: _Entry | None, digest: int) -> None:
     # the inverse. Every rank sees the same result, so all decide alike.
     send = np.concatenate([mine, ~mine])
     receive = np.empty_like(send)
-    _reduce_min(channel, send, receive)
+    what = entry.schedule.summary() if entry else "of a cached program"
+    _reduce_min(channel, send, receive, what)
     low, high = receive[:32], ~receive[32:]
     if not np.array_equal(low, high):
         raise ScheduleMismatchError(_explain(channel.comm, own, entry))
 
 
-def _reduce_min(channel: _Channel, send: np.ndarray, receive: np.ndarray) -> None:
+def _reduce_min(
+    channel: _Channel, send: np.ndarray, receive: np.ndarray, what: str
+) -> None:
     from mpi4py import MPI
 
     request = channel.comm.Iallreduce(send, receive, op=MPI.MIN)
-    deadline = time.monotonic() + channel.timeout
+    start = time.monotonic()
+    warned = False
     while not request.Test():
-        if time.monotonic() > deadline:
+        waited = time.monotonic() - start
+        if waited > _WARN_SECONDS and not warned:
+            warned = True
+            log.warning(
+                "rank %d of %d waits for the other ranks to check a new schedule (%s)",
+                channel.comm.Get_rank(),
+                channel.comm.Get_size(),
+                what,
+            )
+        if waited > channel.timeout:
             raise StallError(
                 f"rank {channel.comm.Get_rank()} of {channel.comm.Get_size()} waited "
-                f"{channel.timeout:g} s for the other ranks to check a schedule. A rank "
-                "ended, runs another program or has not got here; every rank must call "
-                "the same collectives in the same order. init(timeout=...) sets the time."
+                f"{channel.timeout:g} s for the other ranks to check a schedule "
+                f"({what}). A rank ended, runs another program or has not got here; "
+                "every rank must call the same collectives in the same order. "
+                "init(timeout=...) sets the time."
             )
         time.sleep(_POLL_SECONDS)
 

@@ -211,16 +211,19 @@ def run_schedule(
         return list(leaves)
     if any(isinstance(leaf, jax.core.Tracer) for leaf in leaves):
         return bind_buckets(leaves, comm, schedule)
-    digest = agreement.register(comm.key, schedule, comm.transport)
-    run = functools.partial(_run_eagerly, tuple(leaves), comm, schedule)
-    if (comm.key, digest) in _settled:
-        return list(run()[0])
-    out, _ = agreement.settle(comm.key, run)
-    _settled.add((comm.key, digest))
-    return list(out)
+    first = (comm.key, schedule.fingerprint) not in _settled
+    try:
+        out, token = _run_eagerly(tuple(leaves), comm, schedule)
+        if first:
+            jax.block_until_ready(token)
+            _settled.add((comm.key, schedule.fingerprint))
+    except jax.errors.JaxRuntimeError as error:
+        agreement.raise_failure(comm.key, error)
+        raise
+    return out
 
 
-_settled: set[tuple[int, int]] = set()
+_settled: set[tuple[int, str]] = set()
 
 
 @functools.partial(jax.jit, static_argnums=(1, 2))

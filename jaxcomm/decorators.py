@@ -76,11 +76,16 @@ class DataParallel:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run the function on this rank's arguments."""
-        out = self._jitted(*args, **kwargs)
-        if self._unchecked:
-            self._unchecked = False
-            # Errors of this run are ours to name; later runs stay asynchronous.
-            out = agreement.settle(self._communicator().key, lambda: out)
+        try:
+            out = self._jitted(*args, **kwargs)
+            if self._unchecked:
+                # A failed check of this first run is ours to name; later runs stay
+                # asynchronous.
+                self._unchecked = False
+                jax.block_until_ready(out)
+        except jax.errors.JaxRuntimeError as error:
+            agreement.raise_failure(self._communicator().key, error)
+            raise
         return out[0]
 
     def __get__(self, instance: Any, owner: type | None = None) -> Any:

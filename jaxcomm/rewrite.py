@@ -117,9 +117,10 @@ def program(
     """
     planned = _Planner(options, inputs)
     body = planned.body(closed_jaxpr)
+    buckets = _number(body, planned.buckets, [])
     schedule = Schedule(
         tuple(planned.leaves),
-        tuple(planned.buckets),
+        tuple(buckets),
         options.comm.size,
         (
             ("axis_name", options.axis_name),
@@ -370,7 +371,7 @@ class _Evaluator:
     def _scan(
         self, body: _Body, params: Any, values: Sequence[Any], token: Any
     ) -> tuple[list[Any], Any]:
-        n_consts, n_carry = params["num_consts"], params["num_carry"]
+        n_consts, n_carry = _compat.scan_counts(params)
         consts = list(values[:n_consts])
         init = list(values[n_consts : n_consts + n_carry])
 
@@ -561,6 +562,17 @@ def _in_order(units: list[_Unit], chain: list[_Unit]) -> list[_Unit]:
                 heapq.heappush(heap, (units[j].ready, j))
     if len(out) != len(units):
         raise AssertionError("the plan has a cycle; please report this as a bug")
+    return out
+
+
+def _number(body: _Body, planned: Sequence[Bucket], out: list[Bucket]) -> list[Bucket]:
+    """Renumber the buckets, those of inner bodies too, in the order of their calls."""
+    for unit in body.units:
+        if unit.kind == "bucket":
+            out.append(planned[unit.index])
+            unit.index = len(out) - 1
+        for inner in unit.bodies:
+            _number(inner, planned, out)
     return out
 
 

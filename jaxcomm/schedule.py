@@ -197,6 +197,11 @@ class Schedule:
         )
         return "\n".join([title, *lines])
 
+    def summary(self) -> str:
+        """Return one line: how many leaves, from which on."""
+        first = f", first leaf {_show(self.leaves[0])}" if self.leaves else ""
+        return f"{len(self.leaves)} leaves, {len(self.buckets)} buckets{first}"
+
     def diff(self, other: Schedule) -> str:
         """Say in one line where `other` first differs from this schedule, or ""."""
         if self.size != other.size:
