@@ -211,27 +211,37 @@ def run_schedule(
         return list(leaves)
     if any(isinstance(leaf, jax.core.Tracer) for leaf in leaves):
         return bind_buckets(leaves, comm, schedule)
-    first = (comm.key, schedule.fingerprint) not in _settled
+    return _run_now(leaves, comm, schedule, range(len(schedule.buckets)))
+
+
+def _run_now(
+    leaves: Sequence[Any], comm: Communicator, schedule: Schedule, buckets: Sequence[int]
+) -> list[Any]:
+    first = (comm.key, schedule.fingerprint) not in _checked
     try:
-        out, token = _run_eagerly(tuple(leaves), comm, schedule)
+        out, token = _compiled(tuple(leaves), comm, schedule, tuple(buckets))
         if first:
             jax.block_until_ready(token)
-            _settled.add((comm.key, schedule.fingerprint))
+            _checked.add((comm.key, schedule.fingerprint))
     except jax.errors.JaxRuntimeError as error:
         agreement.raise_failure(comm.key, error)
         raise
     return out
 
 
-_settled: set[tuple[int, str]] = set()
+_checked: set[tuple[int, str]] = set()
 
 
-@functools.partial(jax.jit, static_argnums=(1, 2))
-def _run_eagerly(
-    leaves: tuple[Any, ...], comm: Communicator, schedule: Schedule
+@functools.partial(jax.jit, static_argnums=(1, 2, 3))
+def _compiled(
+    leaves: tuple[Any, ...],
+    comm: Communicator,
+    schedule: Schedule,
+    buckets: tuple[int, ...],
 ) -> tuple[list[Any], Any]:
     out, token = list(leaves), new_token()
-    for k, bucket in enumerate(schedule.buckets):
+    for k in buckets:
+        bucket = schedule.buckets[k]
         *reduced, token = chained_p.bind(
             *(out[i] for i in bucket.leaves),
             token,
@@ -331,6 +341,18 @@ def _bucket_lowering(
     return out
 
 
+def _bucket_impl(
+    *values: Any, comm: Communicator, schedule: Schedule, index: int
+) -> list[Any]:
+    """Run one bucket outside jit, as `jax.grad` of a bare collective does."""
+    bucket = schedule.buckets[index]
+    leaves: list[Any] = [jnp.zeros(())] * len(schedule.leaves)
+    for i, value in zip(bucket.leaves, values, strict=True):
+        leaves[i] = value
+    out = _run_now(leaves, comm, schedule, (index,))
+    return [out[i] for i in bucket.leaves]
+
+
 def _check_linear(schedule: Schedule, index: int) -> None:
     op = schedule.buckets[index].op
     if op not in ("mean", "sum"):
@@ -384,6 +406,7 @@ def _chained_batching(args: Any, dims: Any, **params: Any) -> Any:
     return _batching(chained_p, -1, args, dims, params)
 
 
+bucket_p.def_impl(_bucket_impl)
 bucket_p.def_effectful_abstract_eval(_bucket_abstract_eval)
 chained_p.def_abstract_eval(_chained_abstract_eval)
 _compat.mlir.register_lowering(bucket_p, _bucket_lowering, platform="cpu")

@@ -591,23 +591,47 @@ def _name_leaves(
             runs[-1].append(r)
         else:
             runs.append([r])
-    kinds = [(shape, dtype) for _, shape, dtype in inputs]
+    starts: dict[Any, list[int]] = {}
+    for k, (_, shape, dtype) in enumerate(inputs):
+        starts.setdefault((shape, dtype), []).append(k)
     taken: dict[str, int] = {}
     for run in runs:
         want = [(tuple(r.operand.aval.shape), str(r.operand.aval.dtype)) for r in run]
-        start = next(
-            (k for k in range(len(kinds)) if kinds[k : k + len(want)] == want), None
-        )
-        # A lone scalar would match any other scalar.
-        if start is not None and (len(run) > 1 or want[0][0]):
-            names = [inputs[start + k][0] for k in range(len(run))]
-        elif len(run) == 1:
-            names = [run[0].where]
-        else:
-            names = [f"{r.where}[{k}]" for k, r in enumerate(run)]
-        for r, name in zip(run, names, strict=True):
-            taken[name] = taken.get(name, 0) + 1
-            r.path = name if taken[name] == 1 else f"{name}#{taken[name]}"
+        at = 0
+        while at < len(run):
+            start, length = _longest_match(want[at:], inputs, starts)
+            # A lone scalar would match any other scalar.
+            if length == 1 and not want[at][0]:
+                length = 0
+            for k in range(length):
+                run[at + k].path = inputs[start + k][0]
+            if length == 0:
+                run[at].path = run[at].where
+            at += max(length, 1)
+        for r in run:
+            taken[r.path] = taken.get(r.path, 0) + 1
+            if taken[r.path] > 1:
+                r.path = f"{r.path}#{taken[r.path]}"
+
+
+def _longest_match(
+    want: list[Any], inputs: Sequence[Any], starts: dict[Any, list[int]]
+) -> tuple[int, int]:
+    """Find the stretch of inputs that agrees longest with the front of `want`."""
+    best = (0, 0)
+    for start in starts.get(want[0], []):
+        length = 0
+        while (
+            length < len(want)
+            and start + length < len(inputs)
+            and inputs[start + length][1:] == want[length]
+        ):
+            length += 1
+        if length > best[1]:
+            best = (start, length)
+        if length == len(want):
+            break
+    return best
 
 
 def _is_var(value: Any) -> bool:

@@ -1,0 +1,1 @@
+"""The command line and the launcher. Nothing here imports JAX at the top."""

@@ -1,0 +1,135 @@
+"""The `jaxcomm` command."""
+
+from __future__ import annotations
+
+import os
+import runpy
+import sys
+from pathlib import Path
+
+import click
+
+# Everything after the script's name belongs to the script.
+_PASS_THROUGH = {"ignore_unknown_options": True, "allow_interspersed_args": False}
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(package_name="jaxcomm")
+def main() -> None:
+    """Collective communication for JAX on a static schedule."""
+
+
+@main.command(context_settings=_PASS_THROUGH)
+@click.option("-n", "--ranks", type=click.IntRange(1), required=True, help="Processes.")
+@click.option("-m", "module", is_flag=True, help="Run a module, as `python -m` does.")
+@click.option("--threads", type=click.IntRange(1), help="Cores (XLA threads) per rank.")
+@click.option(
+    "--output",
+    type=click.Choice(["merge", "prefix"]),
+    default="merge",
+    show_default=True,
+    help="Merge the ranks' output, or start each line with its rank.",
+)
+@click.option(
+    "--oversubscribe/--no-oversubscribe",
+    default=True,
+    show_default=True,
+    help="Accept more ranks than cores.",
+)
+@click.option(
+    "--pin/--no-pin",
+    default=True,
+    show_default=True,
+    help="Keep each rank to its share of this host's cores.",
+)
+@click.option("--host", "hosts", help="Hosts, separated by commas, for mpiexec.")
+@click.option("--hostfile", type=click.Path(exists=True), help="Host file for mpiexec.")
+@click.option(
+    "--timeout",
+    type=click.FloatRange(min=0, min_open=True),
+    help="End the job after so many seconds, with a stack dump of every rank.",
+)
+@click.option("--verbose", is_flag=True, help="Print what is run, and with what.")
+@click.argument("command", nargs=-1, required=True, type=click.UNPROCESSED)
+def run(
+    ranks: int,
+    module: bool,
+    threads: int | None,
+    output: str,
+    oversubscribe: bool,
+    pin: bool,
+    hosts: str | None,
+    hostfile: str | None,
+    timeout: float | None,
+    verbose: bool,
+    command: tuple[str, ...],
+) -> None:
+    """Run COMMAND (a script, or with -m a module, and its arguments) on N ranks.
+
+    Under srun or plain mpiexec the same script works without this command.
+    """
+    from jaxcomm.launch import run as launcher
+
+    if module:
+        command = ("-m", *command)
+    elif not Path(command[0]).is_file():
+        raise click.ClickException(
+            f"no script {command[0]!r} in {os.getcwd()!r}; give a path, or -m MODULE"
+        )
+    job = launcher.Job(
+        ranks=ranks,
+        command=command,
+        threads=threads,
+        output=output,
+        oversubscribe=oversubscribe,
+        pin=pin,
+        hosts=hosts,
+        hostfile=hostfile,
+        timeout=timeout,
+    )
+    try:
+        if verbose:
+            for name, value in launcher.environment(job).items():
+                click.echo(f"jaxcomm: {name}={value}", err=True)
+            click.echo(f"jaxcomm: {' '.join(launcher.command_line(job))}", err=True)
+        cores = len(os.sched_getaffinity(0))
+        if ranks > cores and not (hosts or hostfile) and oversubscribe:
+            click.echo(
+                f"jaxcomm: {ranks} ranks share {cores} cores; expect them to be slow",
+                err=True,
+            )
+        sys.exit(launcher.run(job))
+    except launcher.LaunchError as error:
+        raise click.ClickException(str(error)) from error
+
+
+@main.command()
+@click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
+def doctor(as_json: bool) -> None:
+    """Say what was found on this machine, and what to do about what is missing."""
+    from jaxcomm.launch import doctor as examination
+
+    sys.exit(examination.main(as_json))
+
+
+@main.command(context_settings=_PASS_THROUGH | {"help_option_names": []})
+@click.argument("arguments", nargs=-1, type=click.UNPROCESSED)
+def demo(arguments: tuple[str, ...]) -> None:
+    """Train a small STEMDL network on two ranks (run it in a checkout)."""
+    here = [Path.cwd(), Path(__file__).resolve().parents[2]]
+    script = next(
+        (
+            path
+            for folder in here
+            if (path := folder / "examples" / "stemdl" / "demo.py").exists()
+        ),
+        None,
+    )
+    if script is None:
+        raise click.ClickException(
+            "the demo is part of the repository, not of the wheel: clone it and run "
+            "`make demo` there"
+        )
+    sys.argv = [str(script), *arguments]
+    sys.path.insert(0, str(script.parent))
+    runpy.run_path(str(script), run_name="__main__")

@@ -1,0 +1,268 @@
+"""`jaxcomm run`: start N ranks of a script under the mpiexec that fits."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import sysconfig
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from jaxcomm.launch.worker import THREADS_VARIABLE
+
+MPIEXEC_VARIABLE = "JAXCOMM_MPIEXEC"
+TIMED_OUT = 124
+_GRACE_SECONDS = 5.0
+_DUMP_SECONDS = 1.0
+
+# Large XLA:CPU buffers come from malloc; above these thresholds glibc would map them
+# afresh, and fault their pages in, on every step.
+_MALLOC = {
+    "MALLOC_MMAP_THRESHOLD_": str(1 << 30),
+    "MALLOC_TRIM_THRESHOLD_": str(1 << 31),
+    "MALLOC_TOP_PAD_": str(64 << 20),
+}
+
+
+class LaunchError(Exception):
+    """The job cannot be started; the text says why and what to do."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Mpiexec:
+    """An mpiexec program.
+
+    Attributes:
+      path: where it is.
+      vendor: "Open MPI", "MPICH" (and what derives from it: Hydra) or "unknown".
+      version: the first line of what it says of itself.
+    """
+
+    path: str
+    vendor: str
+    version: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """What to start, and how.
+
+    Attributes:
+      ranks: number of processes.
+      command: the script and its arguments, or "-m", module, arguments.
+      threads: XLA threads per rank; None shares the cores out.
+      output: "merge", "prefix" (each line starts with its rank).
+      oversubscribe: whether more ranks than cores are accepted.
+      pin: whether each rank is kept to its share of cores.
+      hosts: comma-separated hosts, handed to mpiexec.
+      hostfile: handed to mpiexec.
+      timeout: seconds until the job is ended; None for never.
+    """
+
+    ranks: int
+    command: tuple[str, ...]
+    threads: int | None = None
+    output: str = "merge"
+    oversubscribe: bool = True
+    pin: bool = True
+    hosts: str | None = None
+    hostfile: str | None = None
+    timeout: float | None = None
+
+
+def find_mpiexec() -> Mpiexec:
+    """Return the mpiexec that belongs to the MPI mpi4py loads.
+
+    A wheel of Open MPI or MPICH puts it beside the interpreter, and mpi4py then loads
+    that wheel's library; else the PATH decides, as it does for a cluster's module.
+
+    Raises:
+      LaunchError: there is none; says how to get one.
+    """
+    chosen = os.environ.get(MPIEXEC_VARIABLE)
+    beside = Path(sysconfig.get_path("scripts")) / "mpiexec"
+    path = chosen or (str(beside) if beside.exists() else shutil.which("mpiexec"))
+    if path is None or not os.access(path, os.X_OK):
+        raise LaunchError(
+            (f"{MPIEXEC_VARIABLE}={chosen} is not an executable. " if chosen else "")
+            + "No mpiexec was found beside Python or on the PATH. Install one with "
+            "`pip install 'jaxcomm[mpi]'`, or load your cluster's MPI module; under "
+            "Slurm, `srun python script.py` needs none."
+        )
+    return _identify(path)
+
+
+@functools.cache
+def _identify(path: str) -> Mpiexec:
+    try:
+        done = subprocess.run(
+            [path, "--version"], capture_output=True, text=True, timeout=30, check=False
+        )
+        text = done.stdout + done.stderr
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise LaunchError(f"{path} --version failed: {error}") from error
+    if "Open MPI" in text or "prte" in text.lower():
+        vendor = "Open MPI"
+    elif "HYDRA" in text.upper() or "Intel(R) MPI" in text:
+        vendor = "MPICH"
+    else:
+        vendor = "unknown"
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    return Mpiexec(path, vendor, lines[0] if lines else "")
+
+
+def environment(job: Job) -> dict[str, str]:
+    """Return the variables that the ranks get on top of the caller's own."""
+    cores = len(os.sched_getaffinity(0))
+    threads = job.threads or max(1, cores // job.ranks)
+    added = {"PYTHONUNBUFFERED": "1", "PYTHONFAULTHANDLER": "1", **_MALLOC}
+    added["OMP_NUM_THREADS"] = str(threads)
+    if job.pin and not (job.hosts or job.hostfile):
+        added[THREADS_VARIABLE] = str(threads)
+    if os.geteuid() == 0:
+        # Open MPI refuses root without both; containers often have no one else.
+        added["OMPI_ALLOW_RUN_AS_ROOT"] = "1"
+        added["OMPI_ALLOW_RUN_AS_ROOT_CONFIRM"] = "1"
+    return {name: value for name, value in added.items() if name not in os.environ}
+
+
+def command_line(job: Job) -> list[str]:
+    """Return the full command that starts the job.
+
+    Raises:
+      LaunchError: no mpiexec, or more ranks than cores where that is refused.
+    """
+    worker = [sys.executable, "-m", "jaxcomm.launch.worker", *job.command]
+    if job.ranks == 1 and not (job.hosts or job.hostfile):
+        return worker  # one rank needs no MPI
+    cores = len(os.sched_getaffinity(0))
+    local = not (job.hosts or job.hostfile)
+    crowded = local and job.ranks > cores
+    if crowded and not job.oversubscribe:
+        raise LaunchError(
+            f"{job.ranks} ranks on {cores} cores, and --no-oversubscribe: ask for at "
+            f"most {cores} ranks, or leave the option out to let them share cores"
+        )
+    mpiexec = find_mpiexec()
+    line = [mpiexec.path, "-n", str(job.ranks)]
+    if mpiexec.vendor == "Open MPI":
+        line += ["--bind-to", "none"] if local else []
+        line += ["--oversubscribe"] if crowded else []
+        line += ["--output", "tag"] if job.output == "prefix" else []
+        line += ["--host", job.hosts] if job.hosts else []
+        line += ["--hostfile", job.hostfile] if job.hostfile else []
+        if not local:
+            for name in environment(job):
+                line += ["-x", name]
+    else:
+        line += ["-bind-to", "none"] if local and mpiexec.vendor == "MPICH" else []
+        line += ["-l"] if job.output == "prefix" else []
+        line += ["-hosts", job.hosts] if job.hosts else []
+        line += ["-f", job.hostfile] if job.hostfile else []
+    return [*line, *worker]
+
+
+def run(job: Job) -> int:
+    """Run the job to its end and return its exit code.
+
+    Ctrl-C and SIGTERM end all ranks. After `job.timeout` seconds every rank writes
+    the stacks of its threads to stderr, then the job ends with code 124.
+
+    Raises:
+      LaunchError: it cannot be started.
+    """
+    line = command_line(job)
+    process = subprocess.Popen(
+        line, env={**os.environ, **environment(job)}, start_new_session=True
+    )
+    stopped: list[int] = []
+
+    def stop(number: int, _: object) -> None:
+        stopped.append(number)
+        process.send_signal(number)
+
+    previous = {s: signal.signal(s, stop) for s in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        code = _wait(process, job, stopped)
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+    if stopped:
+        return 128 + stopped[0]
+    return code if code >= 0 else 128 - code
+
+
+def _wait(process: subprocess.Popen[bytes], job: Job, stopped: list[int]) -> int:
+    deadline = None if job.timeout is None else time.monotonic() + job.timeout
+    asked: float | None = None
+    while True:
+        try:
+            return process.wait(timeout=0.2)
+        except subprocess.TimeoutExpired:
+            now = time.monotonic()
+        if stopped:
+            asked = asked or now
+            if now - asked > _GRACE_SECONDS:
+                _kill(process)
+                return process.wait()
+        elif deadline is not None and now > deadline:
+            sys.stderr.write(
+                f"jaxcomm: {' '.join(job.command)} still ran after {job.timeout:g} s on "
+                f"{job.ranks} ranks; stacks of every rank follow, then the job ends\n"
+            )
+            sys.stderr.flush()
+            for pid in _workers(process.pid):
+                os.kill(pid, signal.SIGUSR1)
+            time.sleep(_DUMP_SECONDS)
+            _kill(process)
+            process.wait()
+            return TIMED_OUT
+
+
+def _kill(process: subprocess.Popen[bytes]) -> None:
+    """End mpiexec and all it started; it gets a moment to do so itself."""
+    family = list(_descendants(process.pid))
+    process.terminate()
+    try:
+        process.wait(timeout=2.0)
+    except subprocess.TimeoutExpired:
+        process.kill()
+    for pid in family:
+        try:
+            os.kill(pid, signal.SIGKILL)
+        except ProcessLookupError:
+            continue
+
+
+def _workers(root: int) -> Iterator[int]:
+    """Yield the rank processes below `root`: those that answer SIGUSR1 by a dump."""
+    for pid in [root, *_descendants(root)]:
+        try:
+            line = Path(f"/proc/{pid}/cmdline").read_bytes()
+        except OSError:
+            continue
+        first = line.split(b"\0")[0]
+        if b"jaxcomm.launch.worker" in line and b"python" in first:
+            yield pid
+
+
+def _descendants(root: int) -> Iterator[int]:
+    parents: dict[int, list[int]] = {}
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            # The command's name may hold spaces and brackets; the rest does not.
+            fields = stat.read_text().rpartition(")")[2].split()
+        except OSError:
+            continue
+        parents.setdefault(int(fields[1]), []).append(int(stat.parent.name))
+    waiting: Sequence[int] = [root]
+    while waiting:
+        found = [child for pid in waiting for child in parents.get(pid, [])]
+        yield from found
+        waiting = found
