@@ -1,19 +1,62 @@
-"""Collective communication for JAX on a static schedule."""
+"""Collective communication for JAX on a static schedule.
 
-from jaxcomm import errors as errors
-from jaxcomm.collectives import all_reduce as all_reduce
-from jaxcomm.collectives import broadcast as broadcast
-from jaxcomm.collectives import plan as plan
-from jaxcomm.communicator import Communicator as Communicator
-from jaxcomm.communicator import init as init
-from jaxcomm.communicator import local_rank as local_rank
-from jaxcomm.communicator import local_size as local_size
-from jaxcomm.communicator import rank as rank
-from jaxcomm.communicator import size as size
-from jaxcomm.communicator import world as world
-from jaxcomm.decorators import data_parallel as data_parallel
-from jaxcomm.planner import cache_clear as cache_clear
-from jaxcomm.planner import cache_info as cache_info
-from jaxcomm.replication import assert_replicated as assert_replicated
-from jaxcomm.schedule import Schedule as Schedule
-from jaxcomm import optax as optax  # isort: skip
+Public names are imported on first use, so that the command line and `import jaxcomm`
+start without waiting for JAX.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from jaxcomm import errors as errors
+    from jaxcomm import optax as optax
+    from jaxcomm.collectives import all_reduce as all_reduce
+    from jaxcomm.collectives import broadcast as broadcast
+    from jaxcomm.collectives import plan as plan
+    from jaxcomm.communicator import Communicator as Communicator
+    from jaxcomm.communicator import init as init
+    from jaxcomm.communicator import local_rank as local_rank
+    from jaxcomm.communicator import local_size as local_size
+    from jaxcomm.communicator import rank as rank
+    from jaxcomm.communicator import size as size
+    from jaxcomm.communicator import world as world
+    from jaxcomm.decorators import data_parallel as data_parallel
+    from jaxcomm.planner import cache_clear as cache_clear
+    from jaxcomm.planner import cache_info as cache_info
+    from jaxcomm.replication import assert_replicated as assert_replicated
+    from jaxcomm.schedule import Schedule as Schedule
+
+_MODULES = ("errors", "optax")
+_NAMES = {
+    "all_reduce": "collectives",
+    "assert_replicated": "replication",
+    "broadcast": "collectives",
+    "cache_clear": "planner",
+    "cache_info": "planner",
+    "Communicator": "communicator",
+    "data_parallel": "decorators",
+    "init": "communicator",
+    "local_rank": "communicator",
+    "local_size": "communicator",
+    "plan": "collectives",
+    "rank": "communicator",
+    "Schedule": "schedule",
+    "size": "communicator",
+    "world": "communicator",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name in _MODULES:
+        return importlib.import_module(f"jaxcomm.{name}")
+    if name in _NAMES:
+        value = getattr(importlib.import_module(f"jaxcomm.{_NAMES[name]}"), name)
+        globals()[name] = value
+        return value
+    raise AttributeError(f"module 'jaxcomm' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted([*_MODULES, *_NAMES])

@@ -7,14 +7,14 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
-from jax.extend.core import Literal, Primitive
-from jax.interpreters import ad, batching, mlir
 
 # No public module offers these; each has been at this place from 0.10.2 to 0.12.0.1.
 from jax._src import core as _core
 from jax._src import effects as _effects
 from jax._src import source_info_util as _source_info
 from jax._src.lib.mlir.dialects import hlo as _hlo
+from jax.extend.core import Literal, Primitive
+from jax.interpreters import ad, batching, mlir
 
 __all__ = [
     "Effect",
@@ -39,8 +39,8 @@ __all__ = [
     "zero_tangent",
 ]
 
-Tracer = jax.core.Tracer
-shaped_array = jax.core.ShapedArray
+Tracer = _core.Tracer
+shaped_array = _core.ShapedArray
 abstract_token = _core.abstract_token
 Effect = _effects.Effect
 

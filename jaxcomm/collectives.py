@@ -102,11 +102,14 @@ def broadcast(tree: Tree, *, root: int = 0, comm: Communicator | None = None) ->
     """
     comm = comm or world()
     if not isinstance(root, int) or not 0 <= root < comm.size:
-        raise InvalidOptionError(f"root={root!r}; give a rank from 0 to {comm.size - 1}")
+        raise InvalidOptionError(
+            f"root={root!r}; give a rank from 0 to {comm.size - 1}"
+        )
     paths, leaves, treedef = flatten(tree)
     keys = [_is_key(x) for x in leaves]
     data = [
-        jax.random.key_data(x) if key else x for x, key in zip(leaves, keys, strict=True)
+        jax.random.key_data(x) if key else x
+        for x, key in zip(leaves, keys, strict=True)
     ]
     specs = leaf_specs(paths, data)
     for spec in specs:
@@ -184,7 +187,7 @@ def leaf_specs(paths: Sequence[str], leaves: Sequence[Any]) -> tuple[LeafSpec, .
     the reverse of the leaves' order.
     """
     for path, leaf in zip(paths, leaves, strict=True):
-        if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.extended):
+        if jnp.issubdtype(leaf.dtype, jax.dtypes.extended):
             raise UnsupportedDtypeError(
                 f"leaf {path}: dtype {leaf.dtype} cannot be reduced; reduce arrays of "
                 "numbers (broadcast takes PRNG keys)"
@@ -209,13 +212,16 @@ def run_schedule(
     """Reduce leaves bucket by bucket: traced where they are tracers, else now."""
     if comm.transport == "local" or not schedule.buckets:
         return list(leaves)
-    if any(isinstance(leaf, jax.core.Tracer) for leaf in leaves):
+    if any(isinstance(leaf, _compat.Tracer) for leaf in leaves):
         return bind_buckets(leaves, comm, schedule)
     return _run_now(leaves, comm, schedule, range(len(schedule.buckets)))
 
 
 def _run_now(
-    leaves: Sequence[Any], comm: Communicator, schedule: Schedule, buckets: Sequence[int]
+    leaves: Sequence[Any],
+    comm: Communicator,
+    schedule: Schedule,
+    buckets: Sequence[int],
 ) -> list[Any]:
     first = (comm.key, schedule.fingerprint) not in _checked
     try:
@@ -386,7 +392,9 @@ def _chained_jvp(
     return [*out, token], [*d_out, _compat.zero_tangent(token)]
 
 
-def _batching(primitive: Any, leaves: int | None, args: Any, dims: Any, params: Any) -> Any:
+def _batching(
+    primitive: Any, leaves: int | None, args: Any, dims: Any, params: Any
+) -> Any:
     """Let the batched axis travel with its leaf, under a schedule that says so."""
     schedule, index = params["schedule"], params["index"]
     bucket = schedule.buckets[index]
@@ -419,7 +427,7 @@ _compat.batching.primitive_batchers[chained_p] = _chained_batching
 
 
 def _is_key(leaf: Any) -> bool:
-    return jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+    return jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
 
 
 def _to_array(path: str, leaf: Any) -> Any:

@@ -178,9 +178,7 @@ class Communicator:
         )
 
 
-def init(
-    transport: str = "auto", *, timeout: float | None = None
-) -> Communicator:
+def init(transport: str = "auto", *, timeout: float | None = None) -> Communicator:
     """Connect this process to the other ranks; the first use of anything does it too.
 
     Args:
@@ -203,7 +201,9 @@ def init(
             f"transport={transport!r}; use one of {', '.join(TRANSPORTS)}"
         )
     if timeout is not None and not timeout > 0:
-        raise InvalidOptionError(f"timeout={timeout!r}; give a positive time in seconds")
+        raise InvalidOptionError(
+            f"timeout={timeout!r}; give a positive time in seconds"
+        )
     with _lock:
         if _world is None:
             _world = _start(transport, timeout or DEFAULT_TIMEOUT)
@@ -297,7 +297,9 @@ def _import_mpi(transport: str, launched: int) -> Any:
     if launched > 1:
         why += f" (this process is one of {launched} ranks)"
     if importlib.util.find_spec("mpi4py") is None:
-        raise TransportUnavailableError(f"{why} needs mpi4py, which is missing. {remedy}")
+        raise TransportUnavailableError(
+            f"{why} needs mpi4py, which is missing. {remedy}"
+        )
     try:
         from mpi4py import MPI
     except Exception as error:  # RuntimeError or ImportError: no usable libmpi

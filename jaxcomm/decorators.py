@@ -106,7 +106,7 @@ class DataParallel:
 
     def clear_cache(self) -> None:
         """Forget compiled programs, as `jax.jit(fn).clear_cache()`."""
-        self._jitted.clear_cache()
+        self._jitted.clear_cache()  # pyright: ignore[reportAttributeAccessIssue]
 
     def _communicator(self) -> Communicator:
         return self._comm or world()
@@ -157,10 +157,28 @@ class DataParallel:
 
 
 @overload
-def data_parallel(fn: Callable[..., Any], **options: Any) -> DataParallel: ...
+def data_parallel(
+    fn: Callable[..., Any],
+    *,
+    axis_name: str = ...,
+    comm: Communicator | None = ...,
+    groups: Groups = ...,
+    bucket_bytes: int | None = ...,
+    wire_dtype: str | None = ...,
+    donate_argnums: int | Sequence[int] = ...,
+    static_argnums: int | Sequence[int] = ...,
+) -> DataParallel: ...
 @overload
 def data_parallel(
-    fn: None = None, **options: Any
+    fn: None = None,
+    *,
+    axis_name: str = ...,
+    comm: Communicator | None = ...,
+    groups: Groups = ...,
+    bucket_bytes: int | None = ...,
+    wire_dtype: str | None = ...,
+    donate_argnums: int | Sequence[int] = ...,
+    static_argnums: int | Sequence[int] = ...,
 ) -> Callable[[Callable[..., Any]], DataParallel]: ...
 
 

@@ -103,7 +103,9 @@ def check_options(
     )
 
 
-def label_of(path: str, groups: Callable[[str], Hashable] | Sequence[str]) -> str | None:
+def label_of(
+    path: str, groups: Callable[[str], Hashable] | Sequence[str]
+) -> str | None:
     """The user's group of one leaf; None leaves it to the planner."""
     if not callable(groups):
         return next((p for p in groups if re.search(p, path)), None)

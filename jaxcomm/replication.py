@@ -6,6 +6,7 @@ import hashlib
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from jaxcomm import collectives
@@ -32,9 +33,7 @@ def assert_replicated(tree: Any, *, comm: Communicator | None = None) -> None:
     """
     comm = comm or world()
     paths, leaves, _ = collectives.flatten(tree)
-    mine = {
-        path: _describe(leaf) for path, leaf in zip(paths, leaves, strict=True)
-    }
+    mine = {path: _describe(leaf) for path, leaf in zip(paths, leaves, strict=True)}
     every = comm.all_gather_object(mine)
     names = list(dict.fromkeys(path for one in every for path in one))
     different = [p for p in names if len({one.get(p) for one in every}) > 1]
@@ -56,7 +55,7 @@ def assert_replicated(tree: Any, *, comm: Communicator | None = None) -> None:
 
 
 def _describe(leaf: Any) -> tuple[str, str]:
-    if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+    if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
         leaf = jax.random.key_data(leaf)
     values = np.ascontiguousarray(np.asarray(leaf))
     digest = hashlib.sha256(values.tobytes()).hexdigest()

@@ -18,24 +18,21 @@ from __future__ import annotations
 
 import dataclasses
 import heapq
-from collections.abc import Callable, Sequence
+import itertools
+from collections.abc import Sequence
 from typing import Any
 
-import jax
-import numpy as np
-from jax import lax
-
 from jaxcomm import _compat, planner
-from jaxcomm.collectives import bucket_p, chained_p, new_token
+from jaxcomm._evaluate import Evaluator
+from jaxcomm._jaxprs import Body, Unit, bodies_of, flatten, is_var, means_of
+from jaxcomm._naming import Reduction, name_leaves
+from jaxcomm.collectives import bucket_p, new_token
 from jaxcomm.communicator import Communicator
 from jaxcomm.errors import UnsupportedCollectiveError
 from jaxcomm.planner import Groups
 from jaxcomm.schedule import Bucket, LeafSpec, Schedule
 
 _REDUCTIONS = {"psum": "sum", "pmax": "max", "pmin": "min"}
-# Bodies whose equations may simply stand in place of the call.
-_INLINED = {"jit", "pjit", "closed_call", "core_call", "custom_jvp_call"}
-_INLINED |= {"custom_vjp_call", "custom_vjp_call_jaxpr", "custom_lin"}
 _THREADED = {"scan", "while", "cond", "checkpoint", "remat", "remat2"}
 
 
@@ -49,55 +46,17 @@ class Options:
     bucket_bytes: int | None = None
 
 
-@dataclasses.dataclass
-class _Reduction:
-    """One operand of a psum-like equation."""
-
-    op: str
-    operand: Any
-    result: Any
-    ready: int
-    stage: int
-    where: str
-    path: str = ""
-
-
-@dataclasses.dataclass
-class _Unit:
-    """What is evaluated at once: an equation, a bucket, or a body with collectives."""
-
-    kind: str  # "equation", "bucket" or "body"
-    eqn: Any = None
-    inputs: Sequence[Any] = ()
-    outputs: Sequence[Any] = ()
-    stage: int = 0
-    ready: float = 0.0
-    index: int = -1  # number of the bucket in the program's schedule
-    bodies: list[_Body] = dataclasses.field(default_factory=list)
-
-
-@dataclasses.dataclass
-class _Body:
-    """A planned jaxpr: its units in an order that can be evaluated."""
-
-    constvars: Sequence[Any]
-    consts: Sequence[Any]
-    invars: Sequence[Any]
-    outvars: Sequence[Any]
-    units: list[_Unit]
-
-
 @dataclasses.dataclass(frozen=True)
 class Program:
     """A traced function with its collectives planned."""
 
     schedule: Schedule
     comm: Communicator
-    body: _Body
+    body: Body
 
     def run(self, args: Sequence[Any]) -> tuple[list[Any], Any]:
         """Evaluate under the current trace; returns (flat outputs, last token)."""
-        return _Evaluator(self).body(self.body, new_token(), args)
+        return Evaluator(self.schedule, self.comm).body(self.body, new_token(), args)
 
 
 def program(
@@ -140,20 +99,22 @@ class _Planner:
         self.leaves: list[LeafSpec] = []
         self.buckets: list[Bucket] = []
 
-    def body(self, closed: Any) -> _Body:
+    def body(self, closed: Any) -> Body:
         """Plan one jaxpr, open or closed, and the bodies inside it."""
         jaxpr = getattr(closed, "jaxpr", closed)
-        eqns, rename = _flatten(jaxpr, self._has_collective)
-        means = _means(eqns, jaxpr, rename, self.options)
+        eqns, rename = flatten(jaxpr, self._has_collective)
+        means = means_of(
+            eqns, jaxpr, rename, self.options.axis_name, self.options.comm.size
+        )
         stage: dict[Any, int] = {}
         ready: dict[Any, int] = {}
-        units: list[_Unit] = []
-        reductions: list[_Reduction] = []
-        chain: list[_Unit] = []
+        units: list[Unit] = []
+        reductions: list[Reduction] = []
+        chain: list[Unit] = []
 
         for position, (eqn, invars, outvars) in enumerate(eqns):
-            level = max([stage.get(v, 0) for v in invars if _is_var(v)], default=0)
-            when = max([ready.get(v, 0) for v in invars if _is_var(v)], default=0)
+            level = max([stage.get(v, 0) for v in invars if is_var(v)], default=0)
+            when = max([ready.get(v, 0) for v in invars if is_var(v)], default=0)
             collective = self._kind(eqn)
             for var in outvars:
                 stage[var] = level + (collective is not None)
@@ -164,10 +125,10 @@ class _Planner:
             if collective == "reduction":
                 op = _REDUCTIONS[eqn.primitive.name]
                 for operand, result in zip(invars, outvars, strict=True):
-                    at = ready.get(operand, 0) if _is_var(operand) else 0
+                    at = ready.get(operand, 0) if is_var(operand) else 0
                     mean = means.result.get(result)
                     reductions.append(
-                        _Reduction(
+                        Reduction(
                             "mean" if mean is not None else op,
                             operand,
                             result if mean is None else mean,
@@ -179,7 +140,7 @@ class _Planner:
                     if mean is not None:
                         stage[mean] = level + 1
                 continue
-            unit = _Unit("equation", eqn, invars, outvars, level, position)
+            unit = Unit("equation", eqn, invars, outvars, level, position)
             if collective == "bucket":
                 unit.kind, unit.ready = "bucket", when
                 unit.index = self._adopt(eqn, level)
@@ -193,11 +154,11 @@ class _Planner:
         chain = sorted([*chain, *buckets], key=lambda u: (u.stage, u.ready))
         for unit in chain:
             if unit.kind == "body":
-                unit.bodies = [self.body(j) for j in _bodies(unit.eqn)]
-        outs = [rename.get(v, v) if _is_var(v) else v for v in jaxpr.outvars]
+                unit.bodies = [self.body(j) for j in bodies_of(unit.eqn)]
+        outs = [rename.get(v, v) if is_var(v) else v for v in jaxpr.outvars]
         order = _in_order([*units, *buckets], chain)
         consts = getattr(closed, "consts", ())
-        return _Body(jaxpr.constvars, consts, jaxpr.invars, outs, order)
+        return Body(jaxpr.constvars, consts, jaxpr.invars, outs, order)
 
     def _kind(self, eqn: Any) -> str | None:
         name = eqn.primitive.name
@@ -246,8 +207,8 @@ class _Planner:
     def _unsupported(self, eqn: Any, why: str) -> UnsupportedCollectiveError:
         return UnsupportedCollectiveError(
             f"{eqn.primitive.name} over axis {self.options.axis_name!r} at "
-            f"{_compat.source_line(eqn) or 'an unknown line'} {why}. Scheduled are psum, "
-            "pmean, pmax and pmin, also inside jit, scan, while_loop, cond and "
+            f"{_compat.source_line(eqn) or 'an unknown line'} {why}. Scheduled are "
+            "psum, pmean, pmax and pmin, also inside jit, scan, while_loop, cond and "
             "checkpoint, and jaxcomm's own collectives."
         )
 
@@ -261,12 +222,14 @@ class _Planner:
         self.buckets.append(dataclasses.replace(bucket, leaves=indices, stage=stage))
         return len(self.buckets) - 1
 
-    def _plan(self, reductions: list[_Reduction]) -> list[_Unit]:
+    def _plan(self, reductions: list[Reduction]) -> list[Unit]:
         if not reductions:
             return []
-        _name_leaves(reductions, self.inputs)
+        name_leaves(reductions, self.inputs)
         specs = tuple(
-            LeafSpec(r.path, tuple(r.operand.aval.shape), str(r.operand.aval.dtype), r.ready)
+            LeafSpec(
+                r.path, tuple(r.operand.aval.shape), str(r.operand.aval.dtype), r.ready
+            )
             for r in reductions
         )
         schedule = planner.make_schedule(
@@ -285,7 +248,7 @@ class _Planner:
             shifted = tuple(start + i for i in bucket.leaves)
             self.buckets.append(dataclasses.replace(bucket, leaves=shifted))
             units.append(
-                _Unit(
+                Unit(
                     "bucket",
                     None,
                     [m.operand for m in members],
@@ -298,252 +261,16 @@ class _Planner:
         return units
 
 
-class _Evaluator:
-    """Evaluates planned bodies under the current trace, threading the token."""
-
-    def __init__(self, program: Program):
-        self.program = program
-
-    def body(
-        self, body: _Body, token: Any, args: Sequence[Any]
-    ) -> tuple[list[Any], Any]:
-        env: dict[Any, Any] = {}
-        env.update(zip(body.constvars, body.consts, strict=True))
-        env.update(zip(body.invars, args, strict=True))
-
-        def read(var: Any) -> Any:
-            return env[var] if _is_var(var) else var.val
-
-        for unit in body.units:
-            values = [read(v) for v in unit.inputs]
-            if unit.kind == "equation":
-                results = _compat.eval_eqn(unit.eqn, values)
-            elif unit.kind == "bucket":
-                results, token = self._bucket(unit.index, values, token)
-            else:
-                results, token = self._threaded(unit, values, token)
-            env.update(zip(unit.outputs, results, strict=True))
-        return [read(v) for v in body.outvars], token
-
-    def _bucket(
-        self, index: int, values: Sequence[Any], token: Any
-    ) -> tuple[list[Any], Any]:
-        if self.program.comm.transport == "local":
-            return list(values), token
-        with jax.named_scope(f"jaxcomm/bucket_{index:02d}"):
-            *results, token = chained_p.bind(
-                *values,
-                token,
-                comm=self.program.comm,
-                schedule=self.program.schedule,
-                index=index,
-            )
-        return results, token
-
-    def _threaded(
-        self, unit: _Unit, values: Sequence[Any], token: Any
-    ) -> tuple[list[Any], Any]:
-        name, params = unit.eqn.primitive.name, unit.eqn.params
-        if name == "scan":
-            return self._scan(unit.bodies[0], params, values, token)
-        if name == "while":
-            return self._while(unit.bodies, params, values, token)
-        if name == "cond":
-            index, *operands = values
-            branches = [self._caller(body) for body in unit.bodies]
-            token, results = lax.switch(index, branches, token, operands)
-            return list(results), token
-        run = jax.checkpoint(
-            self._caller(unit.bodies[0]),
-            prevent_cse=params["prevent_cse"],
-            policy=params["policy"],
-        )
-        token, results = run(token, list(values))
-        return list(results), token
-
-    def _caller(self, body: _Body) -> Callable[..., Any]:
-        def call(token: Any, args: Sequence[Any]) -> tuple[Any, list[Any]]:
-            results, token = self.body(body, token, args)
-            return token, results
-
-        return call
-
-    def _scan(
-        self, body: _Body, params: Any, values: Sequence[Any], token: Any
-    ) -> tuple[list[Any], Any]:
-        n_consts, n_carry = _compat.scan_counts(params)
-        consts = list(values[:n_consts])
-        init = list(values[n_consts : n_consts + n_carry])
-
-        def step(state: Any, xs: Any) -> Any:
-            token, carry = state
-            results, token = self.body(body, token, [*consts, *carry, *xs])
-            return (token, results[:n_carry]), results[n_carry:]
-
-        (token, carry), ys = lax.scan(
-            step,
-            (token, init),
-            list(values[n_consts + n_carry :]),
-            length=params["length"],
-            reverse=params["reverse"],
-            unroll=params["unroll"],
-        )
-        return [*carry, *ys], token
-
-    def _while(
-        self, bodies: list[_Body], params: Any, values: Sequence[Any], token: Any
-    ) -> tuple[list[Any], Any]:
-        n_cond, n_body = params["cond_nconsts"], params["body_nconsts"]
-        cond_consts = list(values[:n_cond])
-        body_consts = list(values[n_cond : n_cond + n_body])
-        init = list(values[n_cond + n_body :])
-        test, step = bodies
-        if any(unit.kind != "equation" for unit in test.units):
-            raise UnsupportedCollectiveError(
-                "a collective in the condition of a while_loop is not scheduled; "
-                "compute it in the body and carry the result"
-            )
-
-        def go_on(state: Any) -> Any:
-            args = [*cond_consts, *state[1]]
-            return self.body(test, state[0], args)[0][0]
-
-        def body(state: Any) -> Any:
-            args = [*body_consts, *state[1]]
-            results, token = self.body(step, state[0], args)
-            return token, results
-
-        token, carry = lax.while_loop(go_on, body, (token, init))
-        return list(carry), token
-
-
-def _bodies(eqn: Any) -> list[Any]:
-    params = eqn.params
-    name = eqn.primitive.name
-    if name == "scan":
-        return [params["jaxpr"]]
-    if name == "while":
-        return [params["cond_jaxpr"], params["body_jaxpr"]]
-    if name == "cond":
-        return list(params["branches"])
-    return [_called(eqn)]
-
-
-def _flatten(
-    jaxpr: Any, has_collective: Callable[[Any], bool]
-) -> tuple[list[tuple[Any, list[Any], list[Any]]], dict[Any, Any]]:
-    """Put the equations of called bodies with collectives in place of the calls.
-
-    Returns:
-      (equation, operands, results) triples, and what outer variables stand for.
-    """
-    out: list[tuple[Any, list[Any], list[Any]]] = []
-
-    def visit(jaxpr: Any, names: dict[Any, Any]) -> None:
-        for eqn in jaxpr.eqns:
-            invars = [names.get(v, v) if _is_var(v) else v for v in eqn.invars]
-            if eqn.primitive.name in _INLINED and has_collective(eqn):
-                closed = _called(eqn)
-                inner = getattr(closed, "jaxpr", closed)
-                local: dict[Any, Any] = dict(zip(inner.invars, invars, strict=True))
-                for var, const in zip(
-                    inner.constvars, getattr(closed, "consts", ()), strict=True
-                ):
-                    local[var] = _compat.literal(const, var.aval)
-                visit(_Scoped(inner, local), local)
-                for outer, var in zip(eqn.outvars, inner.outvars, strict=True):
-                    names[outer] = local.get(var, var) if _is_var(var) else var
-            else:
-                outvars = []
-                for var in eqn.outvars:
-                    fresh = _Var(var.aval) if isinstance(jaxpr, _Scoped) else var
-                    if fresh is not var:
-                        names[var] = fresh
-                    outvars.append(fresh)
-                out.append((eqn, invars, outvars))
-
-    names: dict[Any, Any] = {}
-    visit(jaxpr, names)
-    return out, names
-
-
-@dataclasses.dataclass(frozen=True)
-class _Scoped:
-    """An inlined body: its variables are renamed, as it may be called twice."""
-
-    jaxpr: Any
-    names: dict[Any, Any]
-
-    @property
-    def eqns(self) -> Sequence[Any]:
-        return self.jaxpr.eqns
-
-
-class _Var:
-    """A variable that stands for one of an inlined body's."""
-
-    def __init__(self, aval: Any):
-        self.aval = aval
-
-
-def _called(eqn: Any) -> Any:
-    for key in ("jaxpr", "call_jaxpr", "fun_jaxpr"):
-        if key in eqn.params:
-            return eqn.params[key]
-    raise UnsupportedCollectiveError(
-        f"{eqn.primitive.name} at {_compat.source_line(eqn)} contains a collective and "
-        "its body cannot be read"
-    )
-
-
-@dataclasses.dataclass(frozen=True)
-class _Means:
-    result: dict[Any, Any]  # psum's result -> the mean's
-    skipped: set[int]  # positions of the divisions that are folded in
-
-
-def _means(
-    eqns: Sequence[Any], jaxpr: Any, rename: dict[Any, Any], options: Options
-) -> _Means:
-    """Find sums whose only use is a division by the axis size: lax.pmean."""
-    uses: dict[Any, list[int]] = {}
-    for position, (_, invars, _) in enumerate(eqns):
-        for var in invars:
-            if _is_var(var):
-                uses.setdefault(var, []).append(position)
-    for var in jaxpr.outvars:
-        if _is_var(var):
-            uses.setdefault(rename.get(var, var), []).append(-1)
-    found = _Means({}, set())
-    for eqn, _, outvars in eqns:
-        if eqn.primitive.name != "psum":
-            continue
-        if tuple(eqn.params.get("axes", ())) != (options.axis_name,):
-            continue
-        for var in outvars:
-            users = uses.get(var, [])
-            if len(users) != 1 or users[0] < 0:
-                continue
-            division, operands, results = eqns[users[0]]
-            if division.primitive.name == "div" and operands[0] is var:
-                divisor = operands[1]
-                if not _is_var(divisor) and np.ndim(divisor.val) == 0:
-                    if divisor.val == options.comm.size:
-                        found.result[var] = results[0]
-                        found.skipped.add(users[0])
-    return found
-
-
-def _in_order(units: list[_Unit], chain: list[_Unit]) -> list[_Unit]:
+def _in_order(units: list[Unit], chain: list[Unit]) -> list[Unit]:
     """Sort units so that operands and the chain come first; else keep their order."""
     producer = {id(v): k for k, unit in enumerate(units) for v in unit.outputs}
     number = {id(unit): k for k, unit in enumerate(units)}
     before: list[set[int]] = []
     for unit in units:
         before.append(
-            {producer[id(v)] for v in unit.inputs if _is_var(v) and id(v) in producer}
+            {producer[id(v)] for v in unit.inputs if is_var(v) and id(v) in producer}
         )
-    for first, second in zip(chain, chain[1:], strict=False):
+    for first, second in itertools.pairwise(chain):
         before[number[id(second)]].add(number[id(first)])
     after: list[list[int]] = [[] for _ in units]
     for k, needed in enumerate(before):
@@ -565,7 +292,7 @@ def _in_order(units: list[_Unit], chain: list[_Unit]) -> list[_Unit]:
     return out
 
 
-def _number(body: _Body, planned: Sequence[Bucket], out: list[Bucket]) -> list[Bucket]:
+def _number(body: Body, planned: Sequence[Bucket], out: list[Bucket]) -> list[Bucket]:
     """Renumber the buckets, those of inner bodies too, in the order of their calls."""
     for unit in body.units:
         if unit.kind == "bucket":
@@ -574,68 +301,6 @@ def _number(body: _Body, planned: Sequence[Bucket], out: list[Bucket]) -> list[B
         for inner in unit.bodies:
             _number(inner, planned, out)
     return out
-
-
-def _name_leaves(
-    reductions: list[_Reduction], inputs: Sequence[tuple[str, tuple[int, ...], str]]
-) -> None:
-    """Name reductions after the inputs they run parallel to, else after their line.
-
-    lax.pmean(grads) gives one reduction per leaf and no path. Gradients have the
-    shapes of parameters, in the same order: a run of reductions from one source line
-    that matches a stretch of the inputs takes its names.
-    """
-    runs: list[list[_Reduction]] = []
-    for r in reductions:
-        if runs and runs[-1][-1].where == r.where:
-            runs[-1].append(r)
-        else:
-            runs.append([r])
-    starts: dict[Any, list[int]] = {}
-    for k, (_, shape, dtype) in enumerate(inputs):
-        starts.setdefault((shape, dtype), []).append(k)
-    taken: dict[str, int] = {}
-    for run in runs:
-        want = [(tuple(r.operand.aval.shape), str(r.operand.aval.dtype)) for r in run]
-        at = 0
-        while at < len(run):
-            start, length = _longest_match(want[at:], inputs, starts)
-            # A lone scalar would match any other scalar.
-            if length == 1 and not want[at][0]:
-                length = 0
-            for k in range(length):
-                run[at + k].path = inputs[start + k][0]
-            if length == 0:
-                run[at].path = run[at].where
-            at += max(length, 1)
-        for r in run:
-            taken[r.path] = taken.get(r.path, 0) + 1
-            if taken[r.path] > 1:
-                r.path = f"{r.path}#{taken[r.path]}"
-
-
-def _longest_match(
-    want: list[Any], inputs: Sequence[Any], starts: dict[Any, list[int]]
-) -> tuple[int, int]:
-    """Find the stretch of inputs that agrees longest with the front of `want`."""
-    best = (0, 0)
-    for start in starts.get(want[0], []):
-        length = 0
-        while (
-            length < len(want)
-            and start + length < len(inputs)
-            and inputs[start + length][1:] == want[length]
-        ):
-            length += 1
-        if length > best[1]:
-            best = (start, length)
-        if length == len(want):
-            break
-    return best
-
-
-def _is_var(value: Any) -> bool:
-    return not isinstance(value, _compat.Literal)
 
 
 def _name(groups: Groups) -> str:

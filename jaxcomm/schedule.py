@@ -169,7 +169,7 @@ class Schedule:
     def explain(self) -> str:
         """Return the schedule as a table for people: one line a bucket."""
         head = ("bucket", "stage", "op", "dtype", "leaves", "packed", "KiB", "what")
-        rows = [head]
+        rows: list[tuple[str, ...]] = [head]
         for k, bucket in enumerate(self.buckets):
             first = self.leaves[bucket.leaves[0]].path if bucket.leaves else ""
             more = len(bucket.leaves) - 1
@@ -188,7 +188,9 @@ class Schedule:
             )
         widths = [max(len(row[c]) for row in rows) for c in range(len(head) - 1)]
         lines = [
-            "  ".join([*(f"{x:>{w}}" for x, w in zip(row, widths, strict=False)), row[-1]])
+            "  ".join(
+                [*(f"{x:>{w}}" for x, w in zip(row, widths, strict=False)), row[-1]]
+            )
             for row in rows
         ]
         title = (
@@ -206,28 +208,28 @@ class Schedule:
         """Say in one line where `other` first differs from this schedule, or ""."""
         if self.size != other.size:
             return f"planned for {self.size} ranks against {other.size}"
+        mine = {leaf.path: leaf for leaf in self.leaves}
+        theirs = {leaf.path: leaf for leaf in other.leaves}
+        for path in [*mine, *theirs]:
+            if path not in theirs:
+                return f"leaf {_show(mine[path])} only here"
+            if path not in mine:
+                return f"leaf {_show(theirs[path])} only there"
+            if _show(mine[path]) != _show(theirs[path]):
+                return f"leaf {_show(mine[path])} against {_show(theirs[path])}"
         for a, b in zip(self.leaves, other.leaves, strict=False):
-            if a != b:
-                return f"leaf {_show(a)} against {_show(b)}"
-        if len(self.leaves) != len(other.leaves):
-            longer, there = (
-                (self, "only here")
-                if len(self.leaves) > len(other.leaves)
-                else (other, "only there")
-            )
-            extra = longer.leaves[min(len(self.leaves), len(other.leaves))]
-            return (
-                f"{len(self.leaves)} leaves against {len(other.leaves)}; "
-                f"leaf {_show(extra)} {there}"
-            )
+            if a.path != b.path:
+                return f"leaf {a.path} where the other has {b.path}: another order"
+            if a.order != b.order:
+                return f"leaf {a.path} is ready at place {a.order} against {b.order}"
         for k, (p, q) in enumerate(zip(self.buckets, other.buckets, strict=False)):
             for field in dataclasses.fields(Bucket):
-                mine, theirs = getattr(p, field.name), getattr(q, field.name)
-                if mine != theirs:
+                here, there = getattr(p, field.name), getattr(q, field.name)
+                if here != there:
                     where = self.leaves[p.leaves[0]].path if p.leaves else "(empty)"
                     return (
                         f"bucket {k} (first leaf {where}): "
-                        f"{field.name} {mine} against {theirs}"
+                        f"{field.name} {here} against {there}"
                     )
         if len(self.buckets) != len(other.buckets):
             return f"{len(self.buckets)} buckets against {len(other.buckets)}"

@@ -213,8 +213,8 @@ def _wait(process: subprocess.Popen[bytes], job: Job, stopped: list[int]) -> int
                 return process.wait()
         elif deadline is not None and now > deadline:
             sys.stderr.write(
-                f"jaxcomm: {' '.join(job.command)} still ran after {job.timeout:g} s on "
-                f"{job.ranks} ranks; stacks of every rank follow, then the job ends\n"
+                f"jaxcomm: {' '.join(job.command)} still ran after {job.timeout:g} s "
+                f"on {job.ranks} ranks; every rank's stacks follow, then the job ends\n"
             )
             sys.stderr.flush()
             for pid in _workers(process.pid):

@@ -76,7 +76,9 @@ class Mpi4jax:
         """Emit gate, mpi4jax's call, gate, for every array of the bucket."""
         *leaves, token = values
         *avals, token_aval = ctx.avals_in
-        small = [i for i, aval in enumerate(avals) if leaf_bytes(aval) <= call.pack_bytes]
+        small = [
+            i for i, aval in enumerate(avals) if leaf_bytes(aval) <= call.pack_bytes
+        ]
         single = [[i] for i in range(len(avals)) if i not in small]
         out: list[Any] = [None] * len(leaves)
         for part in [*single, *([small] if small else [])]:
@@ -86,12 +88,14 @@ class Mpi4jax:
             count = sum(math.prod(shape) for shape in shapes)
             whole = _compat.shaped_array((count,), _wire(call, avals[part[0]].dtype))
             (flat,) = self._map(
-                before, ctx, [avals[i] for i in part], [whole], [leaves[i] for i in part]
+                before,
+                ctx,
+                [avals[i] for i in part],
+                [whole],
+                [leaves[i] for i in part],
             )
             flat, token = self._in_order(ctx, call, flat, token, whole, token_aval)
-            results = self._map(
-                after, ctx, [whole], [avals[i] for i in part], [flat]
-            )
+            results = self._map(after, ctx, [whole], [avals[i] for i in part], [flat])
             for i, result in zip(part, results, strict=True):
                 out[i] = result
         return [*out, token]
@@ -102,12 +106,16 @@ class Mpi4jax:
         pair = ctx.replace(avals_in=(aval, token_aval), avals_out=(aval, token_aval))
         gate = {"comm": np.int64(call.comm)}
         value, token = in_place_call(
-            "jaxcomm_gate", pair, (value, token), gate | {"schedule": np.int64(call.digest)}
+            "jaxcomm_gate",
+            pair,
+            (value, token),
+            gate | {"schedule": np.int64(call.digest)},
         )
         value = self._reduce(ctx, call, value, aval)
-        return in_place_call(
+        value, token = in_place_call(
             "jaxcomm_gate", pair, (value, token), gate | {"schedule": np.int64(0)}
         )
+        return value, token
 
     def _reduce(self, ctx: Any, call: Call, value: Any, aval: Any) -> Any:
         from mpi4py import MPI
@@ -144,7 +152,11 @@ def _wire(call: Call, dtype: Any) -> np.dtype:
     dtype = np.dtype(dtype)
     if call.op != "broadcast":
         return dtype
-    return np.dtype("uint8") if dtype == bool else np.dtype(f"uint{8 * dtype.itemsize}")
+    return (
+        np.dtype("uint8")
+        if dtype == np.bool_
+        else np.dtype(f"uint{8 * dtype.itemsize}")
+    )
 
 
 def _encode(*leaves: Any, call: Call, rank: int) -> list[Any]:
@@ -158,7 +170,7 @@ def _encode(*leaves: Any, call: Call, rank: int) -> list[Any]:
     if call.op == "broadcast":
         wire = _wire(call, leaves[0].dtype)
         flat = [
-            x.astype(wire) if x.dtype == bool else lax.bitcast_convert_type(x, wire)
+            x.astype(wire) if x.dtype == np.bool_ else lax.bitcast_convert_type(x, wire)
             for x in flat
         ]
         if rank != call.root:
@@ -177,7 +189,7 @@ def _decode(flat: Any, *, call: Call, like: list[Any]) -> list[Any]:
         part = lax.slice(flat, (start,), (stop,))
         start = stop
         if call.op == "broadcast":
-            bits = part != 0 if aval.dtype == bool else None
+            bits = part != 0 if aval.dtype == np.bool_ else None
             part = lax.bitcast_convert_type(part, aval.dtype) if bits is None else bits
         out.append(jnp.reshape(part, aval.shape))
     return out

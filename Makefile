@@ -1,0 +1,50 @@
+# `make demo` and `make test` each work alone on a fresh machine; both set up first.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.jaxcomm-ready
+NATIVE := CMakeLists.txt $(wildcard jaxcomm/native/*.cc jaxcomm/native/*.h)
+# What to install besides the package: the oldest JAX in one place, the newest elsewhere.
+EXTRAS ?= dev
+DEMO_ARGS := $(if $(DEMO_STEPS),--steps $(DEMO_STEPS))
+TESTS ?= tests
+
+.PHONY: setup demo test lint bench clean
+.DEFAULT_GOAL := help
+
+help:
+	@echo "make demo   train a small STEMDL network on two MPI ranks; results in out/demo"
+	@echo "make test   run all tests on 1, 2 and 4 ranks"
+	@echo "make lint   ruff and pyright"
+	@echo "make bench  measure the gradient reduction beside its peers"
+	@echo "make setup  make $(VENV) (the others do it when needed)"
+
+setup: $(STAMP)
+
+$(STAMP): pyproject.toml $(NATIVE)
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "jaxcomm needs Python 3.11 or newer; say make PYTHON=python3.12"; exit 1; }
+	@command -v c++ g++ clang++ >/dev/null || \
+	  { echo "jaxcomm needs a C++17 compiler (Debian: apt-get install g++)"; exit 1; }
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade uv
+	$(BIN)/uv pip install --quiet --python $(BIN)/python --editable '.[$(EXTRAS)]' \
+	  --reinstall-package jaxcomm
+	@touch $@
+
+demo: $(STAMP)
+	$(BIN)/jaxcomm demo $(DEMO_ARGS)
+
+test: $(STAMP)
+	$(BIN)/pytest $(TESTS)
+
+lint: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright
+
+bench: $(STAMP)
+	$(BIN)/python benchmarks/reduction.py
+
+clean:
+	rm -rf $(VENV) build out

@@ -1,0 +1,46 @@
+"""Every transport passes the same checks on 1, 2 and 4 ranks."""
+
+from __future__ import annotations
+
+import functools
+import json
+import tempfile
+from pathlib import Path
+
+import conformance
+import pytest
+from conftest import launch_ranks
+
+JOBS = [
+    ("local", 1),
+    ("mpi", 1),
+    ("mpi", 2),
+    ("mpi", 4),
+    ("mpi4jax", 1),
+    ("mpi4jax", 2),
+    ("mpi4jax", 4),
+]
+
+
+@functools.cache
+def outcomes(transport: str, ranks: int) -> dict[str, str]:
+    """Run all checks once and return {check: errors}; one job serves all tests."""
+    with tempfile.TemporaryDirectory() as folder:
+        results = Path(folder) / "results.json"
+        script = Path(conformance.__file__)
+        done = launch_ranks(ranks, [script, results, transport], timeout=300)
+        found = json.loads(results.read_text()) if results.exists() else {}
+    if done.returncode != 0:
+        ended = (
+            f"exit code {done.returncode}\n{done.stdout[-2000:]}{done.stderr[-6000:]}"
+        )
+        found = {name: found.get(name, ended) for name in conformance.checks()}
+    return found
+
+
+@pytest.mark.timeout(400)
+@pytest.mark.parametrize(("transport", "ranks"), JOBS)
+@pytest.mark.parametrize("check", sorted(conformance.checks()))
+def test_conformance(transport: str, ranks: int, check: str) -> None:
+    error = outcomes(transport, ranks)[check]
+    assert not error, error

@@ -1,0 +1,165 @@
+"""Schedules and the planner: pure data, pure functions."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+import jaxcomm
+from jaxcomm import planner
+from jaxcomm.errors import InvalidOptionError
+from jaxcomm.schedule import Bucket, LeafSpec, Schedule
+
+
+@st.composite
+def leaf_lists(draw: st.DrawFn) -> tuple[LeafSpec, ...]:
+    count = draw(st.integers(0, 40))
+    return tuple(
+        LeafSpec(
+            path=f"['p{i}']",
+            shape=tuple(draw(st.lists(st.integers(0, 300), max_size=2))),
+            dtype=draw(st.sampled_from(["float32", "float64", "int32"])),
+            order=draw(st.integers(0, 50)),
+        )
+        for i in range(count)
+    )
+
+
+OPTIONS = st.one_of(
+    st.builds(lambda n: {"groups": n}, st.integers(1, 50)),
+    st.builds(lambda n: {"bucket_bytes": n}, st.integers(1, 10**6)),
+    st.just({"groups": lambda path: path[-3]}),
+    st.just({"groups": ["1", "2"]}),
+    st.just({}),
+)
+
+
+@given(leaf_lists(), OPTIONS)
+def test_every_leaf_is_in_exactly_one_bucket_of_its_dtype(leaves, options):
+    schedule = planner.make_schedule(leaves, op="sum", size=2, **options)
+    members = [i for bucket in schedule.buckets for i in bucket.leaves]
+    assert sorted(members) == list(range(len(leaves)))
+    for bucket in schedule.buckets:
+        assert {leaves[i].dtype for i in bucket.leaves} == {bucket.dtype}
+    ready = [max(leaves[i].order for i in b.leaves) for b in schedule.buckets]
+    assert ready == sorted(ready)
+
+
+@given(leaf_lists(), OPTIONS)
+def test_json_round_trip(leaves, options):
+    schedule = planner.make_schedule(leaves, op="mean", size=3, **options)
+    again = Schedule.from_json(schedule.to_json())
+    assert again == schedule
+    assert again.fingerprint == schedule.fingerprint
+    assert hash(again) == hash(schedule)
+    assert schedule.diff(again) == ""
+
+
+@given(leaf_lists(), st.lists(st.integers(0, 3), min_size=40, max_size=40))
+def test_stages_are_never_mixed_and_come_in_order(leaves, stages):
+    stages = tuple(stages[: len(leaves)])
+    schedule = planner.make_schedule(leaves, op="sum", size=2, stages=stages)
+    for bucket in schedule.buckets:
+        assert {stages[i] for i in bucket.leaves} == {bucket.stage}
+    order = [bucket.stage for bucket in schedule.buckets]
+    assert order == sorted(order)
+
+
+@given(leaf_lists(), st.integers(1, 50))
+def test_a_named_group_is_one_bucket_per_dtype(leaves, count):
+    schedule = planner.make_schedule(leaves, op="sum", size=2, groups=count)
+    for dtype in {leaf.dtype for leaf in leaves}:
+        members = [leaf for leaf in leaves if leaf.dtype == dtype]
+        buckets = [b for b in schedule.buckets if b.dtype == dtype]
+        assert len(buckets) == min(count, len(members))
+    labelled = planner.make_schedule(
+        leaves, op="sum", size=2, groups=lambda path: len(path)
+    )
+    kinds = {(len(leaf.path), leaf.dtype) for leaf in leaves}
+    assert len(labelled.buckets) == len(kinds)
+
+
+def test_buckets_respect_their_size():
+    leaves = tuple(LeafSpec(f"[{i}]", (1000,), "float32", i) for i in range(10))
+    schedule = planner.make_schedule(leaves, op="sum", size=2, bucket_bytes=8000)
+    assert [b.leaves for b in schedule.buckets] == [
+        (0, 1), (2, 3), (4, 5), (6, 7), (8, 9),
+    ]  # fmt: skip
+
+
+def test_cache_counts_hits():
+    jaxcomm.cache_clear()
+    tree = {"a": jax.ShapeDtypeStruct((3,), jnp.float32), "b": jnp.ones((2, 2))}
+    first = jaxcomm.plan(tree, size=2)
+    assert jaxcomm.plan(tree, size=2) is first
+    info = jaxcomm.cache_info()
+    assert (info.hits, info.misses, info.currsize) == (1, 1, 1)
+    assert jaxcomm.plan(tree, size=4) is not first
+    assert jaxcomm.plan(tree, op="sum", size=2).fingerprint != first.fingerprint
+
+
+def test_schedule_is_the_same_in_every_process():
+    text = (
+        "import jaxcomm, jax.numpy as jnp\n"
+        "tree = {k: jnp.ones((len(k), 3)) for k in ('bb', 'a', 'cccc')}\n"
+        "print(jaxcomm.plan(tree, size=2, groups=['a', 'b']).to_json())"
+    )
+    outputs = {
+        subprocess.run(
+            [sys.executable, "-c", text],
+            env={"PYTHONHASHSEED": seed, "PATH": ""},
+            capture_output=True,
+            text=True,
+            check=True,
+            timeout=60,
+        ).stdout
+        for seed in ("0", "1")
+    }
+    assert len(outputs) == 1
+    assert json.loads(outputs.pop())["size"] == 2
+
+
+def test_diff_names_the_leaf():
+    def plan(**shapes: int) -> Schedule:
+        leaves = {k: jnp.ones(n) for k, n in shapes.items()}
+        return jaxcomm.plan(leaves, size=2)
+
+    assert plan(a=3, b=4).diff(plan(a=3, b=5)) == (
+        "leaf ['b'] float32[4] against ['b'] float32[5]"
+    )
+    assert "['c'] float32[1] only there" in plan(a=1, b=1).diff(plan(a=1, b=1, c=1))
+    one = plan(a=3)
+    assert "op mean against max" in one.diff(
+        jaxcomm.plan({"a": jnp.ones(3)}, op="max", size=2)
+    )
+    assert "2 ranks against 4" in one.diff(jaxcomm.plan({"a": jnp.ones(3)}, size=4))
+
+
+def test_explain_is_a_table():
+    text = jaxcomm.plan({"w": jnp.ones((300, 300)), "b": jnp.ones(3)}, size=2).explain()
+    title, head, *rows = text.splitlines()
+    assert "2 leaves, 360,012 bytes" in title
+    assert head.split()[:4] == ["bucket", "stage", "op", "dtype"]
+    assert len(rows) >= 1
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", "[]", "{}", '{"format": 99}', '{"format": 1, "leaves": [1]}'],
+)
+def test_a_bad_file_is_refused(text):
+    with pytest.raises(InvalidOptionError, match="schedule"):
+        Schedule.from_json(text)
+
+
+def test_a_bucket_of_unknown_leaves_is_refused():
+    schedule = Schedule((), (Bucket("sum", "float32", (0,), 0),), 2)
+    with pytest.raises(InvalidOptionError, match="does not exist"):
+        Schedule.from_json(schedule.to_json())
