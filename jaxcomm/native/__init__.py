@@ -110,7 +110,7 @@ def bind_mpi(mpi: Any) -> None:
     text = ctypes.create_string_buffer(1024)
     width = mpi._sizeof(mpi.Comm)
     failures = []
-    for path in _loaded_mpi_libraries():
+    for path in loaded_mpi_libraries():
         status = load().jaxcomm_open_mpi(
             path.encode(), width, ctypes.byref(handles), text, ctypes.c_int64(1024)
         )
@@ -168,8 +168,11 @@ def _handle(mpi: Any, thing: Any) -> int:
     return mpi._handleof(thing) & (2**64 - 1)
 
 
-def _loaded_mpi_libraries() -> list[str]:
-    # libmpi is loaded with local scope, so a global dlsym does not see it.
+def loaded_mpi_libraries() -> list[str]:
+    """Return the paths of the MPI libraries mapped into this process.
+
+    libmpi is loaded with local scope, so a global dlsym does not see it.
+    """
     pattern = re.compile(r"/lib(p?mpi|mpich|mpi_\w+)[^/]*\.so[^/]*$")
     paths: dict[str, None] = {}
     for line in Path("/proc/self/maps").read_text().splitlines():

@@ -1,0 +1,282 @@
+"""`jaxcomm doctor`: what was found on this machine, and what to do about the rest.
+
+MPI and GPU libraries may hang or end the process that imports them, so every look at
+them happens in a process of its own, with a time limit.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.metadata
+import json
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from jaxcomm.launch import run as launcher
+
+_SECONDS = 60
+_OLDEST_JAX = (0, 10, 2)
+
+_LOOK_AT_JAX = """
+import json, warnings
+warnings.simplefilter("ignore")
+import jax, jaxlib
+print(json.dumps({"jax": jax.__version__, "jaxlib": jaxlib.__version__,
+                  "devices": [f"{d.platform}:{d.device_kind}" for d in jax.devices()]}))
+"""
+_LOOK_AT_MPI = """
+import json, mpi4py
+from mpi4py import MPI
+levels = {MPI.THREAD_SINGLE: "single", MPI.THREAD_FUNNELED: "funneled",
+          MPI.THREAD_SERIALIZED: "serialized", MPI.THREAD_MULTIPLE: "multiple"}
+from jaxcomm import native
+print(json.dumps({"mpi4py": mpi4py.__version__,
+                  "library": MPI.Get_library_version().splitlines()[0].strip(" \\0"),
+                  "threads": levels[MPI.Query_thread()],
+                  "paths": native.loaded_mpi_libraries()}))
+"""
+_LOOK_AT_NATIVE = """
+import json
+from jaxcomm import native
+native.load()
+print(json.dumps({"path": str(native.library_path())}))
+"""
+_LOOK_AT_MPI4JAX = """
+import json, warnings
+warnings.simplefilter("ignore")
+import mpi4jax
+print(json.dumps({"version": mpi4jax.__version__}))
+"""
+_LOOK_AT_NCCL = """
+import ctypes, json
+library = ctypes.CDLL("libnccl.so.2")
+number = ctypes.c_int()
+library.ncclGetVersion(ctypes.byref(number))
+print(json.dumps({"version": number.value}))
+"""
+_TWO_RANKS = """
+import sys
+import jax.numpy as jnp, jaxcomm
+comm = jaxcomm.init(timeout=30)
+total = float(jaxcomm.all_reduce(jnp.float32(comm.rank + 1), op="sum"))
+sys.exit(0 if (comm.size, total) == (2, 3.0) else 1)
+"""
+
+
+@dataclasses.dataclass(frozen=True)
+class Finding:
+    """One row.
+
+    Attributes:
+      what: the part looked at.
+      status: "ok", "warn" (works, could be better), "missing" (cannot be used).
+      found: what was found.
+      remedy: what to do, or "".
+    """
+
+    what: str
+    status: str
+    found: str
+    remedy: str = ""
+
+
+def main(as_json: bool) -> int:
+    """Print the findings; return 0 if several ranks can train here over MPI, else 1."""
+    ranks = _two_ranks()
+    findings = [
+        _python(),
+        *_jax(),
+        _native(),
+        *_mpi(),
+        _mpiexec(),
+        ranks,
+        _mpi4jax(),
+        _gpus(),
+        _nccl(),
+        _cores(),
+        _malloc(),
+        _slurm(),
+    ]
+    if as_json:
+        rows = [dataclasses.asdict(finding) for finding in findings]
+        sys.stdout.write(json.dumps(rows, indent=1) + "\n")
+    else:
+        _print(findings)
+    return 0 if ranks.status == "ok" else 1
+
+
+def _print(findings: list[Finding]) -> None:
+    colours = {"ok": "green", "warn": "yellow", "missing": "red"}
+    table = Table(title="jaxcomm doctor", title_justify="left")
+    for name in ("", "", "found", "what to do"):
+        table.add_column(name, overflow="fold")
+    for f in findings:
+        status = f"[{colours[f.status]}]{f.status}[/]"
+        table.add_row(f.what, status, f.found, f.remedy)
+    Console().print(table)
+
+
+def _python() -> Finding:
+    version = platform.python_version()
+    jaxcomm = importlib.metadata.version("jaxcomm")
+    return Finding("Python", "ok", f"{version}; jaxcomm {jaxcomm}")
+
+
+def _jax() -> list[Finding]:
+    seen, error = _look(_LOOK_AT_JAX)
+    if seen is None:
+        return [Finding("JAX", "missing", error, "pip install 'jax>=0.10.2'")]
+    version = tuple(int(part) for part in seen["jax"].split(".")[:3])
+    new_enough = version >= _OLDEST_JAX
+    return [
+        Finding(
+            "JAX",
+            "ok" if new_enough else "missing",
+            f"jax {seen['jax']}, jaxlib {seen['jaxlib']}",
+            "" if new_enough else "pip install -U 'jax>=0.10.2'",
+        ),
+        Finding("JAX devices", "ok", ", ".join(seen["devices"])),
+    ]
+
+
+def _native() -> Finding:
+    seen, error = _look(_LOOK_AT_NATIVE)
+    if seen is None:
+        return Finding(
+            "native library",
+            "missing",
+            error,
+            "install the package (pip install ., or make setup in a checkout)",
+        )
+    return Finding("native library", "ok", seen["path"])
+
+
+def _mpi() -> list[Finding]:
+    remedy = "pip install 'jaxcomm[mpi]', or mpi4py against your cluster's MPI"
+    seen, error = _look(_LOOK_AT_MPI)
+    if seen is None:
+        return [Finding("MPI", "missing", error, remedy)]
+    enough = seen["threads"] == "multiple"
+    return [
+        Finding("MPI", "ok", f"{seen['library']}; mpi4py {seen['mpi4py']}"),
+        Finding("MPI library", "ok", ", ".join(seen["paths"]) or "(linked statically)"),
+        Finding(
+            "MPI threads",
+            "ok" if enough else "missing",
+            f"MPI_THREAD_{seen['threads'].upper()}",
+            "" if enough else "leave mpi4py.rc.thread_level at 'multiple'",
+        ),
+    ]
+
+
+def _mpiexec() -> Finding:
+    try:
+        found = launcher.find_mpiexec()
+    except launcher.LaunchError as error:
+        return Finding("mpiexec", "missing", "none", str(error))
+    text = f"{found.path} ({found.vendor}: {found.version})"
+    if found.vendor == "unknown":
+        remedy = "set JAXCOMM_MPIEXEC to the mpiexec of the library above"
+        return Finding("mpiexec", "warn", text, remedy)
+    return Finding("mpiexec", "ok", text)
+
+
+def _two_ranks() -> Finding:
+    what = "2 ranks reduce"
+    with tempfile.TemporaryDirectory() as folder:
+        script = Path(folder) / "two_ranks.py"
+        script.write_text(_TWO_RANKS)
+        line = [sys.executable, "-m", "jaxcomm", "run", "-n", "2"]
+        line += ["--timeout", str(_SECONDS), str(script)]
+        done = subprocess.run(line, capture_output=True, text=True, check=False)
+    if done.returncode == 0:
+        return Finding(what, "ok", "1 + 2 = 3, through jaxcomm run")
+    lines = [line for line in done.stderr.splitlines() if line.strip()]
+    # The rank's own error says more than the launcher's report of it.
+    errors = [line for line in lines if "Error" in line or "failed" in line]
+    shown = (errors or lines or [f"exit code {done.returncode}"])[0]
+    remedy = "see the rows above; then `jaxcomm run -n 2 --verbose` on a script"
+    return Finding(what, "missing", shown[:300], remedy)
+
+
+def _mpi4jax() -> Finding:
+    seen, error = _look(_LOOK_AT_MPI4JAX)
+    if seen is None:
+        remedy = "only transport='mpi4jax' needs it; build it against the same MPI"
+        return Finding("mpi4jax", "warn", error, remedy)
+    return Finding("mpi4jax", "ok", seen["version"])
+
+
+def _gpus() -> Finding:
+    if shutil.which("nvidia-smi") is None:
+        return Finding("GPUs", "ok", "none (no nvidia-smi)")
+    done = subprocess.run(
+        ["nvidia-smi", "-L"],
+        capture_output=True,
+        text=True,
+        timeout=_SECONDS,
+        check=False,
+    )
+    if done.returncode != 0 or not done.stdout.strip():
+        return Finding("GPUs", "ok", "none (nvidia-smi lists none)")
+    remedy = "the NCCL transport is not built yet: gradients travel over MPI on CPU"
+    return Finding("GPUs", "warn", done.stdout.strip(), remedy)
+
+
+def _nccl() -> Finding:
+    seen, _ = _look(_LOOK_AT_NCCL)
+    if seen is None:
+        return Finding("NCCL", "ok", "none; not used in this version")
+    return Finding("NCCL", "ok", f"{seen['version']}; not used in this version")
+
+
+def _cores() -> Finding:
+    usable, total = len(os.sched_getaffinity(0)), os.cpu_count() or 1
+    text = f"{usable} of {total} usable"
+    if usable < total:
+        remedy = "this process is bound; more ranks than its cores will share them"
+        return Finding("cores", "warn", text, remedy)
+    return Finding("cores", "ok", text)
+
+
+def _malloc() -> Finding:
+    name = "MALLOC_MMAP_THRESHOLD_"
+    if name in os.environ:
+        return Finding("malloc", "ok", f"{name}={os.environ[name]}")
+    remedy = "outside jaxcomm run, export what `jaxcomm run --verbose` prints"
+    return Finding("malloc", "ok", "jaxcomm run sets its thresholds", remedy)
+
+
+def _slurm() -> Finding:
+    job = os.environ.get("SLURM_JOB_ID")
+    if job is None:
+        return Finding("Slurm", "ok", "not in a job")
+    step = "inside a step" if "SLURM_STEP_ID" in os.environ else "in the batch script"
+    return Finding("Slurm", "ok", f"job {job}, {step}")
+
+
+def _look(text: str) -> tuple[dict | None, str]:
+    """Run a piece of Python that prints JSON; return it, or why it failed."""
+    try:
+        done = subprocess.run(
+            [sys.executable, "-c", text],
+            capture_output=True,
+            text=True,
+            timeout=_SECONDS,
+            check=False,
+        )
+    except subprocess.TimeoutExpired:
+        return None, f"no answer within {_SECONDS} s"
+    try:
+        return json.loads(done.stdout.strip().splitlines()[-1]), ""
+    except (IndexError, ValueError):
+        lines = [line for line in done.stderr.splitlines() if line.strip()]
+        return None, (lines or [f"exit code {done.returncode}"])[-1][:300]

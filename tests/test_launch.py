@@ -1,0 +1,186 @@
+"""The launcher and the doctor."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from conftest import ROOT, Launch
+
+from jaxcomm.launch import run as launcher
+
+
+def jaxcomm(*arguments: str, **env: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "jaxcomm", *arguments],
+        cwd=ROOT,
+        env={**os.environ, **env},
+        capture_output=True,
+        text=True,
+        timeout=200,
+        check=False,
+    )
+
+
+def alive(pid: int) -> bool:
+    """Tell whether a process still runs; one that init has yet to reap does not."""
+    try:
+        stat = Path(f"/proc/{pid}/stat").read_text()
+    except OSError:
+        return False
+    return stat.rpartition(")")[2].split()[0] not in "ZX"
+
+
+def none_left(pids: list[int]) -> bool:
+    for _ in range(50):
+        if not any(map(alive, pids)):
+            return True
+        time.sleep(0.1)
+    return False
+
+
+def test_arguments_after_the_script_are_the_scripts(job: Launch) -> None:
+    text = "import sys; print(sys.argv[1:])"
+    done = job(2, text, "--help", "-n", "7", "--verbose", "a b")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("['--help', '-n', '7', '--verbose', 'a b']") == 2
+
+
+def test_modules_run_too(tmp_path: Path) -> None:
+    (tmp_path / "some_module.py").write_text(
+        "import sys; print('module', sys.argv[1:])"
+    )
+    done = subprocess.run(
+        [sys.executable, "-m", "jaxcomm", "run", "-n", "2", "-m", "some_module", "-x"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("module ['-x']") == 2
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 4])
+def test_exit_codes_pass(job: Launch, ranks: int) -> None:
+    text = "import jaxcomm, sys; c = jaxcomm.init(); sys.exit(7 * (c.rank == 0))"
+    assert job(ranks, text).returncode == 7
+    assert job(ranks, "import jaxcomm; jaxcomm.init()").returncode == 0
+
+
+def test_the_timeout_dumps_stacks_and_leaves_no_process(job: Launch) -> None:
+    text = (
+        "import os, time, jaxcomm\n"
+        "jaxcomm.init()\n"
+        "print('pid', os.getpid(), flush=True)\n"
+        "def stuck_here():\n"
+        "    time.sleep(100)\n"
+        "stuck_here()\n"
+    )
+    done = job(2, text, timeout=12)
+    assert done.returncode == launcher.TIMED_OUT
+    assert "still ran after 12 s" in done.stderr
+    assert done.stderr.count("in stuck_here") == 2
+    pids = [int(line.split()[1]) for line in done.stdout.splitlines() if "pid" in line]
+    assert len(pids) == 2
+    assert none_left(pids)
+
+
+def test_sigterm_ends_all_ranks(tmp_path: Path) -> None:
+    script = tmp_path / "wait.py"
+    script.write_text(
+        "import os, time, sys, pathlib, jaxcomm\n"
+        "c = jaxcomm.init()\n"
+        "pathlib.Path(sys.argv[1], f'pid{c.rank}').write_text(str(os.getpid()))\n"
+        "time.sleep(100)\n"
+    )
+    line = [
+        sys.executable,
+        "-m",
+        "jaxcomm",
+        "run",
+        "-n",
+        "2",
+        str(script),
+        str(tmp_path),
+    ]
+    process = subprocess.Popen(line, stderr=subprocess.DEVNULL)
+    files = [tmp_path / "pid0", tmp_path / "pid1"]
+    for _ in range(600):
+        if all(f.exists() and f.read_text() for f in files):
+            break
+        time.sleep(0.1)
+    pids = [int(f.read_text()) for f in files]
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(timeout=30) == 128 + signal.SIGTERM
+    assert none_left(pids)
+
+
+def test_prefixed_output_names_the_rank(job: Launch) -> None:
+    done = job(2, "print('hello')", options=["--output", "prefix"])
+    lines = [line for line in done.stdout.splitlines() if "hello" in line]
+    assert len(lines) == 2
+    # Open MPI writes "[1,0]<stdout>: ", MPICH "[0] ".
+    prefixes = {line.split("hello")[0] for line in lines}
+    assert len(prefixes) == 2
+
+
+def test_each_rank_keeps_to_its_cores(job: Launch) -> None:
+    cores = len(os.sched_getaffinity(0))
+    done = job(2, "import os; print('cores', sorted(os.sched_getaffinity(0)))")
+    found = {line for line in done.stdout.splitlines() if "cores" in line}
+    if cores >= 2:
+        assert len(found) == 2, done.stdout
+    done = job(
+        2,
+        "import os; print('cores', len(os.sched_getaffinity(0)))",
+        options=["--no-pin"],
+    )
+    assert done.stdout.count(f"cores {cores}") == 2
+
+
+def test_verbose_prints_what_is_run(job: Launch) -> None:
+    done = job(2, "pass", options=["--verbose"])
+    assert "jaxcomm.launch.worker" in done.stderr
+    assert "OMP_NUM_THREADS=" in done.stderr
+
+
+def test_missing_mpiexec_says_what_to_do(tmp_path: Path) -> None:
+    script = tmp_path / "script.py"
+    script.write_text("")
+    done = jaxcomm("run", "-n", "2", str(script), JAXCOMM_MPIEXEC="no-such-program")
+    assert done.returncode != 0
+    assert "pip install 'jaxcomm[mpi]'" in done.stderr
+
+
+def test_missing_script_and_too_many_ranks(tmp_path: Path) -> None:
+    done = jaxcomm("run", "-n", "2", "no-such-script.py")
+    assert done.returncode != 0
+    assert "no script 'no-such-script.py'" in done.stderr
+    script = tmp_path / "script.py"
+    script.write_text("")
+    done = jaxcomm("run", "-n", "4000", "--no-oversubscribe", str(script))
+    assert done.returncode != 0
+    assert "leave the option out" in done.stderr
+
+
+def test_doctor() -> None:
+    done = jaxcomm("doctor", "--json")
+    rows = {row["what"]: row for row in json.loads(done.stdout)}
+    assert done.returncode == 0, done.stdout
+    assert rows["2 ranks reduce"]["status"] == "ok"
+    assert rows["native library"]["status"] == "ok"
+    assert rows["MPI threads"]["found"] == "MPI_THREAD_MULTIPLE"
+
+
+def test_doctor_without_mpiexec_fails_and_says_why() -> None:
+    done = jaxcomm("doctor", JAXCOMM_MPIEXEC="no-such-program", COLUMNS="200")
+    assert done.returncode == 1
+    assert "JAXCOMM_MPIEXEC=no-such-program is not an executable" in done.stdout
