@@ -543,7 +543,7 @@ def check_bad_input(comm: Communicator) -> None:
             "root",
             lambda: jaxcomm.plan({"root": x}, groups=lambda p: 1 / 0),
         ),
-        (InvalidOptionError, "hashable", lambda: jaxcomm.plan(x, groups=lambda p: [])),
+        (InvalidOptionError, "hashable", lambda: jaxcomm.plan(x, groups=unhashable)),
         (
             InvalidOptionError,
             "axis_name='data'",

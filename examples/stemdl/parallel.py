@@ -1,0 +1,115 @@
+"""Two ways to run one train step on several devices.
+
+The step names its axis, "batch", and averages over it; who supplies the axis is
+decided here. `Ranks` is one process per device, `Devices` one process for all.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import jax
+import numpy as np
+
+import jaxcomm
+
+AXIS = "batch"
+
+Step = Callable[[Any, Any], tuple[Any, jax.Array]]
+
+
+class Backend(Protocol):
+    """What differs between one process per device and one process for all."""
+
+    name: str
+    rank: int
+    size: int
+
+    def compile(self, step: Step) -> Any:
+        """Make `(state, batch) -> (state, loss)` run on all devices."""
+        ...
+
+    def replicate(self, state: Any) -> Any:
+        """Give every device the same state."""
+        ...
+
+    def share(self, rows: np.ndarray) -> np.ndarray:
+        """Row indices of this process's part of a batch, shaped as the step's input."""
+        ...
+
+    def fetch(self, tree: Any) -> Any:
+        """One device's copy of replicated values, as NumPy arrays."""
+        ...
+
+    def barrier(self) -> None:
+        """Wait for all processes."""
+        ...
+
+    def checks(self) -> int | None:
+        """Times that ranks have compared schedules so far; None without ranks."""
+        ...
+
+
+class Ranks:
+    """jaxcomm: every rank computes on its slice of the batch."""
+
+    name = "jaxcomm"
+
+    def __init__(self) -> None:
+        self._comm = jaxcomm.init()
+        self.rank, self.size = jaxcomm.rank(), jaxcomm.size()
+
+    def compile(self, step: Step) -> Any:
+        return jaxcomm.data_parallel(step, axis_name=AXIS, donate_argnums=0)
+
+    def replicate(self, state: Any) -> Any:
+        return jaxcomm.broadcast(state, root=0)
+
+    def share(self, rows: np.ndarray) -> np.ndarray:
+        return np.split(rows, self.size)[self.rank]
+
+    def fetch(self, tree: Any) -> Any:
+        return jax.tree.map(np.asarray, tree)
+
+    def barrier(self) -> None:
+        self._comm.barrier()
+
+    def checks(self) -> int | None:
+        return self._comm.counters().get("agreements", 0)
+
+
+class Devices:
+    """`jax.pmap`: arrays carry a leading device axis.
+
+    On a CPU, XLA_FLAGS=--xla_force_host_platform_device_count=2 makes two devices.
+    """
+
+    name = "pmap"
+    rank = 0
+
+    def __init__(self) -> None:
+        self.size = jax.local_device_count()
+
+    def compile(self, step: Step) -> Any:
+        return jax.pmap(step, axis_name=AXIS, donate_argnums=0)
+
+    def replicate(self, state: Any) -> Any:
+        return jax.tree.map(
+            lambda leaf: np.broadcast_to(leaf, (self.size, *np.shape(leaf))), state
+        )
+
+    def share(self, rows: np.ndarray) -> np.ndarray:
+        return np.stack(np.split(rows, self.size))
+
+    def fetch(self, tree: Any) -> Any:
+        return jax.tree.map(lambda leaf: np.asarray(leaf[0]), tree)
+
+    def barrier(self) -> None:
+        pass
+
+    def checks(self) -> int | None:
+        return None
+
+
+BACKENDS: dict[str, Callable[[], Backend]] = {"jaxcomm": Ranks, "pmap": Devices}

@@ -1,0 +1,52 @@
+"""Simulate the data set, unless it is cached.
+
+python examples/stemdl/simulate.py --samples 1500 --processes 2
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import click
+from rich.console import Console
+from rich.progress import Progress
+
+import crystals
+import dataset
+
+TEST_FRACTION = 2 / 15
+
+
+def data_config(samples: int) -> dataset.DataConfig:
+    """The data set of so many training samples, and held-out ones in proportion."""
+    held_out = max(len(crystals.HELD_OUT), round(samples * TEST_FRACTION))
+    return dataset.DataConfig(train=samples, test=held_out)
+
+
+def simulate(
+    config: dataset.DataConfig, directory: Path, processes: int, console: Console
+) -> None:
+    """Simulate what is not cached, with a progress bar."""
+    with Progress(console=console, transient=True) as progress:
+        task = progress.add_task(f"simulating {config.samples} samples", total=1.0)
+        for done in dataset.ensure(config, directory, processes):
+            progress.update(task, completed=done)
+
+
+@click.command()
+@click.option("--samples", default=1500, show_default=True, help="training samples")
+@click.option(
+    "--data", "directory", type=click.Path(path_type=Path), default="data/stemdl"
+)
+@click.option("--processes", default=os.cpu_count() or 1, show_default=True)
+def main(samples: int, directory: Path, processes: int) -> None:
+    """Simulate the data set, unless it is cached."""
+    console = Console(stderr=True)
+    config = data_config(samples)
+    simulate(config, directory, processes, console)
+    console.print(f"{config.path(directory)}: {config.samples} samples")
+
+
+if __name__ == "__main__":
+    main()

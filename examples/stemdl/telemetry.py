@@ -1,0 +1,90 @@
+"""Progress on the terminal, and the figures of a finished training."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import jax
+import numpy as np
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+UNTIMED_STEPS = 3
+"""First steps, which compile and touch memory; left out of the speed."""
+
+LATE = 4
+"""Steps after which a loss is read: by then it is there, and dispatch stays ahead."""
+
+LINE_EVERY = 100
+
+
+class Telemetry:
+    """Collects losses and time; shows them, where asked to."""
+
+    def __init__(self, steps: int, batch: int, shown: bool):
+        self._steps, self._batch = steps, batch
+        self._losses: list[jax.Array] = []
+        self._read: list[float] = []
+        self._started = self._seconds = 0.0
+        console = Console(stderr=True)
+        # Where there is no terminal, a log gets a line now and then.
+        self._log = console if shown and not console.is_terminal else None
+        self._bar = Progress(
+            TextColumn("training"),
+            BarColumn(),
+            TextColumn("{task.completed}/{task.total}"),
+            TextColumn("loss {task.fields[loss]:.3f}"),
+            TextColumn("{task.fields[speed]:.0f} samples/s"),
+            TimeRemainingColumn(),
+            console=console,
+            disable=not (shown and console.is_terminal),
+        )
+        self._task = self._bar.add_task("", total=steps, loss=float("nan"), speed=0.0)
+
+    def __enter__(self) -> Telemetry:
+        self._bar.start()
+        return self
+
+    def __exit__(self, kind: object, *_: object) -> None:
+        self._bar.stop()
+        if kind is None:
+            self._read += [_scalar(loss) for loss in self._losses[len(self._read) :]]
+            self._seconds = time.perf_counter() - self._started
+
+    def record(self, step: int, loss: jax.Array) -> None:
+        """Note the loss of step number `step`, counted from 1, without waiting."""
+        self._losses.append(loss)
+        if step == UNTIMED_STEPS:
+            jax.block_until_ready(loss)
+            self._started = time.perf_counter()
+        if step > LATE:
+            self._read.append(_scalar(self._losses[step - 1 - LATE]))
+            self._show(step)
+
+    def _show(self, step: int) -> None:
+        late = float(np.mean(self._read[-20:]))
+        elapsed = time.perf_counter() - self._started
+        speed = (step - UNTIMED_STEPS) * self._batch / elapsed
+        self._bar.update(self._task, completed=step, loss=late, speed=speed)
+        if self._log and (step % LINE_EVERY == 0 or step == self._steps):
+            self._log.print(
+                f"step {step}/{self._steps}  loss {late:.3f}  {speed:.0f} samples/s"
+            )
+
+    def report(self) -> dict[str, Any]:
+        """Steps, seconds and samples/s without the first steps, and all losses."""
+        steps = len(self._read)
+        timed = (steps - UNTIMED_STEPS) * self._batch
+        return {
+            "steps": steps,
+            "batch": self._batch,
+            "seconds": self._seconds,
+            "samples_per_s": timed / self._seconds,
+            "losses": self._read,
+        }
+
+
+def _scalar(loss: jax.Array) -> float:
+    """A loss on the host; pmap's has one equal value per device."""
+    return float(np.ravel(loss)[0])

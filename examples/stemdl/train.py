@@ -1,0 +1,226 @@
+r"""Train the network, data-parallel over ranks or over devices.
+
+jaxcomm run -n 2 examples/stemdl/train.py --out out/stemdl
+XLA_FLAGS=--xla_force_host_platform_device_count=2 \
+        python examples/stemdl/train.py --backend pmap --out out/stemdl-pmap
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import click
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from rich.console import Console
+
+import checkpoint
+from augment import SYMMETRIES, augment
+from dataset import Dataset, load
+from network import StemNet
+from parallel import AXIS, BACKENDS, Backend
+from simulate import data_config, simulate
+from telemetry import UNTIMED_STEPS, Telemetry
+
+WARM_UP_STEPS = 30
+FINAL_LR_FRACTION = 0.02
+ADAM_EPS = float(__import__("os").environ.get("EPS", "1e-8"))
+
+
+class State(NamedTuple):
+    """What a train step reads and renews."""
+
+    params: Any
+    batch_stats: Any
+    opt_state: optax.OptState
+
+
+def optimizer(lr: float, steps: int) -> optax.GradientTransformation:
+    """Adam; linear warm-up, then a cosine to 2 % of `lr` over all `steps`."""
+    warm_up = min(WARM_UP_STEPS, steps // 2)
+    schedule = optax.warmup_cosine_decay_schedule(
+        lr / WARM_UP_STEPS, lr, warm_up, steps, end_value=FINAL_LR_FRACTION * lr
+    )
+    return optax.adam(schedule, eps=ADAM_EPS)
+
+
+def initial_state(
+    model: StemNet, tx: optax.GradientTransformation, sample: np.ndarray, seed: int
+) -> State:
+    """The same on every rank that calls it with the same seed."""
+    variables = jax.jit(model.init)(jax.random.key(seed), sample[None])
+    params = variables["params"]
+    return State(params, variables["batch_stats"], tx.init(params))
+
+
+def make_train_step(model: StemNet, tx: optax.GradientTransformation) -> Any:
+    """One step on one device's samples, as one would write it for `jax.pmap`."""
+
+    def train_step(
+        state: State, batch: tuple[jax.Array, jax.Array]
+    ) -> tuple[State, jax.Array]:
+        x, y = batch
+
+        def loss_fn(params: Any) -> tuple[jax.Array, Any]:
+            predicted, updated = model.apply(
+                {"params": params, "batch_stats": state.batch_stats},
+                x,
+                train=True,
+                mutable=["batch_stats"],
+            )
+            return jnp.mean((predicted - y) ** 2), updated["batch_stats"]
+
+        grad_fn = jax.value_and_grad(loss_fn, has_aux=True)
+        (loss, batch_stats), grads = grad_fn(state.params)
+        grads = jax.lax.pmean(grads, AXIS)
+        updates, opt_state = tx.update(grads, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
+        return State(params, batch_stats, opt_state), jax.lax.pmean(loss, AXIS)
+
+    return train_step
+
+
+def batches(
+    dataset: Dataset, backend: Backend, batch: int, seed: int
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Endless augmented batches: the same global ones for any number of ranks.
+
+    Yields:
+      This process's part: patterns and labels; pmap's with a leading device axis.
+    """
+    rng = np.random.default_rng(seed)
+    samples = len(dataset.train_x)
+    while True:
+        order = rng.permutation(samples)
+        symmetries = rng.integers(SYMMETRIES, size=samples)
+        for start in range(0, samples - batch + 1, batch):
+            rows = backend.share(order[start : start + batch])
+            x, y = augment(
+                dataset.train_x[rows.ravel()],
+                dataset.train_y[rows.ravel()],
+                symmetries[rows.ravel()],
+            )
+            # A second axis of rows, where there is one, is pmap's device axis.
+            yield (
+                x.reshape(*rows.shape, *x.shape[1:]),
+                y.reshape(*rows.shape, *y.shape[1:]),
+            )
+
+
+@click.command()
+@click.option(
+    "--backend",
+    "backend_name",
+    type=click.Choice(sorted(BACKENDS)),
+    default="jaxcomm",
+    show_default=True,
+)
+@click.option(
+    "--steps",
+    type=click.IntRange(UNTIMED_STEPS + 1),
+    default=1600,
+    show_default=True,
+    help="length of the schedule",
+)
+@click.option(
+    "--stop",
+    type=click.IntRange(UNTIMED_STEPS + 1),
+    help="stop after so many of these steps",
+)
+@click.option("--batch", default=16, show_default=True, help="over all ranks together")
+@click.option("--lr", default=3e-3, show_default=True)
+@click.option("--seed", default=0, show_default=True)
+@click.option("--samples", default=1500, show_default=True, help="training samples")
+@click.option(
+    "--compare-steps",
+    default=20,
+    show_default=True,
+    help="keep the parameters after so many steps",
+)
+@click.option(
+    "--data",
+    "data_dir",
+    type=click.Path(path_type=Path),
+    default="data/stemdl",
+    show_default=True,
+)
+@click.option(
+    "--out", type=click.Path(path_type=Path), default="out/stemdl", show_default=True
+)
+def main(
+    backend_name: str,
+    steps: int,
+    stop: int | None,
+    batch: int,
+    lr: float,
+    seed: int,
+    samples: int,
+    compare_steps: int,
+    data_dir: Path,
+    out: Path,
+) -> None:
+    """Train the network; rank 0 writes parameters and train.json to --out."""
+    backend = BACKENDS[backend_name]()
+    root = backend.rank == 0
+    if batch % backend.size:
+        raise click.UsageError(
+            f"--batch {batch} does not divide over {backend.size} devices"
+        )
+    if batch > samples:
+        raise click.UsageError(f"--batch {batch} exceeds --samples {samples}")
+    config = data_config(samples)
+    if root:
+        out.mkdir(parents=True, exist_ok=True)
+        simulate(config, data_dir, 1, Console(stderr=True))
+    backend.barrier()
+    dataset = load(config, data_dir)
+
+    model, tx = StemNet(axis_name=AXIS), optimizer(lr, steps)
+    state = backend.replicate(initial_state(model, tx, dataset.train_x[0], seed))
+    train_step = backend.compile(make_train_step(model, tx))
+    checks = backend.checks()
+
+    stop = min(stop or steps, steps)
+    with Telemetry(stop, batch, shown=root) as telemetry:
+        feed = batches(dataset, backend, batch, seed)
+        for step, local_batch in zip(range(1, stop + 1), feed, strict=False):
+            # The loss is read late: the next batch is made while this step runs.
+            state, loss = train_step(state, local_batch)
+            telemetry.record(step, loss)
+            if step == 1:
+                checks = backend.checks()
+            if step == compare_steps and root:
+                checkpoint.save(out / f"params_{step}.npz", backend.fetch(state.params))
+
+    if root:
+        params, batch_stats = backend.fetch((state.params, state.batch_stats))
+        variables = {"params": params, "batch_stats": batch_stats}
+        checkpoint.save(out / "params.npz", variables)
+        report = {
+            "backend": backend.name,
+            "ranks": backend.size,
+            "control_messages_per_step": _per_step(checks, backend.checks(), stop),
+            "schedule_fingerprint": None,
+            **telemetry.report(),
+        }
+        if backend.name == "jaxcomm":
+            schedule = train_step.schedule
+            report["schedule_fingerprint"] = schedule.fingerprint
+            (out / "schedule.txt").write_text(schedule.explain() + "\n")
+        (out / "train.json").write_text(json.dumps(report, indent=1) + "\n")
+
+
+def _per_step(first: int | None, last: int | None, steps: int) -> float | None:
+    """Schedule checks per step after the first."""
+    if first is None or last is None:
+        return None
+    return (last - first) / max(1, steps - 1)
+
+
+if __name__ == "__main__":
+    main()
