@@ -98,11 +98,7 @@ class DataParallel:
         The lowered function returns a pair: the function's result and the token that
         orders its collectives.
         """
-        try:
-            return self._jitted.lower(*args, **kwargs)
-        finally:
-            # Nothing runs, so nothing is there to wait for.
-            self._unchecked = False
+        return self._jitted.lower(*args, **kwargs)
 
     def clear_cache(self) -> None:
         """Forget compiled programs, as `jax.jit(fn).clear_cache()`."""

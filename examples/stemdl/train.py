@@ -29,7 +29,6 @@ from telemetry import UNTIMED_STEPS, Telemetry
 
 WARM_UP_STEPS = 30
 FINAL_LR_FRACTION = 0.02
-ADAM_EPS = float(__import__("os").environ.get("EPS", "1e-8"))
 
 
 class State(NamedTuple):
@@ -46,14 +45,19 @@ def optimizer(lr: float, steps: int) -> optax.GradientTransformation:
     schedule = optax.warmup_cosine_decay_schedule(
         lr / WARM_UP_STEPS, lr, warm_up, steps, end_value=FINAL_LR_FRACTION * lr
     )
-    return optax.adam(schedule, eps=ADAM_EPS)
+    return optax.adam(schedule)
 
 
 def initial_state(
-    model: StemNet, tx: optax.GradientTransformation, sample: np.ndarray, seed: int
+    model: StemNet,
+    tx: optax.GradientTransformation,
+    sample: np.ndarray,
+    seed: int,
+    dtype: Any,
 ) -> State:
     """The same on every rank that calls it with the same seed."""
     variables = jax.jit(model.init)(jax.random.key(seed), sample[None])
+    variables = jax.tree.map(lambda leaf: leaf.astype(dtype), variables)
     params = variables["params"]
     return State(params, variables["batch_stats"], tx.init(params))
 
@@ -137,6 +141,11 @@ def batches(
 @click.option("--seed", default=0, show_default=True)
 @click.option("--samples", default=1500, show_default=True, help="training samples")
 @click.option(
+    "--float64",
+    is_flag=True,
+    help="train in double precision, to compare backends without rounding",
+)
+@click.option(
     "--compare-steps",
     default=20,
     show_default=True,
@@ -160,11 +169,13 @@ def main(
     lr: float,
     seed: int,
     samples: int,
+    float64: bool,
     compare_steps: int,
     data_dir: Path,
     out: Path,
 ) -> None:
     """Train the network; rank 0 writes parameters and train.json to --out."""
+    jax.config.update("jax_enable_x64", float64)
     backend = BACKENDS[backend_name]()
     root = backend.rank == 0
     if batch % backend.size:
@@ -181,13 +192,21 @@ def main(
     dataset = load(config, data_dir)
 
     model, tx = StemNet(axis_name=AXIS), optimizer(lr, steps)
-    state = backend.replicate(initial_state(model, tx, dataset.train_x[0], seed))
+    dtype = jnp.float64 if float64 else jnp.float32
+    state = initial_state(model, tx, dataset.train_x[0], seed, dtype)
+    state = backend.replicate(state)
     train_step = backend.compile(make_train_step(model, tx))
-    checks = backend.checks()
+    feed = batches(dataset, backend, batch, seed)
+    if backend.name == "jaxcomm" and root:
+        # Lowering plans and neither runs nor waits: one rank may do it alone.
+        train_step.lower(state, next(batches(dataset, backend, batch, seed)))
+        schedule = train_step.schedule.explain()
+        Console(stderr=True).print(schedule, highlight=False, soft_wrap=True)
+        (out / "schedule.txt").write_text(schedule + "\n")
 
+    checks = backend.checks()
     stop = min(stop or steps, steps)
     with Telemetry(stop, batch, shown=root) as telemetry:
-        feed = batches(dataset, backend, batch, seed)
         for step, local_batch in zip(range(1, stop + 1), feed, strict=False):
             # The loss is read late: the next batch is made while this step runs.
             state, loss = train_step(state, local_batch)
@@ -209,9 +228,7 @@ def main(
             **telemetry.report(),
         }
         if backend.name == "jaxcomm":
-            schedule = train_step.schedule
-            report["schedule_fingerprint"] = schedule.fingerprint
-            (out / "schedule.txt").write_text(schedule.explain() + "\n")
+            report["schedule_fingerprint"] = train_step.schedule.fingerprint
         (out / "train.json").write_text(json.dumps(report, indent=1) + "\n")
 
 
