@@ -38,9 +38,9 @@ def test_a_sample_does_not_depend_on_who_simulates_it(
 
 def test_patterns_hold_no_more_than_the_beam(samples: dataset.Arrays) -> None:
     beam = (samples["amplitudes"].astype(np.float64) ** 2).sum((-2, -1))
-    # The band limit and the detector's edge lose some, most for thick heavy samples.
     assert beam.max() < 1.001
-    assert beam.min() > 0.7
+    # The band limit and the detector's edge lose some, most close to heavy columns.
+    assert beam.mean() > 0.85
 
 
 def test_labels_are_standardised(samples: dataset.Arrays) -> None:

@@ -240,7 +240,8 @@ def load(config: DataConfig, directory: Path) -> Dataset:
 
 def _read(config: DataConfig, path: Path) -> Arrays:
     try:
-        with np.load(path, allow_pickle=False) as file:
+        # Given a path, np.load leaves a damaged file open.
+        with path.open("rb") as raw, np.load(raw, allow_pickle=False) as file:
             stored = str(file["config"])
             arrays = {key: file[key] for key in _KEYS}
     except FileNotFoundError:
