@@ -6,7 +6,7 @@ their results:
 
 - `bucket_p` carries an ordered JAX effect. It is what a bare collective binds in a
   user's own `jit`: JAX then keeps its order and never prunes it, at the price of
-  Python dispatch (about 3 ms for 100 leaves; see docs/performance.md).
+  Python dispatch (docs/performance.md says what that costs).
 - `chained_p` takes and returns a token, a uint32 scalar, and has no effect: order and
   liveness follow from the data alone and dispatch stays on JAX's fast path. Only a
   pass that owns the whole function can thread the token: see `rewrite`.

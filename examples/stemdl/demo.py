@@ -23,7 +23,7 @@ import checkpoint
 from baselines import baselines
 from dataset import load
 from evaluate import evaluate
-from simulate import data_config, simulate
+from simulate import data_config, data_option, simulate
 
 RANKS = 2
 STEPS, SAMPLES = 1600, 1500
@@ -103,9 +103,7 @@ def show(console: Console, report: dict[str, Any]) -> None:
 @click.option(
     "--steps", type=click.IntRange(COMPARE_STEPS + 4), default=STEPS, show_default=True
 )
-@click.option(
-    "--data", "data_dir", type=click.Path(path_type=Path), default="data/stemdl"
-)
+@data_option
 @click.option(
     "--out", type=click.Path(path_type=Path), default="out/demo", show_default=True
 )

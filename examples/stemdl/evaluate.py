@@ -19,7 +19,7 @@ from baselines import baselines
 from dataset import Dataset, load
 from network import StemNet
 from scores import nrmse, pearson
-from simulate import data_config
+from simulate import data_config, data_option
 
 BATCH = 40
 
@@ -72,13 +72,7 @@ def evaluate(dataset: Dataset, run: Path, out: Path) -> dict[str, float]:
     "--run", type=click.Path(path_type=Path), default="out/stemdl", show_default=True
 )
 @click.option("--samples", default=1500, show_default=True, help="as in training")
-@click.option(
-    "--data",
-    "data_dir",
-    type=click.Path(path_type=Path),
-    default="data/stemdl",
-    show_default=True,
-)
+@data_option
 def main(run: Path, samples: int, data_dir: Path) -> None:
     """Score a run beside linear baselines and draw its reconstructions."""
     console = Console()

@@ -17,6 +17,15 @@ import dataset
 
 TEST_FRACTION = 2 / 15
 
+data_option = click.option(
+    "--data",
+    "data_dir",
+    type=click.Path(path_type=Path),
+    default="data/stemdl",
+    show_default=True,
+    help="where simulated data are cached",
+)
+
 
 def data_config(samples: int) -> dataset.DataConfig:
     """The data set of so many training samples, and held-out ones in proportion."""
@@ -36,16 +45,14 @@ def simulate(
 
 @click.command()
 @click.option("--samples", default=1500, show_default=True, help="training samples")
-@click.option(
-    "--data", "directory", type=click.Path(path_type=Path), default="data/stemdl"
-)
+@data_option
 @click.option("--processes", default=os.cpu_count() or 1, show_default=True)
-def main(samples: int, directory: Path, processes: int) -> None:
+def main(samples: int, data_dir: Path, processes: int) -> None:
     """Simulate the data set, unless it is cached."""
     console = Console(stderr=True)
     config = data_config(samples)
-    simulate(config, directory, processes, console)
-    console.print(f"{config.path(directory)}: {config.samples} samples")
+    simulate(config, data_dir, processes, console)
+    console.print(f"{config.path(data_dir)}: {config.samples} samples")
 
 
 if __name__ == "__main__":

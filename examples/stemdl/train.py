@@ -24,7 +24,7 @@ from augment import SYMMETRIES, augment
 from dataset import Dataset, load
 from network import StemNet
 from parallel import AXIS, BACKENDS, Backend
-from simulate import data_config, simulate
+from simulate import data_config, data_option, simulate
 from telemetry import UNTIMED_STEPS, Telemetry
 
 WARM_UP_STEPS = 30
@@ -151,13 +151,7 @@ def batches(
     show_default=True,
     help="keep the parameters after so many steps",
 )
-@click.option(
-    "--data",
-    "data_dir",
-    type=click.Path(path_type=Path),
-    default="data/stemdl",
-    show_default=True,
-)
+@data_option
 @click.option(
     "--out", type=click.Path(path_type=Path), default="out/stemdl", show_default=True
 )
