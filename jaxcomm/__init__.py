@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from jaxcomm import errors as errors
+    from jaxcomm import flax as flax
     from jaxcomm import optax as optax
     from jaxcomm.collectives import all_reduce as all_reduce
     from jaxcomm.collectives import broadcast as broadcast
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
     from jaxcomm.replication import assert_replicated as assert_replicated
     from jaxcomm.schedule import Schedule as Schedule
 
-_MODULES = ("errors", "optax")
+_MODULES = ("errors", "flax", "optax")
 _NAMES = {
     "all_reduce": "collectives",
     "assert_replicated": "replication",

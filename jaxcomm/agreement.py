@@ -13,21 +13,16 @@ import dataclasses
 import functools
 import hashlib
 import importlib.metadata
-import logging
 import threading
-import time
 from typing import Any
 
 import jax
 import numpy as np
 
-from jaxcomm.errors import JaxcommError, ScheduleMismatchError, StallError
+from jaxcomm import watchdog
+from jaxcomm.errors import JaxcommError, ScheduleMismatchError
 from jaxcomm.schedule import Schedule
 
-log = logging.getLogger(__name__)
-
-_POLL_SECONDS = 0.001
-_WARN_SECONDS = 10.0
 _SHOWN_VARIANTS = 8
 
 
@@ -131,27 +126,12 @@ def _reduce_min(
     from mpi4py import MPI
 
     request = channel.comm.Iallreduce(send, receive, op=MPI.MIN)
-    start = time.monotonic()
-    warned = False
-    while not request.Test():
-        waited = time.monotonic() - start
-        if waited > _WARN_SECONDS and not warned:
-            warned = True
-            log.warning(
-                "rank %d of %d waits for the other ranks to check a new schedule (%s)",
-                channel.comm.Get_rank(),
-                channel.comm.Get_size(),
-                what,
-            )
-        if waited > channel.timeout:
-            raise StallError(
-                f"rank {channel.comm.Get_rank()} of {channel.comm.Get_size()} waited "
-                f"{channel.timeout:g} s for the other ranks to check a schedule "
-                f"({what}). A rank ended, runs another program or has not got here; "
-                "every rank must call the same collectives in the same order. "
-                "init(timeout=...) sets the time."
-            )
-        time.sleep(_POLL_SECONDS)
+    watchdog.wait(
+        request.Test,
+        channel.timeout,
+        who=f"rank {channel.comm.Get_rank()} of {channel.comm.Get_size()}",
+        what=f"check a schedule ({what})",
+    )
 
 
 def _explain(comm: Any, own: bytes, entry: _Entry | None) -> str:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import atexit
 import dataclasses
 import hashlib
+import importlib
 import importlib.util
 import logging
 import os
@@ -28,7 +29,7 @@ from jaxcomm.transports.local import Local
 
 log = logging.getLogger(__name__)
 
-TRANSPORTS = ("auto", "local", "mpi", "mpi4jax")
+TRANSPORTS = ("auto", "local", "mpi", "mpi4jax", "nccl", "xla")
 DEFAULT_TIMEOUT = 600.0
 STAGING_BYTES = 8 << 20
 # MPI's copy and our scaling of a segment meet in a core's L2 cache.
@@ -183,7 +184,8 @@ def init(transport: str = "auto", *, timeout: float | None = None) -> Communicat
 
     Args:
       transport: "auto" takes MPI when the process was launched as one of several
-        ranks, else "local"; "local", "mpi" and "mpi4jax" insist.
+        ranks, else "local"; "local", "mpi" and "mpi4jax" insist. "nccl" and "xla"
+        are refused in this version, with the reason.
       timeout: seconds that the one-time schedule check waits for the other ranks
         before it raises StallError; 600 unless given.
 
@@ -267,6 +269,8 @@ def _start(transport: str, timeout: float) -> Communicator:
         transport = "mpi" if launched > 1 or mpi_ready else "local"
     if transport == "local":
         return Communicator("world", "local", timeout)
+    if transport in ("nccl", "xla"):
+        importlib.import_module(f"jaxcomm.transports.{transport}").connect()
 
     mpi = _import_mpi(transport, launched)
     if launched > 1 and mpi.COMM_WORLD.Get_size() == 1:

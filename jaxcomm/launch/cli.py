@@ -112,6 +112,50 @@ def doctor(as_json: bool) -> None:
     sys.exit(examination.main(as_json))
 
 
+@main.command()
+@click.option("--ranks", type=click.IntRange(1), default=27600, show_default=True)
+@click.option(
+    "--tensors",
+    type=click.IntRange(1),
+    default=33,
+    show_default=True,
+    help="Gradient tensors per step.",
+)
+@click.option(
+    "--cycles",
+    type=click.IntRange(1),
+    default=1,
+    show_default=True,
+    help="Negotiation cycles in which they become ready.",
+)
+@click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
+def simulate(ranks: int, tensors: int, cycles: int, as_json: bool) -> None:
+    """Count the control messages of each design at any number of ranks."""
+    import dataclasses
+    import json
+
+    from rich.console import Console
+    from rich.table import Table
+
+    from jaxcomm.simulate import control
+
+    rows = [dataclasses.asdict(t) for t in control.designs(ranks, tensors, cycles)]
+    if as_json:
+        click.echo(json.dumps(rows, indent=1))
+        return
+    table = Table(
+        title=f"Control messages: {ranks:,} ranks, {tensors} tensors, {cycles} cycle(s)"
+    )
+    for k, name in enumerate(
+        ("design", "once", "per step", "bytes into rank 0 per step", "rounds per step")
+    ):
+        table.add_column(name, justify="right" if k else "left")
+    for row in rows:
+        name, *numbers = row.values()
+        table.add_row(name, *(f"{number:,}" for number in numbers))
+    Console().print(table)
+
+
 @main.command(context_settings=_PASS_THROUGH | {"help_option_names": []})
 @click.argument("arguments", nargs=-1, type=click.UNPROCESSED)
 def demo(arguments: tuple[str, ...]) -> None:

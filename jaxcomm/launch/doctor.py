@@ -56,11 +56,10 @@ import mpi4jax
 print(json.dumps({"version": mpi4jax.__version__}))
 """
 _LOOK_AT_NCCL = """
-import ctypes, json
-library = ctypes.CDLL("libnccl.so.2")
-number = ctypes.c_int()
-library.ncclGetVersion(ctypes.byref(number))
-print(json.dumps({"version": number.value}))
+import dataclasses, json
+from jaxcomm.transports import nccl
+found = nccl.find()
+print(json.dumps(dataclasses.asdict(found) if found else None))
 """
 _TWO_RANKS = """
 import sys
@@ -235,7 +234,8 @@ def _nccl() -> Finding:
     seen, _ = _look(_LOOK_AT_NCCL)
     if seen is None:
         return Finding("NCCL", "ok", "none; not used in this version")
-    return Finding("NCCL", "ok", f"{seen['version']}; not used in this version")
+    text = f"{seen['version']} ({seen['path']}); not used in this version"
+    return Finding("NCCL", "ok", text)
 
 
 def _cores() -> Finding:

@@ -1,0 +1,39 @@
+"""Adapter for Flax. Linen's parameters are plain pytrees and need none of it."""
+
+from __future__ import annotations
+
+from typing import Any, TypeVar
+
+from jaxcomm import collectives
+from jaxcomm.communicator import Communicator
+
+Module = TypeVar("Module")
+
+
+def broadcast(
+    module: Module, *, root: int = 0, comm: Communicator | None = None
+) -> Module:
+    """Give an nnx module on every rank the root's state, in place.
+
+    Parameters, batch statistics and random streams all become the root's. To let
+    ranks draw different dropout masks, reseed their streams afterwards, for instance
+    with `nnx.reseed(module, dropout=jaxcomm.rank())`.
+
+    Args:
+      module: a `flax.nnx.Module` (an `nnx.Optimizer` too), of equal structure, shapes
+        and dtypes on all ranks.
+      root: the rank whose state is sent.
+      comm: the ranks that take part; all by default.
+
+    Returns:
+      The same module.
+
+    Raises:
+      InvalidTreeError, InvalidOptionError, ScheduleMismatchError: as
+        `jaxcomm.broadcast`; the module is unchanged then.
+    """
+    from flax import nnx
+
+    state: Any = nnx.state(module)
+    nnx.update(module, collectives.broadcast(state, root=root, comm=comm))
+    return module

@@ -1,0 +1,47 @@
+"""Waiting with an end: a rank that others do not join says so, then gives up.
+
+What is watched today is the one-time schedule check. A rank that stops inside a
+bucket's MPI call is ended by `jaxcomm run --timeout` only.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable
+
+from jaxcomm.errors import StallError
+
+log = logging.getLogger(__name__)
+
+WARN_SECONDS = 10.0
+_POLL_SECONDS = 0.001
+
+
+def wait(done: Callable[[], bool], timeout: float, *, who: str, what: str) -> None:
+    """Poll until `done()`; log after 10 s, give up after `timeout`.
+
+    Args:
+      done: tells whether the awaited thing has happened; called every millisecond.
+      timeout: seconds.
+      who: the waiting rank, as the message's subject.
+      what: what it waits for, to follow "the other ranks to".
+
+    Raises:
+      StallError: `timeout` seconds went by.
+    """
+    start = time.monotonic()
+    warned = False
+    while not done():
+        waited = time.monotonic() - start
+        if waited > WARN_SECONDS and not warned:
+            warned = True
+            log.warning("%s waits for the other ranks to %s", who, what)
+        if waited > timeout:
+            raise StallError(
+                f"{who} waited {timeout:g} s for the other ranks to {what}. A rank "
+                "ended, runs another program or has not got here; every rank must "
+                "call the same collectives in the same order. init(timeout=...) sets "
+                "the time."
+            )
+        time.sleep(_POLL_SECONDS)
