@@ -9,13 +9,14 @@ EXTRAS ?= dev
 DEMO_ARGS := $(if $(DEMO_STEPS),--steps $(DEMO_STEPS))
 TESTS ?= tests
 
-.PHONY: setup demo test lint bench clean
+.PHONY: setup demo test lint sanitize bench clean
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make demo   train a small STEMDL network on two MPI ranks; results in out/demo"
 	@echo "make test   run all tests on 1, 2 and 4 ranks"
 	@echo "make lint   ruff and pyright"
+	@echo "make sanitize  run the native code under Address-, UB- and ThreadSanitizer"
 	@echo "make bench  measure the gradient reduction beside its peers"
 	@echo "make setup  make $(VENV) (the others do it when needed)"
 
@@ -42,6 +43,9 @@ lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
+
+sanitize: $(STAMP)
+	tests/native/sanitize.sh $(BIN)
 
 bench: $(STAMP)
 	$(BIN)/python benchmarks/reduction.py

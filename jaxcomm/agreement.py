@@ -14,12 +14,11 @@ import functools
 import hashlib
 import importlib.metadata
 import threading
-from typing import Any
 
 import jax
 import numpy as np
 
-from jaxcomm import watchdog
+from jaxcomm._host import HostChannel
 from jaxcomm.errors import JaxcommError, ScheduleMismatchError
 from jaxcomm.schedule import Schedule
 
@@ -39,7 +38,7 @@ class _Entry:
 
 @dataclasses.dataclass(frozen=True)
 class _Channel:
-    comm: Any
+    host: HostChannel
     timeout: float
 
 
@@ -49,9 +48,9 @@ _failures: dict[int, JaxcommError] = {}
 _lock = threading.Lock()
 
 
-def connect(key: int, comm: Any, timeout: float) -> None:
-    """Set the MPI communicator over which checks of communicator `key` run."""
-    _channels[key] = _Channel(comm, timeout)
+def connect(key: int, host: HostChannel, timeout: float) -> None:
+    """Set the channel over which checks of communicator `key` run."""
+    _channels[key] = _Channel(host, timeout)
 
 
 @functools.cache
@@ -112,38 +111,25 @@ def _compare(channel: _Channel, entry: _Entry | None, digest: int) -> None:
     # Minimum and maximum in one reduction: the maximum is the inverted minimum of
     # the inverse. Every rank sees the same result, so all decide alike.
     send = np.concatenate([mine, ~mine])
-    receive = np.empty_like(send)
     what = entry.schedule.summary() if entry else "of a cached program"
-    _reduce_min(channel, send, receive, what)
+    receive = channel.host.reduce_min(
+        send, channel.timeout, f"check a schedule ({what})"
+    )
     low, high = receive[:32], ~receive[32:]
     if not np.array_equal(low, high):
-        raise ScheduleMismatchError(_explain(channel.comm, own, entry))
+        raise ScheduleMismatchError(_explain(channel.host, own, entry))
 
 
-def _reduce_min(
-    channel: _Channel, send: np.ndarray, receive: np.ndarray, what: str
-) -> None:
-    from mpi4py import MPI
-
-    request = channel.comm.Iallreduce(send, receive, op=MPI.MIN)
-    watchdog.wait(
-        request.Test,
-        channel.timeout,
-        who=f"rank {channel.comm.Get_rank()} of {channel.comm.Get_size()}",
-        what=f"check a schedule ({what})",
-    )
-
-
-def _explain(comm: Any, own: bytes, entry: _Entry | None) -> str:
+def _explain(host: HostChannel, own: bytes, entry: _Entry | None) -> str:
     """Say which ranks agree and where the others first differ; same on all ranks."""
     ranks: dict[bytes, list[int]] = {}
-    for rank, digest in enumerate(comm.allgather(own)):
+    for rank, digest in enumerate(host.all_gather(own)):
         ranks.setdefault(digest, []).append(rank)
     lines = ["the ranks hold different schedules; nothing was sent."]
     reference: tuple[Schedule, str] | None = None
     for digest, members in list(ranks.items())[:_SHOWN_VARIANTS]:
         mine = (entry.schedule.to_json(), entry.terms) if entry else None
-        text = comm.bcast(mine if own == digest else None, root=members[0])
+        text = host.broadcast(mine if own == digest else None, members[0])
         who = f"  {_rank_names(members)}: "
         if text is None:
             lines.append(who + "a compiled program that was not traced here")

@@ -22,18 +22,20 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxcomm import agreement, native
+from jaxcomm import agreement, costmodel, native
+from jaxcomm._host import HostChannel
+from jaxcomm.costmodel import CostModel
 from jaxcomm.errors import InvalidOptionError, TransportUnavailableError
 from jaxcomm.transports.base import Transport
 from jaxcomm.transports.local import Local
 
 log = logging.getLogger(__name__)
 
+STAGING_VARIABLE = "JAXCOMM_STAGING_BYTES"
 TRANSPORTS = ("auto", "local", "mpi", "mpi4jax", "nccl", "xla")
 DEFAULT_TIMEOUT = 600.0
 STAGING_BYTES = 8 << 20
-# MPI's copy and our scaling of a segment meet in a core's L2 cache.
-SEGMENT_BYTES = 1 << 20
+_MIN_STAGING = 4096
 
 _lock = threading.RLock()
 _world: Communicator | None = None
@@ -42,8 +44,17 @@ _world: Communicator | None = None
 @dataclasses.dataclass(frozen=True)
 class _MpiComms:
     data: Any
-    control: Any
     host: Any
+    channel: HostChannel
+
+
+@dataclasses.dataclass(frozen=True)
+class _Settings:
+    """What `init` was given and found; the same on every rank, subgroups included."""
+
+    timeout: float = DEFAULT_TIMEOUT
+    staging_bytes: int = STAGING_BYTES
+    costs: CostModel = costmodel.DEFAULT
 
 
 class Communicator:
@@ -56,13 +67,23 @@ class Communicator:
       local_size: number of ranks on this host.
       transport: "local", "mpi" or "mpi4jax".
       timeout: seconds that the schedule check waits for the other ranks.
+      staging_bytes: size of the buffer that small leaves share.
+      topology: what a profile of `jaxcomm tune` holds for; "" without MPI.
+      costs: the cost model that plans are made with.
     """
 
     def __init__(
-        self, lineage: str, transport: str, timeout: float, comm: Any | None = None
+        self,
+        lineage: str,
+        transport: str,
+        settings: _Settings,
+        comm: Any | None = None,
     ):
         self.transport = transport
-        self.timeout = timeout
+        self.timeout = settings.timeout
+        self.staging_bytes = settings.staging_bytes
+        self.topology = ""
+        self.costs = settings.costs
         self.lineage = lineage
         # The key stands in compiled programs, so it must be equal on all ranks.
         digest = hashlib.sha256(lineage.encode()).digest()
@@ -71,6 +92,7 @@ class Communicator:
         self.local_rank, self.local_size = 0, 1
         self._subgroups: dict[tuple[int, ...], Communicator | None] = {}
         self._comms: _MpiComms | None = None
+        self._measured: list[Any] = []
         self.lowering: Transport = Local()
         if comm is not None:
             self._connect(comm)
@@ -82,16 +104,19 @@ class Communicator:
         node = comm.Split_type(MPI.COMM_TYPE_SHARED)
         self.local_rank, self.local_size = node.Get_rank(), node.Get_size()
         node.Free()
-        self._comms = _MpiComms(comm.Dup(), comm.Dup(), comm.Dup())
+        host = comm.Dup()
+        self._comms = _MpiComms(comm.Dup(), host, HostChannel(host))
         # An MPI failure becomes a Python exception, never MPI_Abort.
         self._comms.data.Set_errhandler(MPI.ERRORS_RETURN)
+        if self.lineage == "world":
+            self._find_settings()
         native.create_communicator(
             self.key,
             self._comms.data,
-            staging_bytes=STAGING_BYTES,
-            segment_bytes=SEGMENT_BYTES,
+            staging_bytes=self.staging_bytes,
+            segment_bytes=self.costs.segment_bytes,
         )
-        agreement.connect(self.key, self._comms.control, self.timeout)
+        agreement.connect(self.key, HostChannel(comm.Dup()), self.timeout)
         if self.transport == "mpi4jax":
             from jaxcomm.transports.mpi4jax import Mpi4jax
 
@@ -100,6 +125,27 @@ class Communicator:
             from jaxcomm.transports.mpi import Mpi
 
             self.lowering = Mpi()
+
+    def _find_settings(self) -> None:
+        """Read the profile on rank 0 and give it to all, so that all plan alike."""
+        from mpi4py import MPI
+
+        assert self._comms is not None
+        library = MPI.Get_library_version().splitlines()[0].strip(" \0")
+        local_sizes = self.all_gather_object(self.local_size)
+        self.topology = costmodel.topology(self.transport, library, local_sizes)
+        found: tuple[Any, ...] = (None, None, "")
+        if self.rank == 0:
+            try:
+                costs = costmodel.find_profile(self.topology)
+                found = (costs, self.staging_bytes, "")
+            except InvalidOptionError as error:
+                found = (None, None, str(error))
+        self.costs, self.staging_bytes, failure = self.broadcast_object(found)
+        if failure:
+            raise InvalidOptionError(failure)
+        if self.costs.source != "default" and self.rank == 0:
+            log.info("plans follow the profile %s", self.costs.source)
 
     def subgroup(self, ranks: Sequence[int]) -> Communicator | None:
         """Return the communicator of some of this one's ranks.
@@ -134,24 +180,46 @@ class Communicator:
         lineage = f"{self.lineage}/{','.join(map(str, members))}"
         comm = None
         if self._comms is not None:
+            # Blocking calls of MPI itself: nothing else of ours may run beside them.
+            _wait_for_pending_work()
             group = self._comms.host.Get_group().Incl(list(members))
             comm = self._comms.host.Create_group(group)
-        return Communicator(lineage, self.transport, self.timeout, comm)
+        settings = _Settings(self.timeout, self.staging_bytes, self.costs)
+        return Communicator(lineage, self.transport, settings, comm)
 
     def barrier(self) -> None:
         """Wait until every rank is here (host side; not for use inside jit)."""
         if self._comms is not None:
-            self._comms.host.Barrier()
+            self._comms.channel.barrier()
 
     def broadcast_object(self, obj: Any, root: int = 0) -> Any:
         """Return the root's picklable Python object on every rank."""
         if not 0 <= root < self.size:
             raise InvalidOptionError(f"root={root}; give a rank below {self.size}")
-        return obj if self._comms is None else self._comms.host.bcast(obj, root)
+        return obj if self._comms is None else self._comms.channel.broadcast(obj, root)
 
     def all_gather_object(self, obj: Any) -> list[Any]:
         """Return every rank's picklable Python object, in rank order."""
-        return [obj] if self._comms is None else self._comms.host.allgather(obj)
+        return [obj] if self._comms is None else self._comms.channel.all_gather(obj)
+
+    def duplicate(self, segment_bytes: int) -> int:
+        """Return the key of a native communicator of the same ranks, for measuring.
+
+        It differs in how large leaves are divided. All ranks call it together.
+        """
+        assert self._comms is not None
+        number = len(self._measured)
+        digest = hashlib.sha256(f"{self.lineage}#{number}".encode()).digest()
+        key = int.from_bytes(digest[:8], "big") >> 1
+        data = self._comms.host.Dup()
+        self._measured.append(data)
+        native.create_communicator(
+            key,
+            data,
+            staging_bytes=self.staging_bytes,
+            segment_bytes=segment_bytes,
+        )
+        return key
 
     def counters(self) -> dict[str, int]:
         """Return what the native library counted on this communicator.
@@ -179,7 +247,12 @@ class Communicator:
         )
 
 
-def init(transport: str = "auto", *, timeout: float | None = None) -> Communicator:
+def init(
+    transport: str = "auto",
+    *,
+    timeout: float | None = None,
+    staging_bytes: int | None = None,
+) -> Communicator:
     """Connect this process to the other ranks; the first use of anything does it too.
 
     Args:
@@ -188,6 +261,8 @@ def init(transport: str = "auto", *, timeout: float | None = None) -> Communicat
         are refused in this version, with the reason.
       timeout: seconds that the one-time schedule check waits for the other ranks
         before it raises StallError; 600 unless given.
+      staging_bytes: size of the buffer that small leaves share, per communicator; 8 MiB
+        or JAXCOMM_STAGING_BYTES unless given. Rank 0's value holds for all.
 
     Returns:
       The communicator of all ranks; the same object at every call.
@@ -208,7 +283,10 @@ def init(transport: str = "auto", *, timeout: float | None = None) -> Communicat
         )
     with _lock:
         if _world is None:
-            _world = _start(transport, timeout or DEFAULT_TIMEOUT)
+            settings = _Settings(
+                timeout or DEFAULT_TIMEOUT, _staging_bytes(staging_bytes)
+            )
+            _world = _start(transport, settings)
             log.debug("%r", _world)
         elif transport not in ("auto", _world.transport):
             raise InvalidOptionError(
@@ -219,6 +297,12 @@ def init(transport: str = "auto", *, timeout: float | None = None) -> Communicat
             raise InvalidOptionError(
                 f"init(timeout={timeout}), but it was set to {_world.timeout} before; "
                 "call init once, before anything else of jaxcomm"
+            )
+        elif staging_bytes not in (None, _world.staging_bytes):
+            raise InvalidOptionError(
+                f"init(staging_bytes={staging_bytes}), but it was set to "
+                f"{_world.staging_bytes} before; call init once, before anything else "
+                "of jaxcomm"
             )
         return _world
 
@@ -262,13 +346,25 @@ def launched_ranks() -> int:
     return max([int(text) for text in found if text.isdigit()], default=1)
 
 
-def _start(transport: str, timeout: float) -> Communicator:
+def _staging_bytes(given: int | None) -> int:
+    text = str(STAGING_BYTES if given is None else given)
+    name = "init(staging_bytes=...)"
+    if given is None and STAGING_VARIABLE in os.environ:
+        text, name = os.environ[STAGING_VARIABLE], STAGING_VARIABLE
+    if not text.isdigit() or int(text) < _MIN_STAGING:
+        raise InvalidOptionError(
+            f"{name}: {text!r}; give a number of bytes, at least {_MIN_STAGING}"
+        )
+    return int(text) // 16 * 16  # whole elements of every dtype
+
+
+def _start(transport: str, settings: _Settings) -> Communicator:
     launched = launched_ranks()
     if transport == "auto":
         mpi_ready = "mpi4py.MPI" in sys.modules and _mpi_size() > 1
         transport = "mpi" if launched > 1 or mpi_ready else "local"
     if transport == "local":
-        return Communicator("world", "local", timeout)
+        return Communicator("world", "local", settings)
     if transport in ("nccl", "xla"):
         importlib.import_module(f"jaxcomm.transports.{transport}").connect()
 
@@ -283,7 +379,7 @@ def _start(transport: str, timeout: float) -> Communicator:
     native.load()
     native.bind_mpi(mpi)
     native.set_agree(agreement.answer)
-    comm = Communicator("world", transport, timeout, mpi.COMM_WORLD)
+    comm = Communicator("world", transport, settings, mpi.COMM_WORLD)
     if comm.size > 1:
         from jaxcomm.launch import abort
 
@@ -315,11 +411,14 @@ def _import_mpi(transport: str, launched: int) -> Any:
             f"{why}: MPI is not initialised, or already finalised; leave mpi4py's "
             "automatic initialisation on, or call MPI.Init_thread() before jaxcomm"
         )
-    if MPI.Query_thread() < MPI.THREAD_MULTIPLE:
+    least, name = MPI.THREAD_SERIALIZED, "MPI_THREAD_SERIALIZED"
+    if transport == "mpi4jax":  # its calls cannot take turns
+        least, name = MPI.THREAD_MULTIPLE, "MPI_THREAD_MULTIPLE"
+    if MPI.Query_thread() < least:
         raise TransportUnavailableError(
-            f"{why}: MPI runs with a thread level below MPI_THREAD_MULTIPLE, and the "
-            "custom calls run on XLA's threads. Leave mpi4py.rc.thread_level at "
-            "'multiple', and check that the MPI library was built with threads."
+            f"{why}: MPI runs with a thread level below {name}, and the custom calls "
+            "run on XLA's threads. Leave mpi4py.rc.thread_level at 'multiple', and "
+            "check that the MPI library was built with threads."
         )
     return MPI
 

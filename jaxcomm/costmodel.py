@@ -1,40 +1,228 @@
-"""What a bucket costs, as far as the planner needs to know."""
+"""What a bucket costs: the model that the planner asks.
+
+    time of a bucket = call + sum over messages of t(bytes) + packed bytes / copy
+
+where t is the time of one MPI all-reduce, a curve through measured points: latency at
+its left end, bandwidth at its right. `jaxcomm tune` measures curve and copy speed for
+the job at hand and writes a profile; `find_profile` reads it in later jobs.
+"""
 
 from __future__ import annotations
 
+import bisect
 import dataclasses
+import functools
+import hashlib
+import json
+import math
+import os
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from jaxcomm.errors import InvalidOptionError
+
+FORMAT = 1
+PROFILE_VARIABLE = "JAXCOMM_PROFILE"
+_LATENCY_SHARE = 0.02
 
 
 @dataclasses.dataclass(frozen=True)
 class CostModel:
-    """Time of one custom call: latency + bytes / bandwidth, + copies when packed.
-
-    The defaults were measured with Open MPI 5 over shared memory, 2 ranks on 2
-    cores (in place: 102 MB in 16-19 ms; a small call: about 30 us inside XLA).
+    """Time of a bucket.
 
     Attributes:
-      latency: seconds per custom call that are not spent on bytes.
-      bandwidth: bytes per second of an in-place reduction.
+      call: seconds of a custom call before its first message.
+      curve: (bytes, seconds) of one in-place all-reduce, by rising bytes.
       copy_bandwidth: bytes per second of packing and unpacking, both counted.
+      segment_bytes: large leaves are reduced in messages of this size.
+      source: "default", or the key of the profile it was read from.
     """
 
-    latency: float = 30e-6
-    bandwidth: float = 5.5e9
-    copy_bandwidth: float = 4e9
+    call: float
+    curve: tuple[tuple[int, float], ...]
+    copy_bandwidth: float
+    segment_bytes: int
+    source: str = "default"
 
-    def bucket_bytes(self, share: float = 0.02) -> int:
-        """Smallest bucket in which latency takes at most `share` of the time."""
-        return int(self.latency * self.bandwidth * (1 - share) / share)
+    def message_seconds(self, nbytes: int) -> float:
+        """Time of one message: linear between points, the last slope beyond them."""
+        sizes = [size for size, _ in self.curve]
+        k = min(max(bisect.bisect_left(sizes, nbytes), 1), len(sizes) - 1)
+        (x0, y0), (x1, y1) = self.curve[k - 1], self.curve[k]
+        return max(y0 + (y1 - y0) * (nbytes - x0) / (x1 - x0), self.curve[0][1])
 
+    def in_place_seconds(self, nbytes: int) -> float:
+        """Time of one leaf that is reduced where it lies."""
+        full, rest = divmod(nbytes, self.segment_bytes)
+        seconds = full * self.message_seconds(self.segment_bytes)
+        return seconds + (self.message_seconds(rest) if rest else 0.0)
+
+    def bucket_seconds(self, in_place: Sequence[int], packed: int) -> float:
+        """Time of a bucket: sizes of its leaves in place, and all packed bytes."""
+        seconds = self.call + sum(map(self.in_place_seconds, in_place))
+        if packed:
+            seconds += self.in_place_seconds(packed) + packed / self.copy_bandwidth
+        return seconds
+
+    @property
+    def bandwidth(self) -> float:
+        """Bytes per second of a large leaf in place."""
+        return self.segment_bytes / self.message_seconds(self.segment_bytes)
+
+    @functools.cached_property
     def pack_bytes(self) -> int:
-        """Largest leaf for which packing is cheaper than a call of its own."""
-        return int(self.latency * self.copy_bandwidth)
+        """Largest leaf for which two copies cost less than a message of its own."""
 
-    def seconds(self, nbytes: int, packed_bytes: int) -> float:
-        """Predicted time of a bucket of `nbytes`, of which some are packed."""
-        return (
-            self.latency + nbytes / self.bandwidth + packed_bytes / self.copy_bandwidth
-        )
+        def gain(nbytes: int) -> float:
+            together = nbytes / self.bandwidth + nbytes / self.copy_bandwidth
+            return self.message_seconds(nbytes) - together
+
+        # The gain starts at a whole latency; look for the size where it is used up.
+        size = 1
+        while 2 * size <= self.segment_bytes and gain(2 * size) > 0:
+            size *= 2
+        low, high = size, 2 * size
+        while high - low > 256:
+            middle = (low + high) // 2
+            low, high = (middle, high) if gain(middle) > 0 else (low, middle)
+        return low
+
+    @functools.cached_property
+    def bucket_bytes(self) -> int:
+        """Smallest bucket in which latency takes at most 2% of the time."""
+        latency = self.call + self.curve[0][1]
+        return int(latency * self.bandwidth * (1 - _LATENCY_SHARE) / _LATENCY_SHARE)
+
+    def to_json(self) -> str:
+        """Return JSON with all digits."""
+        return json.dumps({"format": FORMAT, **dataclasses.asdict(self)}, indent=1)
+
+    @classmethod
+    def from_json(cls, text: str) -> CostModel:
+        """Read what `to_json` wrote.
+
+        Raises:
+          InvalidOptionError: the text is not a profile of this format, or its numbers
+            are not usable.
+        """
+        try:
+            tree = json.loads(text)
+            if tree["format"] != FORMAT:
+                raise ValueError(f"format {tree['format']}, expected {FORMAT}")
+            model = cls(
+                float(tree["call"]),
+                tuple((int(b), float(s)) for b, s in tree["curve"]),
+                float(tree["copy_bandwidth"]),
+                int(tree["segment_bytes"]),
+                str(tree["source"]),
+            )
+            numbers = [model.call, model.copy_bandwidth, *(s for _, s in model.curve)]
+            sizes = [size for size, _ in model.curve]
+            if (
+                len(sizes) < 2
+                or sizes != sorted(set(sizes))
+                or not all(math.isfinite(x) and x > 0 for x in numbers)
+                or model.segment_bytes < 4096
+            ):
+                raise ValueError("its numbers are not those of a measured curve")
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise InvalidOptionError(
+                f"not a jaxcomm profile: {error}; measure again with `jaxcomm tune`"
+            ) from error
+        return model
 
 
-DEFAULT = CostModel()
+# Open MPI 5 over shared memory, 2 ranks on 2 cores of an AMD EPYC, by `jaxcomm tune`.
+DEFAULT = CostModel(
+    call=30e-6,
+    curve=((8, 2e-6), (4096, 5e-6), (65536, 20e-6), (1 << 20, 190e-6)),
+    copy_bandwidth=4e9,
+    segment_bytes=1 << 20,
+)
+
+
+def topology(transport: str, library: str, local_sizes: Sequence[int]) -> str:
+    """Name what a profile holds for: the same on every rank, without host names.
+
+    Args:
+      transport: "mpi" or "mpi4jax".
+      library: the MPI library's own first line of version.
+      local_sizes: for every rank, the number of ranks on its host.
+    """
+    size = len(local_sizes)
+    per_host = max(local_sizes, default=1)
+    digest = hashlib.sha256(
+        json.dumps([transport, library, processor(), sorted(local_sizes)]).encode()
+    )
+    return f"{transport}-{size}x{per_host}-{digest.hexdigest()[:12]}"
+
+
+@functools.cache
+def processor() -> str:
+    """Name this host's processor and how many cores may be used."""
+    text = ""
+    if (info := Path("/proc/cpuinfo")).exists():
+        lines = info.read_text().splitlines()
+        names = [
+            x.split(":", 1)[1].strip() for x in lines if x.startswith("model name")
+        ]
+        text = names[0] if names else ""
+    return f"{text}, {os.cpu_count()} cores"
+
+
+def profile_path(key: str) -> Path | None:
+    """Return the profile's file; None where JAXCOMM_PROFILE=off.
+
+    JAXCOMM_PROFILE names another file; else profiles lie in the user's cache.
+    """
+    chosen = os.environ.get(PROFILE_VARIABLE)
+    if chosen == "off":
+        return None
+    if chosen:
+        return Path(chosen)
+    cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    return Path(cache) / "jaxcomm" / "profiles" / f"{key}.json"
+
+
+def find_profile(key: str) -> CostModel:
+    """Return the profile of a topology, or the default where there is none.
+
+    Raises:
+      InvalidOptionError: the file is damaged, or JAXCOMM_PROFILE names none.
+    """
+    path = profile_path(key)
+    if path is None:
+        return DEFAULT
+    try:
+        text = path.read_text()
+    except OSError as error:
+        if os.environ.get(PROFILE_VARIABLE):
+            raise InvalidOptionError(f"{PROFILE_VARIABLE}={path}: {error}") from error
+        return DEFAULT
+    try:
+        return CostModel.from_json(text)
+    except InvalidOptionError as error:
+        raise InvalidOptionError(f"{path}: {error}, or delete the file") from error
+
+
+def save_profile(model: CostModel, path: Path) -> None:
+    """Write a profile, all of it or nothing."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False) as file:
+        file.write(model.to_json() + "\n")
+    os.replace(file.name, path)
+
+
+def summary(model: CostModel) -> dict[str, Any]:
+    """What the planner takes from a model."""
+    return {
+        "source": model.source,
+        "latency_us": 1e6 * (model.call + model.curve[0][1]),
+        "bandwidth_gb_s": model.bandwidth / 1e9,
+        "copy_gb_s": model.copy_bandwidth / 1e9,
+        "segment_bytes": model.segment_bytes,
+        "pack_bytes": model.pack_bytes,
+        "bucket_bytes": model.bucket_bytes,
+    }

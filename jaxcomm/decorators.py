@@ -9,7 +9,7 @@ from typing import Any, overload
 
 import jax
 
-from jaxcomm import _compat, agreement, collectives, planner, rewrite
+from jaxcomm import _compat, agreement, planner, rewrite
 from jaxcomm.communicator import Communicator, world
 from jaxcomm.errors import InvalidOptionError, JaxcommError
 from jaxcomm.planner import Groups
@@ -33,6 +33,7 @@ class DataParallel:
         comm: Communicator | None,
         groups: Groups,
         bucket_bytes: int | None,
+        wire_dtype: str | None,
         donate_argnums: int | Sequence[int],
         static_argnums: int | Sequence[int],
     ):
@@ -42,6 +43,7 @@ class DataParallel:
         self._comm = comm
         self._groups = groups
         self._bucket_bytes = bucket_bytes
+        self._wire_dtype = wire_dtype
         self._schedules: list[Schedule] = []
         self._unchecked = False
 
@@ -142,7 +144,7 @@ class DataParallel:
                 "in layers such as BatchNorm(axis_name=...)."
             ) from error
         options = rewrite.Options(
-            self._axis_name, comm, self._groups, self._bucket_bytes
+            self._axis_name, comm, self._groups, self._bucket_bytes, self._wire_dtype
         )
         program = rewrite.program(closed, options, inputs)
         self._schedules.append(program.schedule)
@@ -203,7 +205,9 @@ def data_parallel(
       groups: as in `all_reduce`, for the function's named-axis reductions. A group
         whose leaves depend on each other is divided where they do.
       bucket_bytes: as in `all_reduce`.
-      wire_dtype: reserved; None.
+      wire_dtype: as in `all_reduce`, for every float32 reduction of the function over
+        its axis, batch statistics too. To send gradients alone in 16 bits, reduce them
+        with `all_reduce(grads, wire_dtype=...)` instead.
       donate_argnums: as in `jax.jit`.
       static_argnums: as in `jax.jit`.
 
@@ -220,13 +224,15 @@ def data_parallel(
     if not isinstance(axis_name, str):
         raise InvalidOptionError(f"axis_name={axis_name!r}; give a string")
     planner.check_options(groups=groups, bucket_bytes=bucket_bytes)
-    collectives.check_wire_dtype(wire_dtype)
+    if wire_dtype is not None:
+        planner.wire_name(wire_dtype)
     make = functools.partial(
         DataParallel,
         axis_name=axis_name,
         comm=comm,
         groups=groups,
         bucket_bytes=bucket_bytes,
+        wire_dtype=wire_dtype,
         donate_argnums=donate_argnums,
         static_argnums=static_argnums,
     )

@@ -20,7 +20,8 @@ def distribute(
 
     Args:
       tx: any Optax transformation.
-      **options: passed on to `jaxcomm.all_reduce`: op, comm, groups, bucket_bytes.
+      **options: passed on to `jaxcomm.all_reduce`: op, comm, groups, bucket_bytes,
+        wire_dtype.
 
     Returns:
       A transformation with the same state as `tx`.

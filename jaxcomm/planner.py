@@ -8,8 +8,9 @@ from collections.abc import Callable, Hashable, Sequence
 from typing import TypeAlias
 
 from jaxcomm import costmodel
+from jaxcomm.costmodel import CostModel
 from jaxcomm.errors import InvalidOptionError
-from jaxcomm.schedule import Bucket, LeafSpec, Schedule
+from jaxcomm.schedule import Bucket, LeafSpec, Schedule, item_bytes
 
 Groups: TypeAlias = int | Callable[[str], Hashable] | Sequence[str] | None
 
@@ -26,6 +27,8 @@ def make_schedule(
     groups: Groups = None,
     bucket_bytes: int | None = None,
     root: int = -1,
+    wire_dtype: str | None = None,
+    costs: CostModel = costmodel.DEFAULT,
 ) -> Schedule:
     """Plan a tree, or all reductions of a program.
 
@@ -39,6 +42,8 @@ def make_schedule(
         label, or regular expressions (a leaf belongs to the first that matches).
       bucket_bytes: fill buckets up to this size; None asks the cost model.
       root: sending rank of a broadcast.
+      wire_dtype: "bfloat16" or "float16": what float32 leaves travel as.
+      costs: decides what is packed and how large buckets are.
 
     Returns:
       The schedule; equal inputs give the same object from a cache.
@@ -51,7 +56,10 @@ def make_schedule(
     if groups is not None and not isinstance(groups, int):
         labels = tuple(label_of(leaf.path, groups) for leaf in leaves)
     count = groups if isinstance(groups, int) else None
-    return _plan(leaves, op, size, stages, labels, count, bucket_bytes, root)
+    wire = _wire_dtype(wire_dtype, leaves)
+    return _plan(
+        leaves, op, size, stages, labels, count, bucket_bytes, root, wire, costs
+    )
 
 
 def cache_info() -> functools._CacheInfo:
@@ -120,6 +128,59 @@ def label_of(
     return None if label is None else str(label)
 
 
+WIRE_DTYPES = ("bfloat16", "float16")
+
+
+def _wire_dtype(wire_dtype: str | None, leaves: Sequence[LeafSpec]) -> str:
+    """Return what float32 leaves travel as, or ""; refuse what would lose or gain bits.
+
+    Integers, booleans and complex numbers travel as they are.
+    """
+    if wire_dtype is None:
+        return ""
+    name = wire_name(wire_dtype)
+    for leaf in leaves:
+        inexact = leaf.dtype.startswith(("float", "bfloat"))
+        if not inexact or leaf.dtype in ("float32", name):
+            continue
+        if leaf.dtype == "float64":
+            why = "only float32 leaves are sent in 16 bits; cast it to float32 first"
+        else:
+            why = "it is no narrower than the leaf; leave it out for this tree"
+        raise InvalidOptionError(
+            f"wire_dtype={name!r}: leaf {leaf.path} has dtype {leaf.dtype}, and {why}"
+        )
+    return name if name in WIRE_DTYPES else _wider(name, leaves)
+
+
+def _wider(name: str, leaves: Sequence[LeafSpec]) -> str:
+    first = next((x for x in leaves if item_bytes(name) >= item_bytes(x.dtype)), None)
+    where = (
+        f"; it is no narrower than leaf {first.path} ({first.dtype})" if first else ""
+    )
+    raise InvalidOptionError(
+        f"wire_dtype={name!r}{where if first else ''}: use one of {', '.join(WIRE_DTYPES)}, or None"
+    )
+
+
+def wire_name(wire_dtype: object) -> str:
+    """Return the name of a wire dtype given as text, dtype or scalar type.
+
+    Raises:
+      InvalidOptionError: it names no dtype.
+    """
+    name = wire_dtype if isinstance(wire_dtype, str) else None
+    if name is None:
+        name = getattr(wire_dtype, "__name__", None) or str(wire_dtype)
+    try:
+        item_bytes(name)
+    except TypeError:
+        raise InvalidOptionError(
+            f"wire_dtype={wire_dtype!r}: use one of {', '.join(WIRE_DTYPES)}, or None"
+        ) from None
+    return name
+
+
 @functools.lru_cache(maxsize=_CACHE_SIZE)
 def _plan(
     leaves: tuple[LeafSpec, ...],
@@ -130,6 +191,8 @@ def _plan(
     count: int | None,
     bucket_bytes: int | None,
     root: int,
+    wire: str,
+    costs: CostModel,
 ) -> Schedule:
     ops = (op,) * len(leaves) if isinstance(op, str) else op
     stages = stages or (0,) * len(leaves)
@@ -139,12 +202,13 @@ def _plan(
     for i in ready:
         kinds.setdefault((stages[i], ops[i], leaves[i].dtype), []).append(i)
 
-    pack = costmodel.DEFAULT.pack_bytes()
+    pack = costs.pack_bytes
     buckets: list[Bucket] = []
     for (stage, kind_op, dtype), members in kinds.items():
-        for label, part in _split(leaves, members, labels, count, bucket_bytes):
+        for label, part in _split(leaves, members, labels, count, bucket_bytes, costs):
+            encoded = wire if dtype == "float32" and kind_op != "broadcast" else ""
             buckets.append(
-                Bucket(kind_op, dtype, tuple(part), pack, label, stage, root)
+                Bucket(kind_op, dtype, tuple(part), pack, label, stage, root, encoded)
             )
     # A bucket can go when its last leaf is ready.
     buckets.sort(
@@ -152,7 +216,9 @@ def _plan(
     )
     options = {
         "bucket_bytes": str(bucket_bytes),
+        "costs": costs.source,
         "groups": "by label" if labels is not None else str(count),
+        "wire_dtype": wire or "None",
     }
     return Schedule(leaves, tuple(buckets), size, tuple(sorted(options.items())))
 
@@ -163,6 +229,7 @@ def _split(
     labels: tuple[str | None, ...] | None,
     count: int | None,
     bucket_bytes: int | None,
+    costs: CostModel,
 ) -> list[tuple[str, list[int]]]:
     """Divide members (one kind, in ready order) into labelled buckets."""
     if count is not None:
@@ -179,18 +246,22 @@ def _split(
             rest.append(i)
         else:
             named.setdefault(label, []).append(i)
-    return [*named.items(), *(("", part) for part in _fill(leaves, rest, bucket_bytes))]
+    filled = _fill(leaves, rest, bucket_bytes, costs)
+    return [*named.items(), *(("", part) for part in filled)]
 
 
 def _fill(
-    leaves: tuple[LeafSpec, ...], members: list[int], bucket_bytes: int | None
+    leaves: tuple[LeafSpec, ...],
+    members: list[int],
+    bucket_bytes: int | None,
+    costs: CostModel,
 ) -> list[list[int]]:
     """Fill buckets in ready order; the planner keeps the first one small.
 
     A small first bucket lets communication start early. A leaf larger than the
     limit travels alone or closes its bucket: leaves are never split.
     """
-    limit = bucket_bytes or costmodel.DEFAULT.bucket_bytes()
+    limit = bucket_bytes or costs.bucket_bytes
     room = limit if bucket_bytes else limit // 8
     parts: list[list[int]] = []
     used = 0

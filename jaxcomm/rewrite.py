@@ -44,6 +44,7 @@ class Options:
     comm: Communicator
     groups: Groups = None
     bucket_bytes: int | None = None
+    wire_dtype: str | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,7 +85,9 @@ def program(
         (
             ("axis_name", options.axis_name),
             ("bucket_bytes", str(options.bucket_bytes)),
+            ("costs", options.comm.costs.source),
             ("groups", _name(options.groups)),
+            ("wire_dtype", str(options.wire_dtype)),
         ),
     )
     return Program(schedule, options.comm, body)
@@ -239,6 +242,8 @@ class _Planner:
             size=self.options.comm.size,
             groups=self.options.groups,
             bucket_bytes=self.options.bucket_bytes,
+            wire_dtype=self.options.wire_dtype,
+            costs=self.options.comm.costs,
         )
         start = len(self.leaves)
         self.leaves += specs

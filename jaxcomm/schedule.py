@@ -26,9 +26,10 @@ from typing import Any
 
 import numpy as np
 
+from jaxcomm.costmodel import CostModel
 from jaxcomm.errors import InvalidOptionError
 
-FORMAT = 1
+FORMAT = 2
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,7 +56,7 @@ class LeafSpec:
     @property
     def nbytes(self) -> int:
         """Size in bytes."""
-        return self.count * np.dtype(self.dtype).itemsize
+        return self.count * item_bytes(self.dtype)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,6 +72,7 @@ class Bucket:
       stage: how many collectives must come before: buckets of one stage do not
         depend on each other.
       root: the sending rank of a broadcast; -1 otherwise.
+      wire: the 16-bit dtype in which the leaves travel, or "" for their own.
     """
 
     op: str
@@ -80,6 +82,7 @@ class Bucket:
     label: str = ""
     stage: int = 0
     root: int = -1
+    wire: str = ""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,9 +106,27 @@ class Schedule:
         """Bytes of all leaves of all buckets, for one rank and one step."""
         return sum(self.bucket_nbytes(bucket) for bucket in self.buckets)
 
+    @property
+    def wire_nbytes(self) -> int:
+        """Bytes that travel: as `nbytes`, in the dtypes of the wire."""
+        return sum(
+            self.bucket_nbytes(b) * item_bytes(b.wire or b.dtype) // item_bytes(b.dtype)
+            for b in self.buckets
+        )
+
     def bucket_nbytes(self, bucket: Bucket) -> int:
         """Bytes of one bucket's leaves."""
         return sum(self.leaves[i].nbytes for i in bucket.leaves)
+
+    def bucket_seconds(self, bucket: Bucket, costs: CostModel) -> float:
+        """Time that a cost model predicts for a bucket."""
+        packed = set(bucket.leaves if bucket.wire else self.packed(bucket))
+        small = sum(self.leaves[i].nbytes for i in packed)
+        large = [self.leaves[i].nbytes for i in bucket.leaves if i not in packed]
+        if not bucket.wire:
+            return costs.bucket_seconds(large, small)
+        half = item_bytes(bucket.wire) * small // item_bytes(bucket.dtype)
+        return costs.bucket_seconds([half], 0) + small / costs.copy_bandwidth
 
     def packed(self, bucket: Bucket) -> tuple[int, ...]:
         """Those leaves of a bucket that share the staging buffer."""
@@ -129,7 +150,10 @@ class Schedule:
             "options": dict(self.options),
             "leaves": [[x.path, list(x.shape), x.dtype, x.order] for x in self.leaves],
             "buckets": [
-                [b.op, b.dtype, list(b.leaves), b.pack_bytes, b.label, b.stage, b.root]
+                [
+                    *(b.op, b.dtype, list(b.leaves), b.pack_bytes),
+                    *(b.label, b.stage, b.root, b.wire),
+                ]
                 for b in self.buckets
             ],
         }
@@ -154,8 +178,11 @@ class Schedule:
                 for path, shape, dtype, order in tree["leaves"]
             )
             buckets = tuple(
-                Bucket(str(op), str(dt), tuple(map(int, ix)), int(pb), str(lb), st, rt)
-                for op, dt, ix, pb, lb, st, rt in tree["buckets"]
+                Bucket(
+                    *(str(op), str(dtype), tuple(map(int, ix)), int(pack)),
+                    *(str(label), int(stage), int(root), str(wire)),
+                )
+                for op, dtype, ix, pack, label, stage, root, wire in tree["buckets"]
             )
             if any(not 0 <= i < len(leaves) for b in buckets for i in b.leaves):
                 raise ValueError("a bucket names a leaf that does not exist")
@@ -166,9 +193,14 @@ class Schedule:
                 raise
             raise InvalidOptionError(f"not a jaxcomm schedule: {error}") from error
 
-    def explain(self) -> str:
-        """Return the schedule as a table for people: one line a bucket."""
-        head = ("bucket", "stage", "op", "dtype", "leaves", "packed", "KiB", "what")
+    def explain(self, costs: CostModel | None = None) -> str:
+        """Return the schedule as a table for people: one line a bucket.
+
+        Args:
+          costs: a model whose predicted time is shown for every bucket.
+        """
+        head: tuple[str, ...] = ("bucket", "stage", "op", "dtype", "leaves", "packed")
+        head += ("KiB", *(["us"] if costs else []), "what")
         rows: list[tuple[str, ...]] = [head]
         for k, bucket in enumerate(self.buckets):
             first = self.leaves[bucket.leaves[0]].path if bucket.leaves else ""
@@ -179,10 +211,15 @@ class Schedule:
                     str(k),
                     str(bucket.stage),
                     bucket.op,
-                    bucket.dtype,
+                    f"{bucket.dtype}>{bucket.wire}" if bucket.wire else bucket.dtype,
                     str(len(bucket.leaves)),
                     str(len(self.packed(bucket))),
                     f"{self.bucket_nbytes(bucket) / 1024:.1f}",
+                    *(
+                        [f"{1e6 * self.bucket_seconds(bucket, costs):.0f}"]
+                        if costs
+                        else []
+                    ),
                     what,
                 )
             )
@@ -240,6 +277,12 @@ class Schedule:
 
 def _show(leaf: LeafSpec) -> str:
     return f"{leaf.path} {leaf.dtype}{list(leaf.shape)}"
+
+
+@functools.cache
+def item_bytes(dtype: str) -> int:
+    """Size in bytes of one element."""
+    return np.dtype(dtype).itemsize
 
 
 def leaf_bytes(leaf: Any) -> int:

@@ -12,17 +12,19 @@ from __future__ import annotations
 
 import faulthandler
 import json
-import re
 import sys
+import threading
 import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import conformance_dtypes
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from references import close, raises, same
 
 import jaxcomm
 from jaxcomm.communicator import Communicator
@@ -35,52 +37,6 @@ from jaxcomm.errors import (
 )
 
 SECONDS_PER_CHECK = 90
-NUMPY_OPS: dict[str, Callable[..., Any]] = {
-    "sum": np.sum,
-    "min": np.min,
-    "max": np.max,
-    "prod": np.prod,
-}
-DTYPES = ("float32", "float64", "int32", "int64")
-SHAPES = ((), (0,), (1,), (3, 0, 2), (17,), (5, 7), (300, 301))
-
-same = np.testing.assert_array_equal
-close = np.testing.assert_allclose
-
-
-def values(rank: int, shape: tuple[int, ...], dtype: str, seed: int = 0) -> np.ndarray:
-    """Return one rank's data, which every rank can compute."""
-    rng = np.random.default_rng([seed, rank, *shape])
-    return np.asarray(rng.integers(-9, 10, shape)).astype(dtype)
-
-
-def reference(op: str, parts: list[np.ndarray]) -> np.ndarray:
-    """Reduce the ranks' values with NumPy."""
-    stack = np.stack(parts)
-    if op != "mean":
-        return (
-            NUMPY_OPS[op](stack, axis=0, dtype=stack.dtype)
-            if op
-            in (
-                "sum",
-                "prod",
-            )
-            else NUMPY_OPS[op](stack, axis=0)
-        )
-    total = stack.sum(axis=0, dtype=stack.dtype)
-    if stack.dtype.kind == "f":
-        return (total / stack.dtype.type(len(parts))).astype(stack.dtype)
-    return np.asarray(np.trunc(total / len(parts))).astype(stack.dtype)
-
-
-def raises(kind: type[Exception], match: str, call: Callable[[], Any]) -> None:
-    """Insist that a call raises, with a text that says what it must."""
-    try:
-        jax.block_until_ready(call())
-    except kind as error:
-        assert re.search(match, str(error)), str(error)
-    else:
-        raise AssertionError(f"{kind.__name__} was not raised")
 
 
 def check_ranks(comm: Communicator) -> None:
@@ -100,24 +56,49 @@ def check_objects(comm: Communicator) -> None:
     comm.barrier()
 
 
-def check_all_reduce_against_numpy(comm: Communicator) -> None:
-    with jax.enable_x64(True):
-        for op in ("mean", *NUMPY_OPS):
-            tree = {
-                f"{dtype}{shape}": values(comm.rank, shape, dtype)
-                for dtype in DTYPES
-                for shape in SHAPES
-            }
-            eager = jaxcomm.all_reduce(tree, op=op)
-            jitted = jax.jit(lambda t, op=op: jaxcomm.all_reduce(t, op=op))(tree)
-            for name, mine in tree.items():
-                parts = [
-                    values(r, mine.shape, str(mine.dtype)) for r in range(comm.size)
-                ]
-                want = reference(op, parts)
-                for got in (eager[name], jitted[name]):
-                    assert got.dtype == mine.dtype and got.shape == mine.shape, name
-                    same(got, want, err_msg=f"{op} {name}")
+def check_two_threads_on_two_communicators(comm: Communicator) -> None:
+    ranks = list(range(comm.size))
+    others = comm.subgroup(ranks[::-1]) if comm.size > 1 else comm
+    assert others is not None
+    results: dict[str, list[float]] = {}
+
+    def work(name: str, on: Communicator, start: float) -> None:
+        results[name] = [
+            float(jaxcomm.all_reduce(jnp.full(50_000, start + k), op="sum", comm=on)[7])
+            for k in range(30)
+        ]
+
+    threads = [
+        threading.Thread(target=work, args=("a", comm, 0.0)),
+        threading.Thread(target=work, args=("b", others, 1000.0)),
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert results["a"] == [comm.size * k for k in range(30)]
+    assert results["b"] == [comm.size * (1000.0 + k) for k in range(30)]
+
+
+def check_planning_again_finds_the_plan(comm: Communicator) -> None:
+    tree = {"a": jnp.ones((3, 2)), "b": jnp.ones(5, jnp.int32)}
+    jaxcomm.all_reduce(tree)
+    before = jaxcomm.cache_info()
+    jaxcomm.all_reduce(tree)
+    assert jaxcomm.plan(tree) is jaxcomm.plan(tree)
+    assert jaxcomm.cache_info().misses == before.misses
+    # What only looks like the options of before is checked all the same.
+    raises(InvalidOptionError, "groups", lambda: jaxcomm.all_reduce(tree, groups=True))
+    raises(InvalidOptionError, "op", lambda: jaxcomm.all_reduce(tree, op="average"))
+
+
+def check_lowering_first_still_names_the_error(comm: Communicator) -> None:
+    if comm.size == 1:
+        return
+    step = jaxcomm.data_parallel(lambda x: lax.pmean(x, "batch"))
+    x = jnp.ones(5 + (comm.rank == comm.size - 1))
+    step.lower(x)
+    raises(ScheduleMismatchError, r"float32\[5\].*float32\[6\]", lambda: step(x))
 
 
 def check_structure_is_kept(comm: Communicator) -> None:
@@ -566,15 +547,6 @@ def check_bad_input(comm: Communicator) -> None:
         raises(kind, match, call)
 
 
-def check_unsupported_dtype(comm: Communicator) -> None:
-    if comm.transport == "local":
-        return
-    tree = {"half": jnp.ones(3, jnp.bfloat16)}
-    raises(
-        UnsupportedDtypeError, r"\['half'\].*bfloat16", lambda: jaxcomm.all_reduce(tree)
-    )
-
-
 def check_not_replicated(comm: Communicator) -> None:
     if comm.size == 1:
         return
@@ -614,7 +586,8 @@ def check_no_control_messages_after_the_first_step(comm: Communicator) -> None:
 
 def checks() -> dict[str, Callable[[Communicator], None]]:
     """Return every check by name."""
-    return {k: v for k, v in globals().items() if k.startswith("check_")}
+    found = {**globals(), **vars(conformance_dtypes)}
+    return {name: value for name, value in found.items() if name.startswith("check_")}
 
 
 def main(results: str, transport: str) -> None:

@@ -113,6 +113,99 @@ def doctor(as_json: bool) -> None:
 
 
 @main.command()
+@click.option("-n", "--ranks", type=click.IntRange(2), help="Start so many ranks here.")
+@click.option(
+    "--transport", type=click.Choice(["mpi", "mpi4jax"]), default="mpi", hidden=True
+)
+@click.option("--out", type=click.Path(path_type=Path), help="Where to write.")
+@click.option("--plot", type=click.Path(path_type=Path), help="Write a plot (PNG).")
+@click.option("--repeats", type=click.IntRange(1), default=9, show_default=True)
+@click.option("--json", "as_json", is_flag=True, help="Print JSON instead of tables.")
+def tune(
+    ranks: int | None,
+    transport: str,
+    out: Path | None,
+    plot: Path | None,
+    repeats: int,
+    as_json: bool,
+) -> None:
+    """Measure this job's communicator; later jobs of its kind plan by the profile.
+
+    Start it with -n, or under mpiexec or srun as the job itself would be.
+    """
+    from jaxcomm.communicator import launched_ranks
+    from jaxcomm.errors import JaxcommError
+    from jaxcomm.launch import run as launcher
+    from jaxcomm.launch import tune as tuner
+
+    if ranks is not None and launched_ranks() == 1:
+        command = ("-m", "jaxcomm", "tune", *sys.argv[2:])
+        sys.exit(launcher.run(launcher.Job(ranks=ranks, command=command)))
+    try:
+        tuner.main(transport, out, plot, repeats, as_json)
+    except JaxcommError as error:
+        raise click.ClickException(str(error)) from error
+
+
+@main.command()
+@click.argument("target", required=False, metavar="[MODULE:FUNCTION]")
+@click.option(
+    "--shapes",
+    type=click.Path(path_type=Path),
+    help='JSON: a tree of {"shape": [..], "dtype": ".."}.',
+)
+@click.option("-n", "--ranks", type=click.IntRange(1), default=2, show_default=True)
+@click.option("--op", default="mean", show_default=True)
+@click.option("--groups", type=int, help="Number of buckets per dtype.")
+@click.option("--bucket-bytes", type=int, help="Fill buckets up to this size.")
+@click.option("--wire-dtype", help="bfloat16 or float16.")
+@click.option("--profile", type=click.Path(path_type=Path), help="Of `jaxcomm tune`.")
+@click.option("--plot", type=click.Path(path_type=Path), help="Write a plot (PNG).")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
+def plan(
+    target: str | None,
+    shapes: Path | None,
+    ranks: int,
+    op: str,
+    groups: int | None,
+    bucket_bytes: int | None,
+    wire_dtype: str | None,
+    profile: Path | None,
+    plot: Path | None,
+    as_json: bool,
+) -> None:
+    """Print the schedule of a tree, with its predicted times, without running it."""
+    from jaxcomm.errors import JaxcommError
+    from jaxcomm.launch import plan as planning
+
+    if (target is None) == (shapes is None):
+        raise click.UsageError("give either MODULE:FUNCTION or --shapes FILE")
+    try:
+        tree = (
+            planning.load_shapes(shapes)
+            if shapes is not None
+            else planning.load_target(target or "")
+        )
+        schedule, costs = planning.make(
+            tree,
+            ranks=ranks,
+            profile=profile,
+            op=op,
+            groups=groups,
+            bucket_bytes=bucket_bytes,
+            wire_dtype=wire_dtype,
+        )
+        if plot is not None:
+            planning.draw(schedule, costs, plot)
+        if as_json:
+            click.echo(planning.as_json(schedule, costs))
+        else:
+            click.echo(schedule.explain(costs))
+    except JaxcommError as error:
+        raise click.ClickException(str(error)) from error
+
+
+@main.command()
 @click.option("--ranks", type=click.IntRange(1), default=27600, show_default=True)
 @click.option(
     "--tensors",
@@ -160,19 +253,23 @@ def simulate(ranks: int, tensors: int, cycles: int, as_json: bool) -> None:
 @click.argument("arguments", nargs=-1, type=click.UNPROCESSED)
 def demo(arguments: tuple[str, ...]) -> None:
     """Train a small STEMDL network on two ranks (run it in a checkout)."""
+    _run_script("examples/stemdl/demo.py", arguments)
+
+
+@main.command(context_settings=_PASS_THROUGH | {"help_option_names": []})
+@click.argument("arguments", nargs=-1, type=click.UNPROCESSED)
+def bench(arguments: tuple[str, ...]) -> None:
+    """Measure gradient reductions beside their peers (run it in a checkout)."""
+    _run_script("benchmarks/reduction.py", arguments)
+
+
+def _run_script(name: str, arguments: tuple[str, ...]) -> None:
     here = [Path.cwd(), Path(__file__).resolve().parents[2]]
-    script = next(
-        (
-            path
-            for folder in here
-            if (path := folder / "examples" / "stemdl" / "demo.py").exists()
-        ),
-        None,
-    )
+    script = next((path for x in here if (path := x / name).exists()), None)
     if script is None:
         raise click.ClickException(
-            "the demo is part of the repository, not of the wheel: clone it and run "
-            "`make demo` there"
+            f"{name} is part of the repository, not of the wheel: clone it and run "
+            "this there"
         )
     sys.argv = [str(script), *arguments]
     sys.path.insert(0, str(script.parent))

@@ -47,7 +47,7 @@ _LOOK_AT_NATIVE = """
 import json
 from jaxcomm import native
 native.load()
-print(json.dumps({"path": str(native.library_path())}))
+print(json.dumps({"path": str(native.library_path()), "kernels": native.kernels()}))
 """
 _LOOK_AT_MPI4JAX = """
 import json, warnings
@@ -155,7 +155,7 @@ def _native() -> Finding:
             error,
             "install the package (pip install ., or make setup in a checkout)",
         )
-    return Finding("native library", "ok", seen["path"])
+    return Finding("native library", "ok", f"{seen['path']} ({seen['kernels']})")
 
 
 def _mpi() -> list[Finding]:
@@ -163,7 +163,7 @@ def _mpi() -> list[Finding]:
     seen, error = _look(_LOOK_AT_MPI)
     if seen is None:
         return [Finding("MPI", "missing", error, remedy)]
-    enough = seen["threads"] == "multiple"
+    enough = seen["threads"] in ("multiple", "serialized")
     return [
         Finding("MPI", "ok", f"{seen['library']}; mpi4py {seen['mpi4py']}"),
         Finding("MPI library", "ok", ", ".join(seen["paths"]) or "(linked statically)"),
@@ -248,9 +248,10 @@ def _cores() -> Finding:
 
 
 def _malloc() -> Finding:
-    name = "MALLOC_MMAP_THRESHOLD_"
-    if name in os.environ:
-        return Finding("malloc", "ok", f"{name}={os.environ[name]}")
+    names = [name for name in launcher.MALLOC if name in os.environ]
+    if names:
+        text = ", ".join(f"{name}={os.environ[name]}" for name in names)
+        return Finding("malloc", "ok", text)
     remedy = "outside jaxcomm run, export what `jaxcomm run --verbose` prints"
     return Finding("malloc", "ok", "jaxcomm run sets its thresholds", remedy)
 

@@ -22,8 +22,10 @@ _GRACE_SECONDS = 5.0
 _DUMP_SECONDS = 1.0
 
 # Large XLA:CPU buffers come from malloc; above these thresholds glibc would map them
-# afresh, and fault their pages in, on every step.
-_MALLOC = {
+# afresh, and fault their pages in, on every step. XLA allocates on several threads, and
+# a thread's own arena takes nothing above 64 MiB, whatever the threshold.
+MALLOC = {
+    "MALLOC_ARENA_MAX": "1",
     "MALLOC_MMAP_THRESHOLD_": str(1 << 30),
     "MALLOC_TRIM_THRESHOLD_": str(1 << 31),
     "MALLOC_TOP_PAD_": str(64 << 20),
@@ -121,7 +123,7 @@ def environment(job: Job) -> dict[str, str]:
     """Return the variables that the ranks get on top of the caller's own."""
     cores = len(os.sched_getaffinity(0))
     threads = job.threads or max(1, cores // job.ranks)
-    added = {"PYTHONUNBUFFERED": "1", "PYTHONFAULTHANDLER": "1", **_MALLOC}
+    added = {"PYTHONUNBUFFERED": "1", "PYTHONFAULTHANDLER": "1", **MALLOC}
     added["OMP_NUM_THREADS"] = str(threads)
     if job.pin and not (job.hosts or job.hostfile):
         added[THREADS_VARIABLE] = str(threads)

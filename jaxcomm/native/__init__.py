@@ -6,10 +6,12 @@ it the entry points and handles of the MPI that mpi4py loaded into this process.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
+import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,11 +23,15 @@ if TYPE_CHECKING:
     from mpi4py import MPI
 
 LIBRARY_NAME = "libjaxcomm_native.so"
+# Another build of the library, such as one with sanitizers.
+LIBRARY_VARIABLE = "JAXCOMM_NATIVE_LIBRARY"
 
-# Order shared with native/mpi.h.
+# Order shared with native/types.h.
 DTYPES = (
     "float32",
     "float64",
+    "bfloat16",
+    "float16",
     "int8",
     "int16",
     "int32",
@@ -34,14 +40,29 @@ DTYPES = (
     "uint16",
     "uint32",
     "uint64",
+    "bool",
+    "complex64",
+    "complex128",
 )
 OPS = ("sum", "min", "max", "prod")
 COUNTERS = ("calls", "mpi_all_reduce", "mpi_broadcast", "bytes", "agreements")
+WIRE_DTYPES = ("bfloat16", "float16")
 
-_MPI_NAMES = {
+# The MPI type of the same size; 16-bit floats and booleans travel as integers, under
+# operations that know better.
+MPI_TYPES = {
     "float32": "FLOAT",
     "float64": "DOUBLE",
-    **{name: f"{name.upper()}_T" for name in DTYPES[2:]},
+    "bfloat16": "UINT16_T",
+    "float16": "UINT16_T",
+    "bool": "UINT8_T",
+    "complex64": "C_FLOAT_COMPLEX",
+    "complex128": "C_DOUBLE_COMPLEX",
+    **{
+        f"{kind}{bits}": f"{kind.upper()}{bits}_T"
+        for kind in ("int", "uint")
+        for bits in (8, 16, 32, 64)
+    },
 }
 
 AgreeCallback = Callable[[int, int], str | None]
@@ -60,6 +81,7 @@ class _MpiHandles(ctypes.Structure):
         ("byte", ctypes.c_uint64),
         ("op", ctypes.c_uint64 * len(OPS)),
         ("in_place", ctypes.c_uint64),
+        ("serialized", ctypes.c_uint64),
     )
 
 
@@ -69,6 +91,8 @@ def library_path() -> Path:
     Raises:
       TransportUnavailableError: it was not built (a bare source tree).
     """
+    if chosen := os.environ.get(LIBRARY_VARIABLE):
+        return Path(chosen)
     # An editable install keeps sources and build products in two folders, and
     # both stand in the package's __path__.
     for folder in __path__:
@@ -90,6 +114,10 @@ def load() -> ctypes.CDLL:
         jax.ffi.register_ffi_target(name, capsule, platform="cpu")
     library.jaxcomm_create_communicator.restype = None
     library.jaxcomm_set_agree.restype = None
+    library.jaxcomm_op_handle.restype = ctypes.c_uint64
+    library.jaxcomm_kernels.restype = ctypes.c_char_p
+    library.jaxcomm_lock_mpi.restype = None
+    library.jaxcomm_unlock_mpi.restype = None
     return library
 
 
@@ -102,11 +130,12 @@ def bind_mpi(mpi: Any) -> None:
     """
     handles = _MpiHandles()
     for i, dtype in enumerate(DTYPES):
-        handles.dtype[i] = _handle(mpi, getattr(mpi, _MPI_NAMES[dtype]))
+        handles.dtype[i] = _handle(mpi, getattr(mpi, MPI_TYPES[dtype]))
     for i, op in enumerate(OPS):
         handles.op[i] = _handle(mpi, getattr(mpi, op.upper()))
     handles.byte = _handle(mpi, mpi.BYTE)
     handles.in_place = int(mpi.IN_PLACE) & (2**64 - 1)
+    handles.serialized = int(mpi.Query_thread() < mpi.THREAD_MULTIPLE)
     text = ctypes.create_string_buffer(1024)
     width = mpi._sizeof(mpi.Comm)
     failures = []
@@ -137,6 +166,38 @@ def create_communicator(
         ctypes.c_int64(staging_bytes),
         ctypes.c_int64(segment_bytes),
     )
+
+
+def op_handle(dtype: str, op: str) -> int:
+    """Return the MPI_Op that reduces elements of `dtype`: MPI's own, or one of ours."""
+    return load().jaxcomm_op_handle(DTYPES.index(dtype), OPS.index(op))
+
+
+def kernels() -> str:
+    """Return the instruction set that was chosen: "baseline", "avx2" or "avx512"."""
+    return load().jaxcomm_kernels().decode()
+
+
+@contextlib.contextmanager
+def mpi_turn() -> Iterator[None]:
+    """Hold the lock of MPI_THREAD_SERIALIZED; make no blocking call in it."""
+    load().jaxcomm_lock_mpi()
+    try:
+        yield
+    finally:
+        load().jaxcomm_unlock_mpi()
+
+
+def all_reduce_array(key: int, data: Any, pack_bytes: int) -> None:
+    """Average a float32 array in place, as a bucket's call does; for measuring."""
+    status = load().jaxcomm_all_reduce_float(
+        ctypes.c_int64(key),
+        ctypes.c_void_p(data.ctypes.data),
+        ctypes.c_int64(data.size),
+        ctypes.c_int64(pack_bytes),
+    )
+    if status != 0:
+        raise RuntimeError(f"MPI_Allreduce failed with code {status}")
 
 
 def set_agree(callback: AgreeCallback) -> None:

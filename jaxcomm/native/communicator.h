@@ -9,7 +9,7 @@
 #include <string>
 #include <unordered_set>
 
-#include "mpi.h"
+#include "mpi_binding.h"
 
 namespace jaxcomm {
 
@@ -22,7 +22,7 @@ enum Counter : int { kCalls, kMpiAllReduce, kMpiBroadcast, kBytes, kAgreements, 
 
 class Communicator {
  public:
-  Communicator(int64_t id, const Mpi* mpi, uint64_t handle, int rank, int size,
+  Communicator(int64_t id, Mpi* mpi, uint64_t handle, int rank, int size,
                int64_t staging_bytes, int64_t segment_bytes)
       : id(id), mpi(mpi), handle(handle), rank(rank), size(size),
         staging_bytes(staging_bytes), segment_bytes(segment_bytes) {}
@@ -47,12 +47,12 @@ class Communicator {
   }
 
   const int64_t id;
-  const Mpi* const mpi;
+  Mpi* const mpi;
   const uint64_t handle;
   const int rank;
   const int size;
-  const int64_t staging_bytes;
-  const int64_t segment_bytes;
+  const int64_t staging_bytes;  // a multiple of 16, the largest element
+  const int64_t segment_bytes;  // likewise
   std::mutex mutex;  // held for the whole of a call: one collective at a time
   std::atomic<int64_t> counters[kCounters] = {};
 

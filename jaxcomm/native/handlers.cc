@@ -5,15 +5,14 @@
 // there so that one call's operand is the previous call's result, which fixes the
 // order of all calls on every rank (XLA:CPU runs independent calls concurrently).
 
-#include <algorithm>
 #include <cstring>
 #include <map>
 #include <string>
-#include <type_traits>
 #include <vector>
 
 #include "communicator.h"
-#include "mpi.h"
+#include "kernels.h"
+#include "reduce.h"
 #include "xla/ffi/api/c_api.h"
 #include "xla/ffi/api/ffi.h"
 
@@ -45,6 +44,8 @@ bool ToDType(ffi::DataType type, DType* out) {
   switch (type) {
     case ffi::F32: *out = kF32; return true;
     case ffi::F64: *out = kF64; return true;
+    case ffi::BF16: *out = kBF16; return true;
+    case ffi::F16: *out = kF16; return true;
     case ffi::S8: *out = kI8; return true;
     case ffi::S16: *out = kI16; return true;
     case ffi::S32: *out = kI32; return true;
@@ -53,118 +54,12 @@ bool ToDType(ffi::DataType type, DType* out) {
     case ffi::U16: *out = kU16; return true;
     case ffi::U32: *out = kU32; return true;
     case ffi::U64: *out = kU64; return true;
+    case ffi::PRED: *out = kBool; return true;
+    case ffi::C64: *out = kC64; return true;
+    case ffi::C128: *out = kC128; return true;
     default: return false;
   }
 }
-
-// Divides by n in place, as the last touch while the segment is still in cache.
-// Multiplying by 1/n is exact when n is a power of two and many times faster than
-// dividing; otherwise divide, so that the result is always sum / n correctly
-// rounded. Integers round toward zero.
-template <typename T>
-void Divide(T* data, int64_t n, int divisor) {
-  if constexpr (std::is_floating_point_v<T>) {
-    if ((divisor & (divisor - 1)) == 0) {
-      const T factor = T(1) / static_cast<T>(divisor);
-      for (int64_t i = 0; i < n; ++i) data[i] *= factor;
-      return;
-    }
-  }
-  const T d = static_cast<T>(divisor);
-  for (int64_t i = 0; i < n; ++i) data[i] /= d;
-}
-
-void Divide(void* data, int64_t n, DType dtype, int divisor) {
-  switch (dtype) {
-    case kF32: return Divide(static_cast<float*>(data), n, divisor);
-    case kF64: return Divide(static_cast<double*>(data), n, divisor);
-    case kI8: return Divide(static_cast<int8_t*>(data), n, divisor);
-    case kI16: return Divide(static_cast<int16_t*>(data), n, divisor);
-    case kI32: return Divide(static_cast<int32_t*>(data), n, divisor);
-    case kI64: return Divide(static_cast<int64_t*>(data), n, divisor);
-    case kU8: return Divide(static_cast<uint8_t*>(data), n, divisor);
-    case kU16: return Divide(static_cast<uint16_t*>(data), n, divisor);
-    case kU32: return Divide(static_cast<uint32_t*>(data), n, divisor);
-    case kU64: return Divide(static_cast<uint64_t*>(data), n, divisor);
-    case kDTypes: return;
-  }
-}
-
-// The all-reduce of one bucket: dtype, op and divisor are the same for all leaves.
-class Reduction {
- public:
-  Reduction(Communicator* comm, DType dtype, Op op, int divisor)
-      : comm_(comm), dtype_(dtype), op_(op), divisor_(divisor),
-        item_(static_cast<int64_t>(kItemSize[dtype])) {}
-
-  // Reduces n elements where they lie, a cache-sized segment at a time, so that
-  // MPI's passes and ours meet in cache. Returns an MPI error code.
-  int InPlace(char* data, int64_t n) {
-    const int64_t step = std::max<int64_t>(1, comm_->segment_bytes / item_);
-    for (int64_t start = 0; start < n; start += step) {
-      const int64_t count = std::min(step, n - start);
-      char* segment = data + start * item_;
-      comm_->counters[kMpiAllReduce]++;
-      comm_->counters[kBytes] += count * item_;
-      const int code = comm_->mpi->AllReduce(segment, static_cast<int>(count), dtype_,
-                                             op_, comm_->handle);
-      if (code != 0) return code;
-      if (divisor_ > 1) Divide(segment, count, dtype_, divisor_);
-    }
-    return 0;
-  }
-
- private:
-  Communicator* comm_;
-  DType dtype_;
-  Op op_;
-  int divisor_;
-  int64_t item_;
-};
-
-// A run of small leaves that share the staging buffer, reduced when it is full.
-class Pack {
- public:
-  Pack(Communicator* comm, Reduction* reduction, int64_t item)
-      : comm_(comm), reduction_(reduction), item_(item) {}
-
-  int Add(char* leaf, int64_t bytes) {
-    if (used_ + bytes > comm_->staging_bytes) {
-      if (const int code = Flush(); code != 0) return code;
-    }
-    if (bytes > comm_->staging_bytes) return reduction_->InPlace(leaf, bytes / item_);
-    std::memcpy(comm_->Staging() + used_, leaf, static_cast<size_t>(bytes));
-    parts_.push_back({leaf, bytes});
-    used_ += bytes;
-    return 0;
-  }
-
-  int Flush() {
-    if (used_ == 0) return 0;
-    if (const int code = reduction_->InPlace(comm_->Staging(), used_ / item_); code != 0) {
-      return code;
-    }
-    const char* from = comm_->Staging();
-    for (const Part& part : parts_) {
-      std::memcpy(part.leaf, from, static_cast<size_t>(part.bytes));
-      from += part.bytes;
-    }
-    parts_.clear();
-    used_ = 0;
-    return 0;
-  }
-
- private:
-  struct Part {
-    char* leaf;
-    int64_t bytes;
-  };
-  Communicator* comm_;
-  Reduction* reduction_;
-  int64_t item_;
-  int64_t used_ = 0;
-  std::vector<Part> parts_;
-};
 
 ffi::Error MpiFailure(const Communicator& comm, int code, int64_t bucket,
                       const char* call) {
@@ -177,13 +72,6 @@ ffi::Error MpiFailure(const Communicator& comm, int code, int64_t bucket,
 
 // The leaves of one call: results, holding the operands' values. XLA honours the
 // aliases and the copies never happen; they keep the call right if it ever does not.
-struct Leaf {
-  char* data;
-  int64_t count;
-  int64_t bytes;
-  ffi::DataType type;
-};
-
 ffi::ErrorOr<std::vector<Leaf>> Leaves(ffi::RemainingArgs args, ffi::RemainingRets rets) {
   if (args.size() != rets.size() || args.size() == 0) {
     return ffi::Unexpected(ffi::Error(ffi::ErrorCode::kInvalidArgument,
@@ -196,51 +84,44 @@ ffi::ErrorOr<std::vector<Leaf>> Leaves(ffi::RemainingArgs args, ffi::RemainingRe
     auto ret = rets.get<ffi::AnyBuffer>(i);
     if (arg.has_error()) return ffi::Unexpected(arg.error());
     if (ret.has_error()) return ffi::Unexpected(ret.error());
-    Leaf leaf{static_cast<char*>((*ret)->untyped_data()),
-              static_cast<int64_t>(arg->element_count()),
-              static_cast<int64_t>(arg->size_bytes()), arg->element_type()};
-    if (leaf.data != arg->untyped_data() && leaf.bytes > 0) {
-      std::memcpy(leaf.data, arg->untyped_data(), static_cast<size_t>(leaf.bytes));
+    char* data = static_cast<char*>((*ret)->untyped_data());
+    const size_t bytes = arg->size_bytes();
+    if (data != arg->untyped_data() && bytes > 0) {
+      std::memcpy(data, arg->untyped_data(), bytes);
     }
-    leaves.push_back(leaf);
+    leaves.push_back({data, static_cast<int64_t>(arg->element_count())});
   }
   return leaves;
 }
 
-ffi::Error AllReduce(ffi::RemainingArgs args, ffi::RemainingRets rets, int64_t comm_id,
-                     int64_t schedule, int64_t bucket, int64_t op, int64_t divisor,
-                     int64_t pack_bytes) {
+ffi::Error AllReduceCall(ffi::RemainingArgs args, ffi::RemainingRets rets,
+                         int64_t comm_id, int64_t schedule, int64_t bucket, int64_t op,
+                         int64_t divisor, int64_t pack_bytes, int64_t wire) {
   Communicator* comm = FindCommunicator(comm_id);
   if (comm == nullptr) return NoCommunicator();
   auto leaves = Leaves(args, rets);
   if (leaves.has_error()) return leaves.error();
   if (leaves->empty()) return ffi::Error::Success();
   DType dtype;
-  if (!ToDType((*leaves)[0].type, &dtype)) {
+  if (!ToDType(args.get<ffi::AnyBuffer>(0)->element_type(), &dtype)) {
     return ffi::Error(ffi::ErrorCode::kUnimplemented, "jaxcomm: dtype not supported by mpi");
   }
+  const Reduction reduction{dtype, static_cast<Op>(op), static_cast<int>(divisor),
+                            wire < 0 ? dtype : static_cast<DType>(wire), pack_bytes};
 
   std::lock_guard<std::mutex> lock(comm->mutex);
   comm->counters[kCalls]++;
   if (std::string error = comm->Agree(schedule, agree_callback); !error.empty()) {
     return ffi::Error(ffi::ErrorCode::kFailedPrecondition, error);
   }
-  Reduction reduction(comm, dtype, static_cast<Op>(op), static_cast<int>(divisor));
-  Pack pack(comm, &reduction, static_cast<int64_t>(kItemSize[dtype]));
-  int code = 0;
-  for (const Leaf& leaf : *leaves) {
-    if (leaf.bytes == 0) continue;
-    code = leaf.bytes <= pack_bytes ? pack.Add(leaf.data, leaf.bytes)
-                                    : reduction.InPlace(leaf.data, leaf.count);
-    if (code != 0) break;
-  }
-  if (code == 0) code = pack.Flush();
+  const int code = AllReduce(comm, reduction, *leaves);
   return code == 0 ? ffi::Error::Success()
                    : MpiFailure(*comm, code, bucket, "MPI_Allreduce");
 }
 
-ffi::Error Broadcast(ffi::RemainingArgs args, ffi::RemainingRets rets, int64_t comm_id,
-                     int64_t schedule, int64_t bucket, int64_t root) {
+ffi::Error BroadcastCall(ffi::RemainingArgs args, ffi::RemainingRets rets,
+                         int64_t comm_id, int64_t schedule, int64_t bucket,
+                         int64_t root) {
   Communicator* comm = FindCommunicator(comm_id);
   if (comm == nullptr) return NoCommunicator();
   auto leaves = Leaves(args, rets);
@@ -251,16 +132,10 @@ ffi::Error Broadcast(ffi::RemainingArgs args, ffi::RemainingRets rets, int64_t c
   if (std::string error = comm->Agree(schedule, agree_callback); !error.empty()) {
     return ffi::Error(ffi::ErrorCode::kFailedPrecondition, error);
   }
-  constexpr int64_t kStep = int64_t{1} << 30;  // below INT_MAX, the count's type
-  for (const Leaf& leaf : *leaves) {
-    for (int64_t start = 0; start < leaf.bytes; start += kStep) {
-      const int64_t count = std::min(kStep, leaf.bytes - start);
-      comm->counters[kMpiBroadcast]++;
-      comm->counters[kBytes] += count;
-      const int code = comm->mpi->Broadcast(leaf.data + start, static_cast<int>(count),
-                                            static_cast<int>(root), comm->handle);
-      if (code != 0) return MpiFailure(*comm, code, bucket, "MPI_Bcast");
-    }
+  for (size_t i = 0; i < leaves->size(); ++i) {
+    const auto bytes = static_cast<int64_t>(args.get<ffi::AnyBuffer>(i)->size_bytes());
+    const int code = Broadcast(comm, static_cast<int>(root), (*leaves)[i].data, bytes);
+    if (code != 0) return MpiFailure(*comm, code, bucket, "MPI_Bcast");
   }
   return ffi::Error::Success();
 }
@@ -293,7 +168,7 @@ JAXCOMM_API XLA_FFI_Error* jaxcomm_mpi_all_reduce(XLA_FFI_CallFrame*);
 JAXCOMM_API XLA_FFI_Error* jaxcomm_mpi_broadcast(XLA_FFI_CallFrame*);
 JAXCOMM_API XLA_FFI_Error* jaxcomm_gate(XLA_FFI_CallFrame*);
 
-XLA_FFI_DEFINE_HANDLER_SYMBOL(jaxcomm_mpi_all_reduce, AllReduce,
+XLA_FFI_DEFINE_HANDLER_SYMBOL(jaxcomm_mpi_all_reduce, AllReduceCall,
                               ffi::Ffi::Bind()
                                   .RemainingArgs()
                                   .RemainingRets()
@@ -302,9 +177,10 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(jaxcomm_mpi_all_reduce, AllReduce,
                                   .Attr<int64_t>("bucket")
                                   .Attr<int64_t>("op")
                                   .Attr<int64_t>("divisor")
-                                  .Attr<int64_t>("pack_bytes"));
+                                  .Attr<int64_t>("pack_bytes")
+                                  .Attr<int64_t>("wire"));
 
-XLA_FFI_DEFINE_HANDLER_SYMBOL(jaxcomm_mpi_broadcast, Broadcast,
+XLA_FFI_DEFINE_HANDLER_SYMBOL(jaxcomm_mpi_broadcast, BroadcastCall,
                               ffi::Ffi::Bind()
                                   .RemainingArgs()
                                   .RemainingRets()
@@ -341,6 +217,27 @@ JAXCOMM_API void jaxcomm_create_communicator(int64_t id, uint64_t handle, int ra
   std::lock_guard<std::mutex> lock(registry_mutex);
   communicators[id] = std::make_unique<Communicator>(id, mpi.get(), handle, rank, size,
                                                      staging_bytes, segment_bytes);
+}
+
+// The MPI_Op that reduces elements of `dtype`, for calls that are not ours.
+JAXCOMM_API uint64_t jaxcomm_op_handle(int dtype, int op) {
+  std::lock_guard<std::mutex> lock(registry_mutex);
+  return mpi->OpHandle(static_cast<DType>(dtype), static_cast<Op>(op));
+}
+
+JAXCOMM_API const char* jaxcomm_kernels() { return ChosenKernels().name; }
+
+JAXCOMM_API void jaxcomm_lock_mpi() { LockMpi(); }
+JAXCOMM_API void jaxcomm_unlock_mpi() { UnlockMpi(); }
+
+// Seconds aside, what a bucket's call does, for measuring without XLA.
+JAXCOMM_API int jaxcomm_all_reduce_float(int64_t id, void* data, int64_t count,
+                                         int64_t pack_bytes) {
+  Communicator* comm = FindCommunicator(id);
+  if (comm == nullptr) return 1;
+  std::lock_guard<std::mutex> lock(comm->mutex);
+  const Reduction sum{kF32, kSum, comm->size, kF32, pack_bytes};
+  return AllReduce(comm, sum, {{static_cast<char*>(data), count}});
 }
 
 JAXCOMM_API void jaxcomm_set_agree(AgreeFn callback) { agree_callback = callback; }

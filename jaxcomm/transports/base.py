@@ -21,6 +21,7 @@ class Call:
       bucket: the bucket's number in its schedule.
       pack_bytes: leaves of at most this many bytes are packed.
       root: sending rank of a broadcast; -1 otherwise.
+      wire: the 16-bit dtype that travels in place of float32, or "".
     """
 
     comm: int
@@ -30,6 +31,7 @@ class Call:
     bucket: int
     pack_bytes: int
     root: int
+    wire: str = ""
 
 
 class Transport(Protocol):
@@ -56,13 +58,36 @@ class Transport(Protocol):
         ...
 
 
-def check_dtype(
-    transport: str, supported: Sequence[str], op: str, dtype: str, path: str
-) -> None:
-    """Shared check: broadcast moves bytes, so it takes any dtype."""
-    if op != "broadcast" and dtype not in supported:
-        raise UnsupportedDtypeError(
-            f"leaf {path}: dtype {dtype} cannot be reduced with op={op!r} over "
-            f"transport {transport!r}; it reduces {', '.join(supported)}. "
-            "Cast the leaf first."
-        )
+_NUMBERS = {
+    *("float32", "float64", "bfloat16", "float16"),
+    *(f"{kind}{bits}" for kind in ("int", "uint") for bits in (8, 16, 32, 64)),
+}
+_COMPLEX = {"complex64", "complex128"}
+# JAX's types of less than a byte: several elements may share one.
+_SUB_BYTE = {"int2", "int4", "uint2", "uint4", "float4_e2m1fn"}
+_MEANINGFUL = {
+    "sum": _NUMBERS | _COMPLEX,
+    "mean": _NUMBERS | _COMPLEX,
+    "prod": _NUMBERS | _COMPLEX,
+    # Of booleans: all and any.
+    "min": _NUMBERS | {"bool"},
+    "max": _NUMBERS | {"bool"},
+}
+
+
+def check_dtype(transport: str, op: str, dtype: str, path: str) -> None:
+    """Raise UnsupportedDtypeError where op and dtype make no sense together."""
+    # A broadcast moves bytes, whatever they mean.
+    if dtype not in _SUB_BYTE and (op == "broadcast" or dtype in _MEANINGFUL[op]):
+        return
+    if dtype in _SUB_BYTE:
+        why = "its elements share bytes; cast the leaf to int8 or wider"
+    elif dtype == "bool":
+        why = "use op='max' (any) or op='min' (all), or cast the leaf to an integer"
+    elif dtype in _COMPLEX:
+        why = "complex numbers have no order; reduce abs, real or imag"
+    else:
+        why = f"transport {transport!r} has no such type; cast the leaf first"
+    raise UnsupportedDtypeError(
+        f"leaf {path}: dtype {dtype} cannot travel with op={op!r}: {why}."
+    )

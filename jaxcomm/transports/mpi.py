@@ -18,8 +18,8 @@ class Mpi:
     name = "mpi"
 
     def check(self, op: str, dtype: str, path: str) -> None:
-        """Raise UnsupportedDtypeError unless MPI has this type and op."""
-        check_dtype(self.name, native.DTYPES, op, dtype, path)
+        """Raise UnsupportedDtypeError for a reduction that has no meaning."""
+        check_dtype(self.name, op, dtype, path)
 
     def lower(self, ctx: Any, call: Call, values: Sequence[Any]) -> Sequence[Any]:
         """Emit one custom call whose results alias its operands."""
@@ -37,6 +37,8 @@ class Mpi:
             attributes["op"] = np.int64(native.OPS.index(op))
             attributes["divisor"] = np.int64(call.size if call.op == "mean" else 1)
             attributes["pack_bytes"] = np.int64(call.pack_bytes)
+            wire = native.DTYPES.index(call.wire) if call.wire else -1
+            attributes["wire"] = np.int64(wire)
         return in_place_call(target, ctx, values, attributes)
 
 

@@ -22,29 +22,13 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from jaxcomm import _compat
-from jaxcomm.errors import TransportUnavailableError
+from jaxcomm import _compat, native
+from jaxcomm.errors import InvalidOptionError, TransportUnavailableError
 from jaxcomm.schedule import leaf_bytes
 from jaxcomm.transports.base import Call, check_dtype
 from jaxcomm.transports.mpi import in_place_call
 
-_MPI_OPS = {
-    "mean": "SUM",
-    "sum": "SUM",
-    "broadcast": "SUM",
-    "min": "MIN",
-    "max": "MAX",
-    "prod": "PROD",
-}
-_DTYPES = {
-    "float32": "FLOAT",
-    "float64": "DOUBLE",
-    **{
-        f"{kind}{bits}": f"{kind.upper()}{bits}_T"
-        for kind in ("int", "uint")
-        for bits in (8, 16, 32, 64)
-    },
-}
+_MAX_COUNT = 2**31 - 1
 
 
 class Mpi4jax:
@@ -69,8 +53,8 @@ class Mpi4jax:
         self._comm = comm
 
     def check(self, op: str, dtype: str, path: str) -> None:
-        """Raise UnsupportedDtypeError unless mpi4jax can reduce the dtype."""
-        check_dtype(self.name, tuple(_DTYPES), op, dtype, path)
+        """Raise UnsupportedDtypeError for a reduction that has no meaning."""
+        check_dtype(self.name, op, dtype, path)
 
     def lower(self, ctx: Any, call: Call, values: Sequence[Any]) -> Sequence[Any]:
         """Emit gate, mpi4jax's call, gate, for every array of the bucket."""
@@ -85,8 +69,9 @@ class Mpi4jax:
             shapes = [avals[i].shape for i in part]
             before = functools.partial(_encode, call=call, rank=self._comm.Get_rank())
             after = functools.partial(_decode, call=call, like=[avals[i] for i in part])
-            count = sum(math.prod(shape) for shape in shapes)
-            whole = _compat.shaped_array((count,), _wire(call, avals[part[0]].dtype))
+            dtype = avals[part[0]].dtype
+            count = sum(math.prod(shape) for shape in shapes) * _pieces(call, dtype)
+            whole = _compat.shaped_array((count,), _carrier(call, dtype))
             (flat,) = self._map(
                 before,
                 ctx,
@@ -94,14 +79,24 @@ class Mpi4jax:
                 [whole],
                 [leaves[i] for i in part],
             )
-            flat, token = self._in_order(ctx, call, flat, token, whole, token_aval)
+            meaning = call.wire or str(dtype)
+            flat, token = self._in_order(
+                ctx, call, meaning, flat, token, whole, token_aval
+            )
             results = self._map(after, ctx, [whole], [avals[i] for i in part], [flat])
             for i, result in zip(part, results, strict=True):
                 out[i] = result
         return [*out, token]
 
     def _in_order(
-        self, ctx: Any, call: Call, value: Any, token: Any, aval: Any, token_aval: Any
+        self,
+        ctx: Any,
+        call: Call,
+        dtype: str,
+        value: Any,
+        token: Any,
+        aval: Any,
+        token_aval: Any,
     ) -> tuple[Any, Any]:
         pair = ctx.replace(avals_in=(aval, token_aval), avals_out=(aval, token_aval))
         gate = {"comm": np.int64(call.comm)}
@@ -111,25 +106,36 @@ class Mpi4jax:
             (value, token),
             gate | {"schedule": np.int64(call.digest)},
         )
-        value = self._reduce(ctx, call, value, aval)
+        value = self._reduce(ctx, call, dtype, value, aval)
         value, token = in_place_call(
             "jaxcomm_gate", pair, (value, token), gate | {"schedule": np.int64(0)}
         )
         return value, token
 
-    def _reduce(self, ctx: Any, call: Call, value: Any, aval: Any) -> Any:
+    def _reduce(self, ctx: Any, call: Call, dtype: str, value: Any, aval: Any) -> Any:
         from mpi4py import MPI
 
+        count = math.prod(aval.shape)
+        if count > _MAX_COUNT:
+            raise InvalidOptionError(
+                f"transport 'mpi4jax' counts in a C int: {count:,} elements in one "
+                f"call exceed {_MAX_COUNT:,}. Use transport='mpi', or split the leaf."
+            )
+        # The operations are those of our own calls: mpi4jax knows no 16-bit floats.
+        op = {"mean": "sum", "broadcast": "sum"}.get(call.op, call.op)
+        if call.op == "broadcast":
+            dtype = str(aval.dtype)
+        handle = np.uint64(native.op_handle(dtype, op)).view(np.int64)
         avals = (aval, _compat.abstract_token)
         rule = jax.ffi.ffi_lowering("mpi_allreduce_ffi", has_side_effect=True)
         out, _ = rule(
             ctx.replace(avals_in=avals, avals_out=avals),
             value,
             _compat.create_token(),
-            nitems=np.int64(math.prod(aval.shape)),
-            op=_handle(getattr(MPI, _MPI_OPS[call.op])),
+            nitems=np.int64(count),
+            op=handle,
             comm=_handle(self._comm),
-            dtype=_handle(getattr(MPI, _DTYPES[str(aval.dtype)])),
+            dtype=_handle(getattr(MPI, native.MPI_TYPES[dtype])),
         )
         return out
 
@@ -147,16 +153,23 @@ def _handle(thing: Any) -> np.int64:
     return np.uint64(MPI._handleof(thing) & (2**64 - 1)).view(np.int64)
 
 
-def _wire(call: Call, dtype: Any) -> np.dtype:
-    """What travels: the leaf's dtype, or a broadcast's bits as unsigned integers."""
-    dtype = np.dtype(dtype)
-    if call.op != "broadcast":
-        return dtype
-    return (
-        np.dtype("uint8")
-        if dtype == np.bool_
-        else np.dtype(f"uint{8 * dtype.itemsize}")
-    )
+def _carrier(call: Call, dtype: Any) -> np.dtype:
+    """The array type that mpi4jax sees.
+
+    16-bit floats, booleans and all that is broadcast travel as bits.
+    """
+    dtype = np.dtype(call.wire or dtype)
+    if call.op == "broadcast":
+        return _words(dtype)[0]
+    if dtype == np.bool_:
+        return np.dtype("uint8")
+    return np.dtype("uint16") if str(dtype) in native.WIRE_DTYPES else dtype
+
+
+def _words(dtype: np.dtype) -> tuple[np.dtype, int]:
+    """Unsigned integers that hold the bits of one element, and how many."""
+    size = dtype.itemsize // 2 if dtype.kind == "c" else dtype.itemsize
+    return np.dtype(f"uint{8 * size}"), dtype.itemsize // size
 
 
 def _encode(*leaves: Any, call: Call, rank: int) -> list[Any]:
@@ -168,28 +181,77 @@ def _encode(*leaves: Any, call: Call, rank: int) -> list[Any]:
     """
     flat = [jnp.ravel(x) for x in leaves]
     if call.op == "broadcast":
-        wire = _wire(call, leaves[0].dtype)
-        flat = [
-            x.astype(wire) if x.dtype == np.bool_ else lax.bitcast_convert_type(x, wire)
-            for x in flat
-        ]
+        flat = [_to_bits(x) for x in flat]
         if rank != call.root:
             flat = [jnp.zeros_like(x) for x in flat]
-    return [flat[0] if len(flat) == 1 else jnp.concatenate(flat)]
+    whole = flat[0] if len(flat) == 1 else jnp.concatenate(flat)
+    if call.op == "broadcast":
+        return [whole]
+    dtype = call.wire or str(leaves[0].dtype)
+    if dtype == "float16" and call.op == "mean":
+        whole = whole * np.asarray(1 / _reserve(call), whole.dtype)
+    if call.wire:
+        whole = whole.astype(dtype)
+    return [_to_bits(whole) if _carrier(call, whole.dtype) != whole.dtype else whole]
 
 
 def _decode(flat: Any, *, call: Call, like: list[Any]) -> list[Any]:
-    if call.op == "mean":
-        size = np.asarray(call.size, flat.dtype)
-        # Integer means round toward zero, as in the native call.
-        flat = lax.div(flat, lax.broadcast(size, flat.shape))
+    if call.op != "broadcast":
+        flat = _scaled(flat, call, like[0].dtype)
     out, start = [], 0
     for aval in like:
-        stop = start + math.prod(aval.shape)
+        stop = start + math.prod(aval.shape) * _pieces(call, aval.dtype)
         part = lax.slice(flat, (start,), (stop,))
         start = stop
         if call.op == "broadcast":
-            bits = part != 0 if aval.dtype == np.bool_ else None
-            part = lax.bitcast_convert_type(part, aval.dtype) if bits is None else bits
+            part = _from_bits(part, aval.dtype)
         out.append(jnp.reshape(part, aval.shape))
     return out
+
+
+def _scaled(flat: Any, call: Call, dtype: Any) -> Any:
+    """Undo `_encode`, and divide for a mean."""
+    wire = np.dtype(call.wire or dtype)
+    if flat.dtype != wire:
+        flat = _from_bits(flat, wire)
+    # The quotient of 16-bit floats is rounded once, as in the native call.
+    narrow = str(wire) in native.WIRE_DTYPES
+    if narrow:
+        flat = flat.astype(jnp.float32)
+    if call.op == "mean":
+        if wire == np.float16:
+            flat = flat * np.float32(_reserve(call))
+        # 8-bit integers hold no large number of ranks.
+        wide = flat.astype(jnp.int32) if np.dtype(dtype).itemsize == 1 else flat
+        size = jnp.asarray(call.size, wide.dtype)
+        # Integer means round toward zero.
+        flat = lax.div(wide, lax.broadcast(size, wide.shape))
+    return flat.astype(dtype)
+
+
+def _reserve(call: Call) -> int:
+    return 1 << (call.size - 1).bit_length()
+
+
+def _pieces(call: Call, dtype: Any) -> int:
+    return _words(np.dtype(dtype))[1] if call.op == "broadcast" else 1
+
+
+def _to_bits(flat: Any) -> Any:
+    if flat.dtype == np.bool_:
+        return flat.astype(np.uint8)
+    if jnp.issubdtype(flat.dtype, jnp.complexfloating):
+        flat = jnp.ravel(jnp.stack([flat.real, flat.imag], axis=-1))
+    words, _ = _words(np.dtype(flat.dtype))
+    return lax.bitcast_convert_type(flat, words)
+
+
+def _from_bits(flat: Any, dtype: Any) -> Any:
+    dtype = np.dtype(dtype)
+    if dtype == np.bool_:
+        return flat != 0
+    if dtype.kind == "c":
+        part = np.dtype(f"float{4 * dtype.itemsize}")
+        pairs = lax.bitcast_convert_type(flat, part).reshape(-1, 2)
+        return lax.complex(pairs[:, 0], pairs[:, 1])
+    return lax.bitcast_convert_type(flat, dtype)

@@ -6,27 +6,25 @@
 // here as 64-bit words and narrowed at the call by a template on the handle type.
 #pragma once
 
-#include <cstddef>
 #include <cstdint>
 #include <memory>
 #include <string>
 
+#include "types.h"
+
 namespace jaxcomm {
 
-// Order shared with jaxcomm/native/__init__.py.
-enum DType : int { kF32, kF64, kI8, kI16, kI32, kI64, kU8, kU16, kU32, kU64, kDTypes };
-enum Op : int { kSum, kMin, kMax, kProd, kOps };
-
-inline constexpr size_t kItemSize[kDTypes] = {4, 8, 1, 2, 4, 8, 1, 2, 4, 8};
-
-// The two collectives the handlers need, whatever the MPI behind them.
+// The collectives the handlers need, whatever the MPI behind them. All return MPI
+// error codes.
 class Mpi {
  public:
   virtual ~Mpi() = default;
-  // In-place all-reduce of n elements (n <= INT_MAX). Returns an MPI error code.
-  virtual int AllReduce(void* data, int n, DType dtype, Op op, uint64_t comm) const = 0;
-  virtual int Broadcast(void* bytes, int n, int root, uint64_t comm) const = 0;
-  virtual std::string ErrorText(int code) const = 0;
+  // In-place all-reduce of n elements (n <= INT_MAX).
+  virtual int AllReduce(void* data, int n, DType dtype, Op op, uint64_t comm) = 0;
+  virtual int Broadcast(void* bytes, int n, int root, uint64_t comm) = 0;
+  virtual std::string ErrorText(int code) = 0;
+  // The MPI_Op that reduces this type: MPI's own, or one of ours.
+  virtual uint64_t OpHandle(DType dtype, Op op) = 0;
 };
 
 struct MpiHandles {
@@ -34,11 +32,18 @@ struct MpiHandles {
   uint64_t byte;
   uint64_t op[kOps];
   uint64_t in_place;
+  // Whether threads must take turns in MPI (MPI_THREAD_SERIALIZED).
+  uint64_t serialized;
 };
 
 // Binds to `library` (a path or soname already loaded in this process). Returns
 // null and sets `error` when it is not loaded or lacks an entry point.
 std::unique_ptr<Mpi> OpenMpi(const char* library, int handle_bytes,
                              const MpiHandles& handles, std::string* error);
+
+// Under MPI_THREAD_SERIALIZED, held around every MPI call of this process, by Python
+// too. No blocking call is made while it is held.
+void LockMpi();
+void UnlockMpi();
 
 }  // namespace jaxcomm

@@ -1,0 +1,179 @@
+#include "reduce.h"
+
+#include <cfenv>
+#include <algorithm>
+#include <cstring>
+
+#include "kernels.h"
+
+namespace jaxcomm {
+namespace {
+
+// XLA's threads may flush subnormal numbers to zero, and the thread that runs a call
+// need not be of the same kind on every rank. Both ranks of a pair compute the same
+// sum, so both must round alike.
+class DefaultRounding {
+ public:
+  DefaultRounding() {
+    std::fegetenv(&saved_);
+    std::fesetenv(FE_DFL_ENV);
+  }
+  ~DefaultRounding() { std::fesetenv(&saved_); }
+
+ private:
+  std::fenv_t saved_;
+};
+
+class Reducer {
+ public:
+  Reducer(Communicator* comm, const Reduction& how)
+      : comm_(comm), how_(how), kernels_(ChosenKernels()),
+        item_(static_cast<int64_t>(kItemSize[how.dtype])),
+        wire_item_(static_cast<int64_t>(kItemSize[how.wire])) {
+    // A sum of float16 numbers may overflow where their mean does not: such a mean
+    // is summed after an exact division by a power of two that is at least n.
+    if (how.wire == kF16 && how.divisor > 1) {
+      while (reserve_ < how.divisor) reserve_ *= 2;
+    }
+  }
+
+  int Add(const Leaf& leaf) {
+    if (leaf.count == 0) return 0;
+    const bool pack = how_.wire != how_.dtype || leaf.count * item_ <= how_.pack_bytes;
+    return pack ? Pack(leaf) : InPlace(leaf.data, leaf.count);
+  }
+
+  // Reduces what waits in the staging buffer and puts it back where it came from.
+  int Flush() {
+    if (used_ == 0) return 0;
+    const int code = Send(comm_->Staging(), used_ / wire_item_);
+    if (code != 0) return code;
+    const char* from = comm_->Staging();
+    for (const Leaf& part : parts_) {
+      Unpack(from, part);
+      from += part.count * wire_item_;
+    }
+    parts_.clear();
+    used_ = 0;
+    return 0;
+  }
+
+ private:
+  // Reduces n elements where they lie, a cache-sized segment at a time, so that MPI's
+  // passes over memory and ours meet in cache.
+  int InPlace(char* data, int64_t n) {
+    const int64_t step = Elements(comm_->segment_bytes, item_);
+    for (int64_t start = 0; start < n; start += step) {
+      const int64_t count = std::min(step, n - start);
+      char* segment = data + start * item_;
+      if (reserve_ > 1) kernels_.scale[how_.dtype](segment, count, 1.0f / reserve_);
+      if (const int code = Send(segment, count); code != 0) return code;
+      if (reserve_ > 1) {
+        kernels_.scale[how_.dtype](segment, count, Rest());
+      } else if (how_.divisor > 1) {
+        kernels_.divide[how_.dtype](segment, count, how_.divisor);
+      }
+    }
+    return 0;
+  }
+
+  int Pack(const Leaf& leaf) {
+    // What is encoded should still be in cache when it is sent.
+    const int64_t room = how_.wire == how_.dtype
+                             ? comm_->staging_bytes
+                             : std::min(comm_->staging_bytes, comm_->segment_bytes);
+    for (int64_t start = 0; start < leaf.count;) {
+      if (room - used_ < wire_item_) {
+        if (const int code = Flush(); code != 0) return code;
+      }
+      const int64_t count = std::min(leaf.count - start, (room - used_) / wire_item_);
+      char* from = leaf.data + start * item_;
+      char* to = comm_->Staging() + used_;
+      if (how_.wire != how_.dtype) {
+        kernels_.encode[how_.wire](reinterpret_cast<const float*>(from), to, count,
+                                   1.0f / static_cast<float>(reserve_));
+      } else {
+        std::memcpy(to, from, static_cast<size_t>(count * item_));
+        if (reserve_ > 1) kernels_.scale[how_.dtype](to, count, 1.0f / reserve_);
+      }
+      parts_.push_back({from, count});
+      used_ += count * wire_item_;
+      start += count;
+    }
+    return 0;
+  }
+
+  void Unpack(const char* from, const Leaf& part) {
+    if (how_.wire != how_.dtype) {
+      kernels_.decode[how_.wire](from, reinterpret_cast<float*>(part.data), part.count,
+                                 static_cast<float>(reserve_), how_.divisor);
+      return;
+    }
+    if (how_.divisor > 1 && reserve_ == 1) {
+      kernels_.divide_copy[how_.dtype](from, part.data, part.count, how_.divisor);
+      return;
+    }
+    std::memcpy(part.data, from, static_cast<size_t>(part.count * item_));
+    if (reserve_ > 1) kernels_.scale[how_.dtype](part.data, part.count, Rest());
+  }
+
+  int Send(char* data, int64_t n) {
+    const int64_t step = Elements(comm_->segment_bytes, wire_item_);
+    for (int64_t start = 0; start < n; start += step) {
+      const int64_t count = std::min(step, n - start);
+      comm_->counters[kMpiAllReduce]++;
+      comm_->counters[kBytes] += count * wire_item_;
+      const int code =
+          comm_->mpi->AllReduce(data + start * wire_item_, static_cast<int>(count),
+                                how_.wire, how_.op, comm_->handle);
+      if (code != 0) return code;
+    }
+    return 0;
+  }
+
+  // MPI counts elements in a C int.
+  static int64_t Elements(int64_t bytes, int64_t item) {
+    return std::clamp<int64_t>(bytes / item, 1, INT32_MAX);
+  }
+
+  float Rest() const {
+    return static_cast<float>(reserve_) / static_cast<float>(how_.divisor);
+  }
+
+  Communicator* comm_;
+  Reduction how_;
+  const Kernels& kernels_;
+  int64_t item_;
+  int64_t wire_item_;
+  int reserve_ = 1;
+  int64_t used_ = 0;
+  std::vector<Leaf> parts_;
+};
+
+}  // namespace
+
+int AllReduce(Communicator* comm, const Reduction& reduction,
+              const std::vector<Leaf>& leaves) {
+  if (comm->size == 1) return 0;
+  DefaultRounding scope;
+  Reducer reducer(comm, reduction);
+  for (const Leaf& leaf : leaves) {
+    if (const int code = reducer.Add(leaf); code != 0) return code;
+  }
+  return reducer.Flush();
+}
+
+int Broadcast(Communicator* comm, int root, char* data, int64_t bytes) {
+  constexpr int64_t kStep = int64_t{1} << 30;  // below INT_MAX, the count's type
+  for (int64_t start = 0; start < bytes; start += kStep) {
+    const int64_t count = std::min(kStep, bytes - start);
+    comm->counters[kMpiBroadcast]++;
+    comm->counters[kBytes] += count;
+    const int code = comm->mpi->Broadcast(data + start, static_cast<int>(count), root,
+                                          comm->handle);
+    if (code != 0) return code;
+  }
+  return 0;
+}
+
+}  // namespace jaxcomm
