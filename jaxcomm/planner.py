@@ -154,12 +154,13 @@ def _wire_dtype(wire_dtype: str | None, leaves: Sequence[LeafSpec]) -> str:
 
 
 def _wider(name: str, leaves: Sequence[LeafSpec]) -> str:
-    first = next((x for x in leaves if item_bytes(name) >= item_bytes(x.dtype)), None)
-    where = (
-        f"; it is no narrower than leaf {first.path} ({first.dtype})" if first else ""
-    )
+    where = ""
+    for leaf in leaves:
+        if item_bytes(name) >= item_bytes(leaf.dtype):
+            where = f"; it is no narrower than leaf {leaf.path} ({leaf.dtype})"
+            break
     raise InvalidOptionError(
-        f"wire_dtype={name!r}{where if first else ''}: use one of {', '.join(WIRE_DTYPES)}, or None"
+        f"wire_dtype={name!r}{where}: use one of {', '.join(WIRE_DTYPES)}, or None"
     )
 
 

@@ -23,8 +23,8 @@ def load_target(target: str) -> Any:
     name, _, function = target.partition(":")
     if not name or not function:
         raise InvalidOptionError(
-            f"{target!r}; give MODULE:FUNCTION, a function of no arguments that returns "
-            "a tree of arrays or ShapeDtypeStructs, or --shapes FILE"
+            f"{target!r}; give MODULE:FUNCTION, a function of no arguments that "
+            "returns a tree of arrays or ShapeDtypeStructs, or --shapes FILE"
         )
     sys.path.insert(0, str(Path.cwd()))
     try:

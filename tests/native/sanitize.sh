@@ -11,6 +11,8 @@ rm -rf $build
 export OMPI_ALLOW_RUN_AS_ROOT=1 OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1
 # PMIx maps its shared store where the sanitizers keep theirs; the other store will do.
 export PMIX_MCA_gds=hash
+# UCX hooks madvise, which ThreadSanitizer calls before a thread is ready for it.
+export UCX_MEM_EVENTS=n OMPI_MCA_pml=ob1 OMPI_MCA_osc=^ucx
 # MPI and Python keep what they allocate; only our own accesses are of interest.
 export ASAN_OPTIONS=detect_leaks=0:abort_on_error=0:exitcode=66:verify_asan_link_order=0
 export UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1
