@@ -9,7 +9,7 @@ EXTRAS ?= dev
 DEMO_ARGS := $(if $(DEMO_STEPS),--steps $(DEMO_STEPS))
 TESTS ?= tests
 
-.PHONY: setup demo test lint sanitize bench clean
+.PHONY: setup demo test lint sanitize bench bench-peers clean
 .DEFAULT_GOAL := help
 
 help:
@@ -18,6 +18,7 @@ help:
 	@echo "make lint   ruff and pyright"
 	@echo "make sanitize  run the native code under Address-, UB- and ThreadSanitizer"
 	@echo "make bench  measure the gradient reduction beside its peers"
+	@echo "make bench-peers  the same beside torch.distributed, which it installs first"
 	@echo "make setup  make $(VENV) (the others do it when needed)"
 
 setup: $(STAMP)
@@ -50,5 +51,13 @@ sanitize: $(STAMP)
 bench: $(STAMP)
 	$(BIN)/python benchmarks/reduction.py
 
+# Peers that need torch live in an environment of their own.
+bench-peers: $(STAMP) .venv-peers/bin/python
+	$(BIN)/python benchmarks/reduction.py
+
+.venv-peers/bin/python:
+	$(PYTHON) -m venv .venv-peers
+	.venv-peers/bin/python -m pip install --quiet torch==2.13.0 numpy
+
 clean:
-	rm -rf $(VENV) build out
+	rm -rf $(VENV) .venv-peers build out

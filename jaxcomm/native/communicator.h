@@ -2,10 +2,13 @@
 // for small leaves, counters, and the schedules its ranks have agreed on.
 #pragma once
 
+#include <sys/mman.h>
+
 #include <atomic>
 #include <cstdint>
 #include <memory>
 #include <mutex>
+#include <new>
 #include <string>
 #include <unordered_set>
 
@@ -27,11 +30,23 @@ class Communicator {
       : id(id), mpi(mpi), handle(handle), rank(rank), size(size),
         staging_bytes(staging_bytes), segment_bytes(segment_bytes) {}
 
-  // Allocated on first use and kept: a fresh buffer of this size would fault its
-  // pages in on every call.
+  ~Communicator() {
+    if (staging_ != nullptr) munmap(staging_, static_cast<size_t>(staging_bytes));
+  }
+  Communicator(const Communicator&) = delete;
+  Communicator& operator=(const Communicator&) = delete;
+
+  // Mapped on first use and kept: fresh pages would fault on every call, and from
+  // malloc the buffer would come to lie between leaves of a running step and divide
+  // the heap, so that later steps need a larger one.
   char* Staging() {
-    if (!staging_) staging_.reset(new char[static_cast<size_t>(staging_bytes)]);
-    return staging_.get();
+    if (staging_ == nullptr) {
+      void* pages = mmap(nullptr, static_cast<size_t>(staging_bytes),
+                         PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+      if (pages == MAP_FAILED) throw std::bad_alloc();
+      staging_ = static_cast<char*>(pages);
+    }
+    return staging_;
   }
 
   // Empty when the ranks agree on `digest`; asks at most once per digest.
@@ -57,7 +72,7 @@ class Communicator {
   std::atomic<int64_t> counters[kCounters] = {};
 
  private:
-  std::unique_ptr<char[]> staging_;
+  char* staging_ = nullptr;
   std::unordered_set<int64_t> agreed_;
 };
 
