@@ -9,13 +9,14 @@ EXTRAS ?= dev
 DEMO_ARGS := $(if $(DEMO_STEPS),--steps $(DEMO_STEPS))
 TESTS ?= tests
 
-.PHONY: setup demo test lint sanitize bench bench-peers clean
+.PHONY: setup demo test test-mpich lint sanitize bench bench-peers clean
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make demo   train a small STEMDL network on two MPI ranks; results in out/demo"
 	@echo "make test   run all tests on 1, 2 and 4 ranks"
 	@echo "make lint   ruff and pyright"
+	@echo "make test-mpich  the same native library over MPICH"
 	@echo "make sanitize  run the native code under Address-, UB- and ThreadSanitizer"
 	@echo "make bench  measure the gradient reduction beside its peers"
 	@echo "make bench-peers  the same beside torch.distributed, which it installs first"
@@ -44,6 +45,16 @@ lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
+
+# The same library file over MPICH, in an environment of its own.
+test-mpich: $(STAMP)
+	test -x .venv-mpich/bin/python || $(PYTHON) -m venv .venv-mpich
+	$(BIN)/uv pip install --quiet --python .venv-mpich/bin/python --editable . \
+	  mpich mpi4py optax flax hypothesis pytest pytest-timeout
+	JAXCOMM_NATIVE_LIBRARY=$$($(BIN)/python -c \
+	  'from jaxcomm import native; print(native.library_path())') \
+	  .venv-mpich/bin/pytest tests/test_conformance.py tests/test_native.py \
+	  -k 'not mpi4jax'
 
 sanitize: $(STAMP)
 	tests/native/sanitize.sh $(BIN)

@@ -29,7 +29,8 @@ def launch_ranks(
     return subprocess.run(
         line,
         cwd=ROOT,
-        env={**os.environ, **(env or {})},
+        # Plans must not depend on what was tuned on this machine.
+        env={**os.environ, "JAXCOMM_PROFILE": "off", **(env or {})},
         capture_output=True,
         text=True,
         # The launcher's own limit comes first; this one only guards the guard.

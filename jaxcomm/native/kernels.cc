@@ -59,6 +59,9 @@ struct F16 {
 struct Add {
   static inline float Of(float a, float b) { return a + b; }
 };
+struct HalfSum {
+  static inline float Of(float a, float b) { return (a + b) * 0.5f; }
+};
 struct Multiply {
   static inline float Of(float a, float b) { return a * b; }
 };
@@ -90,6 +93,13 @@ void Extreme(const void* in, void* inout, int64_t n) {
     const S chosen = first ? x : y;
     b[i] = nan ? static_cast<S>(kNaN) : chosen;
   }
+}
+
+template <typename T>
+void MeanOfTwo(const void* in, void* inout, int64_t n) {
+  const T* __restrict a = static_cast<const T*>(in);
+  T* __restrict b = static_cast<T*>(inout);
+  for (int64_t i = 0; i < n; ++i) b[i] = (a[i] + b[i]) * T(0.5);
 }
 
 template <typename T>
@@ -195,6 +205,7 @@ template <typename Half, int kType>
 void FillHalf(Kernels* k) {
   k->combine[kType][kSum] = CombineHalf<Half, Add>;
   k->combine[kType][kProd] = CombineHalf<Half, Multiply>;
+  k->combine[kType][kMeanOfTwo] = CombineHalf<Half, HalfSum>;
   k->combine[kType][kMin] = Extreme<uint16_t, int16_t, Half::kInf, Half::kNaN, true>;
   k->combine[kType][kMax] = Extreme<uint16_t, int16_t, Half::kInf, Half::kNaN, false>;
   k->divide[kType] = DivideHalf<Half>;
@@ -247,6 +258,8 @@ Kernels JAXCOMM_CONCAT(Kernels_, JAXCOMM_TARGET)() {
   k.combine[kF32][kMax] = Extreme<uint32_t, int32_t, kInf32, kNaN32, false>;
   k.combine[kF64][kMin] = Extreme<uint64_t, int64_t, kInf64, kNaN64, true>;
   k.combine[kF64][kMax] = Extreme<uint64_t, int64_t, kInf64, kNaN64, false>;
+  k.combine[kF32][kMeanOfTwo] = MeanOfTwo<float>;
+  k.combine[kF64][kMeanOfTwo] = MeanOfTwo<double>;
   return k;
 }
 

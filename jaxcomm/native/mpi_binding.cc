@@ -51,6 +51,10 @@ constexpr UserOp kUserOps[] = {
     {kF16, kMin, Combine<kF16, kMin>},   {kF16, kMax, Combine<kF16, kMax>},
     {kF32, kMin, Combine<kF32, kMin>},   {kF32, kMax, Combine<kF32, kMax>},
     {kF64, kMin, Combine<kF64, kMin>},   {kF64, kMax, Combine<kF64, kMax>},
+    {kF32, kMeanOfTwo, Combine<kF32, kMeanOfTwo>},
+    {kF64, kMeanOfTwo, Combine<kF64, kMeanOfTwo>},
+    {kBF16, kMeanOfTwo, Combine<kBF16, kMeanOfTwo>},
+    {kF16, kMeanOfTwo, Combine<kF16, kMeanOfTwo>},
 };
 
 // A preloaded PMPI tool stands in the global scope and must see our calls, so it
@@ -94,7 +98,8 @@ class MpiOf final : public Mpi {
   MpiOf(const Entries<Handle>& entries, const MpiHandles& handles)
       : mpi_(entries), handles_(handles) {
     for (auto& row : ops_) {
-      for (int op = 0; op < kOps; ++op) row[op] = handles.op[op];
+      for (int op = 0; op < kMpiOps; ++op) row[op] = handles.op[op];
+      row[kMeanOfTwo] = 0;
     }
   }
 

@@ -30,7 +30,7 @@ class Mpi {
 struct MpiHandles {
   uint64_t dtype[kDTypes];
   uint64_t byte;
-  uint64_t op[kOps];
+  uint64_t op[kMpiOps];
   uint64_t in_place;
   // Whether threads must take turns in MPI (MPI_THREAD_SERIALIZED).
   uint64_t serialized;

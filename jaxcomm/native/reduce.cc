@@ -30,10 +30,15 @@ class Reducer {
       : comm_(comm), how_(how), kernels_(ChosenKernels()),
         item_(static_cast<int64_t>(kItemSize[how.dtype])),
         wire_item_(static_cast<int64_t>(kItemSize[how.wire])) {
+    if (comm->size == 2 && how.divisor == 2 && how.op == kSum &&
+        kernels_.combine[how.wire][kMeanOfTwo] != nullptr) {
+      how_.op = kMeanOfTwo;
+      how_.divisor = 1;
+    }
     // A sum of float16 numbers may overflow where their mean does not: such a mean
     // is summed after an exact division by a power of two that is at least n.
-    if (how.wire == kF16 && how.divisor > 1) {
-      while (reserve_ < how.divisor) reserve_ *= 2;
+    if (how_.wire == kF16 && how_.divisor > 1) {
+      while (reserve_ < how_.divisor) reserve_ *= 2;
     }
   }
 

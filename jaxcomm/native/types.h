@@ -13,7 +13,14 @@ enum DType : int {
   kBool, kC64, kC128,
   kDTypes
 };
-enum Op : int { kSum, kMin, kMax, kProd, kOps };
+enum Op : int {
+  kSum, kMin, kMax, kProd,
+  kMpiOps,
+  // Half the sum. Two ranks combine every element exactly once, so this one pass is
+  // the whole of their mean.
+  kMeanOfTwo = kMpiOps,
+  kOps
+};
 
 inline constexpr size_t kItemSize[kDTypes] = {4, 8, 2, 2, 1, 2, 4, 8,
                                               1, 2, 4, 8, 1, 8, 16};

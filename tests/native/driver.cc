@@ -112,7 +112,7 @@ int Check(Communicator* comm, DType dtype, Op op, bool mean, DType wire) {
 int CheckAll(Communicator* comm) {
   int failures = 0;
   for (int d = 0; d < kDTypes; ++d) {
-    for (int o = 0; o < kOps; ++o) {
+    for (int o = 0; o < kMpiOps; ++o) {
       const auto dtype = static_cast<DType>(d);
       const auto op = static_cast<Op>(o);
       if (!Meaningful(dtype, op)) continue;
@@ -143,9 +143,9 @@ int main(int argc, char** argv) {
       MPI_FLOAT, MPI_DOUBLE, MPI_UINT16_T, MPI_UINT16_T, MPI_INT8_T, MPI_INT16_T,
       MPI_INT32_T, MPI_INT64_T, MPI_UINT8_T, MPI_UINT16_T, MPI_UINT32_T, MPI_UINT64_T,
       MPI_UINT8_T, MPI_C_FLOAT_COMPLEX, MPI_C_DOUBLE_COMPLEX};
-  const MPI_Op ops[kOps] = {MPI_SUM, MPI_MIN, MPI_MAX, MPI_PROD};
+  const MPI_Op ops[kMpiOps] = {MPI_SUM, MPI_MIN, MPI_MAX, MPI_PROD};
   for (int i = 0; i < kDTypes; ++i) handles.dtype[i] = Word(types[i]);
-  for (int i = 0; i < kOps; ++i) handles.op[i] = Word(ops[i]);
+  for (int i = 0; i < kMpiOps; ++i) handles.op[i] = Word(ops[i]);
   handles.byte = Word(MPI_BYTE);
   handles.in_place = reinterpret_cast<uint64_t>(MPI_IN_PLACE);
   int failures = level < MPI_THREAD_MULTIPLE;

@@ -1,0 +1,166 @@
+"""The native library: conversions, kernels, limits, threads."""
+
+from __future__ import annotations
+
+import platform
+import subprocess
+from collections.abc import Callable
+
+import pytest
+
+Job = Callable[..., "subprocess.CompletedProcess[str]"]
+
+CONVERSIONS = """
+import sys
+import jax, jax.numpy as jnp, numpy as np, jaxcomm
+from jaxcomm import native
+comm = jaxcomm.init("mpi")
+assert native.kernels() == sys.argv[1], native.kernels()
+rng = np.random.default_rng(0)
+bits = rng.integers(0, 2**32, 300_000, dtype=np.uint64).astype(np.uint32)
+# Around every rounding boundary and special value of both formats.
+edges = np.arange(0, 2**16, dtype=np.uint32)
+edges = np.concatenate([(edges << 16) + d for d in (0, 1, 0x7FFF, 0x8000, 0x8001)])
+halves = np.arange(2**16, dtype=np.uint16).view(np.float16).astype(np.float32)
+finite = halves[np.isfinite(halves)]
+middles = ((finite[1:].astype(np.float64) + finite[:-1]) / 2).astype(np.float32)
+x = np.concatenate([bits.view(np.float32), edges.view(np.float32), halves, middles])
+mine = x if comm.rank == 0 else np.full_like(x, -0.0)
+for wire in ("bfloat16", "float16"):
+    with np.errstate(all="ignore"):
+        want = x.astype(jnp.dtype(wire)).astype(np.float32)
+    got = np.asarray(jaxcomm.all_reduce(mine, op="sum", wire_dtype=wire))
+    nan = np.isnan(want)
+    np.testing.assert_array_equal(np.isnan(got), nan)
+    np.testing.assert_array_equal(got[~nan].view(np.uint32), want[~nan].view(np.uint32))
+    # All numbers of the format itself.
+    every = np.arange(2**16, dtype=np.uint16).view(jnp.dtype(wire))
+    got = jaxcomm.all_reduce(
+        every if comm.rank == 0 else np.full_like(every, -0.0), op="sum"
+    )
+    nan = np.isnan(every.astype(np.float32))
+    same = np.asarray(got).view(np.uint16) == every.view(np.uint16)
+    assert same[~nan].all() and np.isnan(np.asarray(got)[nan].astype(np.float32)).all()
+"""
+
+COUNTS = """
+import jax, jax.numpy as jnp, jaxcomm
+comm = jaxcomm.init("mpi")
+n = 2**31 + 5
+step = jaxcomm.data_parallel(
+    lambda x: jaxcomm.all_reduce(x, op="sum"), donate_argnums=0
+)
+out = step(jnp.full(n, 3 + comm.rank, jnp.int8))
+assert out.shape == (n,)
+assert int(out.min()) == int(out.max()) == 7
+"""
+
+STAGING = """
+import os
+import jax.numpy as jnp, numpy as np, jaxcomm
+comm = jaxcomm.init(staging_bytes=5000 if comm_rank_is_zero() else None)
+assert comm.staging_bytes == 4992  # rank 0's, in whole elements
+tree = [jnp.full(n, float(n + comm.rank)) for n in (1, 999, 1249, 3000, 40_000, 90_000)]
+for out, leaf in zip(jaxcomm.all_reduce(tree, op="sum", groups=1), tree):
+    np.testing.assert_array_equal(out, np.full(leaf.shape, 2.0 * leaf.size + 1))
+for bad in (0, -1, 17, "many"):
+    try:
+        jaxcomm.init(staging_bytes=bad)
+    except jaxcomm.errors.InvalidOptionError as error:
+        assert "staging_bytes" in str(error)
+    else:
+        raise AssertionError(bad)
+"""
+
+SERIALIZED = """
+import threading
+import mpi4py
+mpi4py.rc.thread_level = "serialized"
+from mpi4py import MPI
+import jax, jax.numpy as jnp, numpy as np, jaxcomm
+assert MPI.Query_thread() == MPI.THREAD_SERIALIZED
+comm = jaxcomm.init("mpi")
+
+@jaxcomm.data_parallel
+def step(x):
+    return jax.lax.pmean(1.0000001 * x, "batch")
+
+x = jnp.ones(2_000_000)
+for k in range(10):
+    x = step(x)  # in flight while the host talks
+    assert comm.all_gather_object((comm.rank, k))[-1] == (comm.size - 1, k)
+    assert comm.broadcast_object([k] if comm.rank == 0 else None) == [k]
+    comm.barrier()
+jaxcomm.assert_replicated(x)
+other = comm.subgroup(range(comm.size)[::-1])
+results = {}
+
+def work(name, on):
+    results[name] = [
+        float(jaxcomm.all_reduce(jnp.full(9000, k + 1.0), op="sum", comm=on)[3])
+        for k in range(20)
+    ]
+
+threads = [threading.Thread(target=work, args=a) for a in (("a", comm), ("b", other))]
+[t.start() for t in threads]
+[t.join() for t in threads]
+want = [comm.size * (k + 1.0) for k in range(20)]
+assert results == {"a": want, "b": want}
+try:
+    jaxcomm.all_reduce(jnp.ones(3 + comm.rank))
+except jaxcomm.errors.ScheduleMismatchError as error:
+    assert "float32[3]" in str(error)
+else:
+    raise AssertionError("no mismatch")
+"""
+
+FUNNELED = """
+import mpi4py
+mpi4py.rc.thread_level = "funneled"
+import jaxcomm
+jaxcomm.init("mpi")
+"""
+
+
+@pytest.mark.parametrize("kernels", ["baseline", "avx2", "avx512"])
+def test_sixteen_bit_floats_round_as_numpys(job: Job, kernels: str) -> None:
+    if kernels != "baseline" and platform.machine() != "x86_64":
+        pytest.skip("not an x86-64 processor")
+    with open("/proc/cpuinfo") as file:
+        flags = file.read()
+    if {"avx2": "avx2", "avx512": "avx512bw"}.get(kernels, "") not in flags:
+        pytest.skip(f"this processor has no {kernels}")
+    done = job(2, CONVERSIONS, kernels, env={"JAXCOMM_KERNELS": kernels})
+    assert done.returncode == 0, done.stderr
+
+
+def test_more_elements_than_an_int_counts(job: Job) -> None:
+    done = job(2, COUNTS, timeout=240)
+    assert done.returncode == 0, done.stderr
+
+
+def test_staging_buffer_of_a_few_pages(job: Job) -> None:
+    text = STAGING.replace(
+        "comm_rank_is_zero()",
+        'os.environ.get("OMPI_COMM_WORLD_RANK", os.environ.get("PMI_RANK")) == "0"',
+    )
+    done = job(2, text, env={"JAXCOMM_STAGING_BYTES": "8192"})
+    assert done.returncode == 0, done.stderr
+
+
+def test_unusable_staging_size(job: Job) -> None:
+    done = job(2, "import jaxcomm; jaxcomm.init()", env={"JAXCOMM_STAGING_BYTES": "8M"})
+    assert done.returncode != 0
+    assert "JAXCOMM_STAGING_BYTES: '8M'" in done.stderr
+
+
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_threads_take_turns_in_mpi(job: Job, ranks: int) -> None:
+    done = job(ranks, SERIALIZED)
+    assert done.returncode == 0, done.stderr
+
+
+def test_too_low_a_thread_level(job: Job) -> None:
+    done = job(2, FUNNELED)
+    assert done.returncode != 0
+    assert "MPI_THREAD_SERIALIZED" in done.stderr
