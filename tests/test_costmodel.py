@@ -22,7 +22,7 @@ from jaxcomm.schedule import LeafSpec
 SLOW_NETWORK = CostModel(
     call=1e-6,
     curve=((8, 50e-6), (65536, 100e-6), (1 << 20, 1e-3)),
-    copy_bandwidth=5e9,
+    copy_bandwidth=24e9,
     segment_bytes=1 << 20,
     source="slow network",
 )
