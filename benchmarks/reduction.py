@@ -188,6 +188,8 @@ def main(rounds: int, repeats: int, out: Path) -> None:
 
     result = {
         "date": datetime.date.today().isoformat(),
+        "rounds": rounds,
+        "repeats": repeats,
         "machine": machine(),
         "versions": versions(),
         "workloads": {

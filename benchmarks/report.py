@@ -115,7 +115,8 @@ def markdown(result: dict[str, Any]) -> str:
     """All tables of the result."""
     machine = result["machine"]
     lines = [
-        f"{machine['processor']}, {machine['cores']} cores, {result['date']}; "
+        f"{machine['processor']}, {machine['cores']} cores, {result['date']}, "
+        f"{result['rounds']} round(s) of {result['repeats']} repeats; "
         + ", ".join(f"{name} {v}" for name, v in result["versions"].items())
         + ".",
         "",

@@ -102,6 +102,7 @@ def main(as_json: bool) -> int:
         _nccl(),
         _cores(),
         _malloc(),
+        _huge_pages(),
         _slurm(),
     ]
     if as_json:
@@ -254,6 +255,16 @@ def _malloc() -> Finding:
         return Finding("malloc", "ok", text)
     remedy = "outside jaxcomm run, export what `jaxcomm run --verbose` prints"
     return Finding("malloc", "ok", "jaxcomm run sets its thresholds", remedy)
+
+
+def _huge_pages() -> Finding:
+    file = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+    text = file.read_text().strip() if file.exists() else "unknown to this kernel"
+    if "[never]" in text:
+        remedy = f"large leaves reduce slower; as root: echo madvise > {file}"
+        return Finding("huge pages", "warn", "never", remedy)
+    chosen = text.partition("[")[2].partition("]")[0]
+    return Finding("huge pages", "ok", chosen or text)
 
 
 def _slurm() -> Finding:

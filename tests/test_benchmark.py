@@ -1,0 +1,49 @@
+"""The benchmark counts real MPI calls, and its tables come from its JSON."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from conftest import ROOT
+
+import jobs
+import report
+
+RESULTS = ROOT / "benchmarks" / "results"
+
+
+def test_a_step_makes_no_mpi_call_but_its_reductions(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shim = jobs.build_shim(tmp_path)
+    monkeypatch.setenv("LD_PRELOAD", str(shim))
+    counted = jobs.run_job("small", "mpi", 2, "--what", "calls", "--shim", str(shim))
+    for calls in counted:
+        assert calls["no reduction"] == {}
+        # 1,000 leaves of 1 KB, packed.
+        assert set(calls["jaxcomm"]) == {"Allreduce"}
+        assert calls["jaxcomm"]["Allreduce"] < 10
+        # The shim sees mpi4jax's calls too, so it would have seen ours.
+        assert calls["mpi4jax per leaf"] == {"Allreduce": 1000}
+
+
+def test_timing_job() -> None:
+    results = jobs.run_job("small", "mpi4jax", 2, "--repeats", "2")
+    samples = jobs.slowest(results)
+    assert set(samples) == {"no reduction", "jaxcomm over mpi4jax"}
+    assert all(len(times) == 2 and min(times) > 0 for times in samples.values())
+    assert set(report.alone({"mpi4jax": samples})) == {"jaxcomm over mpi4jax"}
+
+
+def test_a_failing_job_shows_its_output() -> None:
+    with pytest.raises(jobs.JobError, match="Invalid value for '--repeats'"):
+        jobs.run_job("small", "mpi", 2, "--repeats", "0")
+
+
+def test_tables_are_those_of_the_json() -> None:
+    result = json.loads((RESULTS / "reduction.json").read_text())
+    assert (RESULTS / "reduction.md").read_text() == report.markdown(result)
+    for work, entry in result["workloads"].items():
+        assert entry["alone_ms"] == report.alone(entry["samples_ms"]), work
