@@ -155,7 +155,7 @@ def test_a_launcher_of_another_mpi_is_noticed() -> None:
 
 def test_a_low_thread_level_is_refused() -> None:
     text = (
-        "import mpi4py; mpi4py.rc.thread_level = 'single'\n"
+        "import mpi4py; mpi4py.rc.thread_level = 'funneled'\n"
         "import jaxcomm; jaxcomm.init('mpi')"
     )
     done = _python(text)

@@ -114,13 +114,6 @@ else:
     raise AssertionError("no mismatch")
 """
 
-FUNNELED = """
-import mpi4py
-mpi4py.rc.thread_level = "funneled"
-import jaxcomm
-jaxcomm.init("mpi")
-"""
-
 
 @pytest.mark.parametrize("kernels", ["baseline", "avx2", "avx512"])
 def test_sixteen_bit_floats_round_as_numpys(job: Job, kernels: str) -> None:
@@ -158,9 +151,3 @@ def test_unusable_staging_size(job: Job) -> None:
 def test_threads_take_turns_in_mpi(job: Job, ranks: int) -> None:
     done = job(ranks, SERIALIZED)
     assert done.returncode == 0, done.stderr
-
-
-def test_too_low_a_thread_level(job: Job) -> None:
-    done = job(2, FUNNELED)
-    assert done.returncode != 0
-    assert "MPI_THREAD_SERIALIZED" in done.stderr

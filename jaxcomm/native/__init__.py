@@ -46,7 +46,6 @@ DTYPES = (
 )
 OPS = ("sum", "min", "max", "prod")
 COUNTERS = ("calls", "mpi_all_reduce", "mpi_broadcast", "bytes", "agreements")
-WIRE_DTYPES = ("bfloat16", "float16")
 
 # The MPI type of the same size; 16-bit floats and booleans travel as integers, under
 # operations that know better.

@@ -230,7 +230,7 @@ JAXCOMM_API const char* jaxcomm_kernels() { return ChosenKernels().name; }
 JAXCOMM_API void jaxcomm_lock_mpi() { LockMpi(); }
 JAXCOMM_API void jaxcomm_unlock_mpi() { UnlockMpi(); }
 
-// Seconds aside, what a bucket's call does, for measuring without XLA.
+// The mean of one float32 leaf as a bucket's call computes it, for measuring without XLA.
 JAXCOMM_API int jaxcomm_all_reduce_float(int64_t id, void* data, int64_t count,
                                          int64_t pack_bytes) {
   Communicator* comm = FindCommunicator(id);

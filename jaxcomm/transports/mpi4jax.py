@@ -24,6 +24,7 @@ from jax import lax
 
 from jaxcomm import _compat, native
 from jaxcomm.errors import InvalidOptionError, TransportUnavailableError
+from jaxcomm.planner import WIRE_DTYPES
 from jaxcomm.schedule import leaf_bytes
 from jaxcomm.transports.base import Call, check_dtype
 from jaxcomm.transports.mpi import in_place_call
@@ -163,7 +164,7 @@ def _carrier(call: Call, dtype: Any) -> np.dtype:
         return _words(dtype)[0]
     if dtype == np.bool_:
         return np.dtype("uint8")
-    return np.dtype("uint16") if str(dtype) in native.WIRE_DTYPES else dtype
+    return np.dtype("uint16") if str(dtype) in WIRE_DTYPES else dtype
 
 
 def _words(dtype: np.dtype) -> tuple[np.dtype, int]:
@@ -215,7 +216,7 @@ def _scaled(flat: Any, call: Call, dtype: Any) -> Any:
     if flat.dtype != wire:
         flat = _from_bits(flat, wire)
     # The quotient of 16-bit floats is rounded once, as in the native call.
-    narrow = str(wire) in native.WIRE_DTYPES
+    narrow = str(wire) in WIRE_DTYPES
     if narrow:
         flat = flat.astype(jnp.float32)
     if call.op == "mean":
