@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import socket
@@ -15,6 +16,7 @@ from jaxcomm.launch import run as launcher
 
 HERE = Path(__file__).resolve().parent
 PEERS_PYTHON = HERE.parent / ".venv-peers" / "bin" / "python"
+PEERS_MPIEXEC = PEERS_PYTHON.with_name("mpiexec")
 TIMEOUT = 580
 
 
@@ -62,6 +64,36 @@ def run_torch(shapes: list[list[int]], ranks: int, repeats: int) -> list[Any]:
         command += [str(out), str(file), str(repeats)]
         _run([command] * ranks, _pinned(ranks))
         return _results(out)
+
+
+def run_horovod(shapes: list[list[int]], ranks: int, repeats: int) -> list[Any]:
+    """Run the Horovod job in its own environment, under its own mpiexec."""
+    with tempfile.TemporaryDirectory() as folder:
+        out, file = Path(folder) / "result", Path(folder) / "shapes.json"
+        file.write_text(json.dumps(shapes))
+        # Unbound: Horovod's background thread would share its rank's one core.
+        command = [str(PEERS_MPIEXEC), "-n", str(ranks), "--bind-to", "none"]
+        command += [str(PEERS_PYTHON), str(HERE / "worker_horovod.py")]
+        command += [str(out), str(file), str(repeats)]
+        _run([command], [launcher.environment(launcher.Job(ranks, ()))])
+        return _results(out)
+
+
+@functools.cache
+def peer_versions() -> dict[str, str]:
+    """Versions of the peers that live in an environment of their own, by name."""
+    if not PEERS_PYTHON.exists():
+        return {}
+    script = (
+        "import importlib.metadata as m, json\n"
+        "found = {d.name: d.version for d in m.distributions()}\n"
+        "print(json.dumps({k: v for k, v in found.items() "
+        "if k in ('torch', 'horovod')}))"
+    )
+    done = subprocess.run(
+        [str(PEERS_PYTHON), "-c", script], capture_output=True, text=True, check=True
+    )
+    return json.loads(done.stdout)
 
 
 def slowest(results: list[dict[str, list[float]]]) -> dict[str, list[float]]:

@@ -4,7 +4,7 @@
 alternate, so that a slow minute of the machine falls on all of them. Writes
 results/reduction.json (every sample, machine, versions) and, made from it,
 reduction.md and reduction.png. Torch is measured where `make bench-peers` has made its
-environment.
+environment, and Horovod where `make bench-horovod` has built it there.
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ import importlib.metadata
 import json
 import os
 import platform
-import subprocess
 import tempfile
 from collections import defaultdict
 from collections.abc import Iterator
@@ -56,8 +55,8 @@ def plan_jobs(rounds: int, works: list[str]) -> list[tuple[str, str, int]]:
                 found.append((work, peer, ranks))
             if work == "resnet50":
                 found += [(work, "plain", ranks), (work, "plain devices", ranks)]
-            if work not in ("dispatch", "mixed") and jobs.PEERS_PYTHON.exists():
-                found.append((work, "torch", ranks))
+            if work not in ("dispatch", "mixed"):
+                found += [(work, peer, ranks) for peer in jobs.peer_versions()]
         found += [("resnet50", peer, 4) for peer in PEERS if "resnet50" in works]
     return found
 
@@ -66,9 +65,10 @@ def run_timed(work: str, peer: str, ranks: int, repeats: int) -> report.Samples:
     count = max(3, repeats // 2) if work in LARGE else repeats
     if peer == "gloo" and work in LARGE:
         count = 3  # a second or more for each step
-    if peer == "torch":
+    if peer in ("torch", "horovod"):
         shapes = [list(leaf.shape) for leaf in worker.WORKLOADS[work]().values()]
-        return jobs.slowest(jobs.run_torch(shapes, ranks, count))
+        run = jobs.run_torch if peer == "torch" else jobs.run_horovod
+        return jobs.slowest(run(shapes, ranks, count))
     results = jobs.run_job(work, peer, ranks, "--repeats", str(count))
     return jobs.slowest(results)
 
@@ -85,16 +85,7 @@ def machine() -> dict[str, Any]:
 
 def versions() -> dict[str, str]:
     found = {name: importlib.metadata.version(name) for name in PACKAGES}
-    if jobs.PEERS_PYTHON.exists():
-        script = "import torch; print(torch.__version__)"
-        done = subprocess.run(
-            [str(jobs.PEERS_PYTHON), "-c", script],
-            capture_output=True,
-            text=True,
-            check=True,
-        )
-        found["torch"] = done.stdout.strip()
-    return found
+    return found | jobs.peer_versions()
 
 
 # Large buffers are mapped one by one and given back at once, so that a peak is what is

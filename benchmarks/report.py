@@ -8,6 +8,14 @@ from typing import Any
 
 PLAIN_SUFFIX = {"plain": ", plain mpiexec", "plain devices": ", plain Python"}
 OURS, RAW, PLAIN = "jaxcomm", "raw MPI in place", "no reduction"
+# These reduce what already lies in memory: nothing is to be subtracted.
+BARE = (
+    RAW,
+    "memory limit (NumPy)",
+    "torch flat, gloo",
+    "Horovod, per leaf async",
+    "Horovod, grouped",
+)
 TITLES = {
     "resnet50": "ResNet-50: 161 leaves, 102 MB",
     "stemdl": "STEMDL, growth 256: 33 leaves, 0.93 GB",
@@ -33,11 +41,10 @@ def alone(jobs: dict[str, Samples]) -> dict[str, float]:
     found: dict[str, float] = {}
     for peer, samples in jobs.items():
         medians = {way: statistics.median(times) for way, times in samples.items()}
-        # These reduce what already lies in memory: nothing is to be subtracted.
-        for way in (RAW, "memory limit (NumPy)", "torch flat, gloo"):
+        for way in BARE:
             if way in medians:
                 found[way] = medians.pop(way)
-        plain = medians.pop(PLAIN)
+        plain = medians.pop(PLAIN, 0.0)
         sharded = medians.pop("no reduction, shard_map", plain)
         for way, median in medians.items():
             name = way + PLAIN_SUFFIX.get(peer, "")

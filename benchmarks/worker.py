@@ -180,6 +180,8 @@ def measure(
     samples: dict[str, list[float]] = {name: [] for name in ways}
     for repeat in range(WARM_UP + repeats):
         for name, way in ways.items():
+            # Shown only when the job fails: the last line names the way that did.
+            print(f"repeat {repeat}: {name}", flush=True)
             barrier()
             start = time.perf_counter()
             for _ in range(calls):
