@@ -28,16 +28,19 @@ def run_job(work: str, peer: str, ranks: int, *arguments: str) -> list[Any]:
     """Run one job of worker.py; return what each process wrote.
 
     Peer "plain" is a job of plain mpiexec, and "plain devices" one of plain Python:
-    without the malloc settings that `jaxcomm run` adds.
+    without the malloc settings that `jaxcomm run` adds. In "apart", ranks share no
+    memory, as if each had a host of its own.
     """
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "result"
         kind = "devices" if peer == "plain devices" else peer
         command = [str(HERE / "worker.py"), str(out), work, "--peer", kind, *arguments]
-        if peer in ("mpi", "mpi4jax"):
+        if peer in ("mpi", "apart", "mpi4jax"):
             launch = [sys.executable, "-m", "jaxcomm", "run", "-n", str(ranks)]
             launch += ["--timeout", str(TIMEOUT), *command]
-            _run([launch], [{}])
+            _run(
+                [launch], [{"JAXCOMM_SHARED_MEMORY": "off"} if peer == "apart" else {}]
+            )
         elif peer == "plain":
             job = launcher.Job(ranks, tuple(command))
             extra = launcher.environment(job)
@@ -51,7 +54,7 @@ def run_job(work: str, peer: str, ranks: int, *arguments: str) -> list[Any]:
                 extra |= launcher.MALLOC
             _run([[sys.executable, *command]], [extra])
         else:
-            _run([[sys.executable, *command]] * ranks, _pinned(ranks))
+            _run([[sys.executable, *command]] * ranks, _together(ranks))
         return _results(out)
 
 
@@ -62,7 +65,7 @@ def run_torch(shapes: list[list[int]], ranks: int, repeats: int) -> list[Any]:
         file.write_text(json.dumps(shapes))
         command = [str(PEERS_PYTHON), str(HERE / "worker_torch.py")]
         command += [str(out), str(file), str(repeats)]
-        _run([command] * ranks, _pinned(ranks))
+        _run([command] * ranks, _together(ranks))
         return _results(out)
 
 
@@ -112,8 +115,8 @@ def build_shim(folder: Path) -> Path:
     return library
 
 
-def _pinned(ranks: int) -> list[dict[str, str]]:
-    """Environments of processes that find each other and keep to their own cores."""
+def _together(ranks: int) -> list[dict[str, str]]:
+    """Environments of processes that find each other."""
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         coordinator = f"127.0.0.1:{listener.getsockname()[1]}"
@@ -129,20 +132,17 @@ def _pinned(ranks: int) -> list[dict[str, str]]:
 
 
 def _run(commands: list[list[str]], environments: list[dict[str, str]]) -> None:
-    cores = sorted(os.sched_getaffinity(0))
-    processes = []
-    for k, (command, extra) in enumerate(zip(commands, environments, strict=True)):
-        mine = [cores[k % len(cores)]] if len(commands) > 1 else cores
-        processes.append(
-            subprocess.Popen(
-                ["taskset", "-c", ",".join(map(str, mine)), *command],
-                # Plans must not depend on what was tuned on this machine.
-                env={**os.environ, "JAXCOMM_PROFILE": "off", **extra},
-                stdout=subprocess.PIPE,
-                stderr=subprocess.STDOUT,
-                text=True,
-            )
+    processes = [
+        subprocess.Popen(
+            command,
+            # Plans must not depend on what was tuned on this machine.
+            env={**os.environ, "JAXCOMM_PROFILE": "off", **extra},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
         )
+        for command, extra in zip(commands, environments, strict=True)
+    ]
     try:
         outputs = [
             process.communicate(timeout=TIMEOUT + 30)[0] for process in processes

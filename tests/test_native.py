@@ -115,6 +115,50 @@ else:
 """
 
 
+SHARED = """
+import sys
+import jax.numpy as jnp, numpy as np, jaxcomm
+comm = jaxcomm.init("mpi")
+assert comm.shared_memory == (sys.argv[1] == "shared"), comm.shared_memory
+def tree_of(rank):
+    rng = np.random.default_rng(rank)
+    # Odd sizes: pieces of leaves start anywhere in a slot, and parts end anywhere.
+    sizes = (1, 300_007, 3, 0, 77_777, 131_072, 13, 999_999)
+    tree = [rng.integers(-8, 9, n) for n in sizes]
+    return [x.astype(d) for x in tree for d in ("float32", "bfloat16", "int8")]
+parts = [tree_of(rank) for rank in range(comm.size)]
+before = comm.counters()
+for repeat in range(3):
+    out = jaxcomm.all_reduce(parts[comm.rank], op="sum")
+    for k, leaf in enumerate(out):
+        want = np.sum([part[k].astype(np.int64) for part in parts], axis=0)
+        np.testing.assert_array_equal(np.asarray(leaf).astype(np.int64), want)
+    floats = [x for x in parts[comm.rank] if x.dtype == np.float32]
+    out = jaxcomm.all_reduce(floats, op="mean", wire_dtype="bfloat16")
+    for k, leaf in enumerate(out):
+        want = np.mean([part[3 * k] for part in parts], axis=0)
+        np.testing.assert_array_equal(leaf, want)  # multiples of 1/4 below 8: exact
+counted = {k: n - before[k] for k, n in comm.counters().items()}
+through = "segments" if comm.shared_memory else "mpi_all_reduce"
+assert counted[through] > 0, counted
+assert counted["segments"] == 0 or counted["mpi_all_reduce"] == 0, counted
+"""
+
+
+@pytest.mark.parametrize("ranks", [2, 4])
+@pytest.mark.parametrize("stores", ["ordinary", "streaming"])
+def test_shared_memory_with_either_kind_of_stores(
+    job: Job, ranks: int, stores: str
+) -> None:
+    done = job(ranks, SHARED, "shared", env={"JAXCOMM_STORES": stores})
+    assert done.returncode == 0, done.stderr
+
+
+def test_ranks_that_share_no_memory_use_mpi(job: Job) -> None:
+    done = job(2, SHARED, "apart", env={"JAXCOMM_SHARED_MEMORY": "off"})
+    assert done.returncode == 0, done.stderr
+
+
 @pytest.mark.parametrize("kernels", ["baseline", "avx2", "avx512"])
 def test_sixteen_bit_floats_round_as_numpys(job: Job, kernels: str) -> None:
     if kernels != "baseline" and platform.machine() != "x86_64":

@@ -11,7 +11,7 @@ import ctypes
 import functools
 import os
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -45,7 +45,18 @@ DTYPES = (
     "complex128",
 )
 OPS = ("sum", "min", "max", "prod")
-COUNTERS = ("calls", "mpi_all_reduce", "mpi_broadcast", "bytes", "agreements")
+COUNTERS = (
+    "calls",
+    "mpi_all_reduce",
+    "mpi_broadcast",
+    "bytes",
+    "agreements",
+    "segments",
+)
+# Of a window of shared memory (native/node.h): flags, and three slots of at most this.
+CONTROL_BYTES = 4096
+SLOTS = 3
+MAX_SLOT_BYTES = 512 << 10
 
 # The MPI type of the same size; 16-bit floats and booleans travel as integers, under
 # operations that know better.
@@ -112,6 +123,7 @@ def load() -> ctypes.CDLL:
         capsule = jax.ffi.pycapsule(getattr(library, name))
         jax.ffi.register_ffi_target(name, capsule, platform="cpu")
     library.jaxcomm_create_communicator.restype = None
+    library.jaxcomm_share_memory.restype = None
     library.jaxcomm_set_agree.restype = None
     library.jaxcomm_op_handle.restype = ctypes.c_uint64
     library.jaxcomm_kernels.restype = ctypes.c_char_p
@@ -164,6 +176,25 @@ def create_communicator(
         comm.Get_size(),
         ctypes.c_int64(staging_bytes),
         ctypes.c_int64(segment_bytes),
+    )
+
+
+def share_memory(
+    key: int, windows: Sequence[int], nbytes: int, *, crowded: bool
+) -> None:
+    """Let the ranks of communicator `key` reduce through memory they share.
+
+    Args:
+      key: a communicator whose ranks are all on this host.
+      windows: addresses of all ranks' zero-filled windows, in rank order.
+      nbytes: size of a window.
+      crowded: whether there are more ranks than cores.
+    """
+    load().jaxcomm_share_memory(
+        ctypes.c_int64(key),
+        (ctypes.c_void_p * len(windows))(*windows),
+        ctypes.c_int64(nbytes),
+        int(crowded),
     )
 
 

@@ -21,7 +21,11 @@ namespace jaxcomm {
 using AgreeFn = int (*)(int64_t id, int64_t digest, char* error, int64_t capacity);
 
 // Counters that Python reads; order shared with jaxcomm/native/__init__.py.
-enum Counter : int { kCalls, kMpiAllReduce, kMpiBroadcast, kBytes, kAgreements, kCounters };
+enum Counter : int {
+  kCalls, kMpiAllReduce, kMpiBroadcast, kBytes, kAgreements, kSegments, kCounters
+};
+
+class Node;
 
 class Communicator {
  public:
@@ -30,9 +34,7 @@ class Communicator {
       : id(id), mpi(mpi), handle(handle), rank(rank), size(size),
         staging_bytes(staging_bytes), segment_bytes(segment_bytes) {}
 
-  ~Communicator() {
-    if (staging_ != nullptr) munmap(staging_, static_cast<size_t>(staging_bytes));
-  }
+  ~Communicator();
   Communicator(const Communicator&) = delete;
   Communicator& operator=(const Communicator&) = delete;
 
@@ -68,6 +70,7 @@ class Communicator {
   const int size;
   const int64_t staging_bytes;  // a multiple of 16, the largest element
   const int64_t segment_bytes;  // likewise
+  std::unique_ptr<Node> node;   // set where all ranks are on one host
   std::mutex mutex;  // held for the whole of a call: one collective at a time
   std::atomic<int64_t> counters[kCounters] = {};
 

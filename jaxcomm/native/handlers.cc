@@ -12,6 +12,7 @@
 
 #include "communicator.h"
 #include "kernels.h"
+#include "node.h"
 #include "reduce.h"
 #include "xla/ffi/api/c_api.h"
 #include "xla/ffi/api/ffi.h"
@@ -217,6 +218,15 @@ JAXCOMM_API void jaxcomm_create_communicator(int64_t id, uint64_t handle, int ra
   std::lock_guard<std::mutex> lock(registry_mutex);
   communicators[id] = std::make_unique<Communicator>(id, mpi.get(), handle, rank, size,
                                                      staging_bytes, segment_bytes);
+}
+
+// Lets the ranks of a communicator, all on one host, reduce through shared memory:
+// `windows` are their addresses in this process, each of `bytes` zero-filled bytes.
+JAXCOMM_API void jaxcomm_share_memory(int64_t id, char* const* windows, int64_t bytes,
+                                      int crowded) {
+  Communicator* comm = FindCommunicator(id);
+  comm->node = std::make_unique<Node>(std::vector<char*>(windows, windows + comm->size),
+                                      comm->rank, bytes, crowded != 0);
 }
 
 // The MPI_Op that reduces elements of `dtype`, for calls that are not ours.

@@ -3,6 +3,10 @@
 // emitted here for a processor that another file's caller does not have.
 #include "kernels.h"
 
+#ifdef __x86_64__
+#include <immintrin.h>  // intrinsics are inlined whatever the target
+#endif
+
 namespace jaxcomm {
 namespace {
 
@@ -201,6 +205,75 @@ void Decode(const void* from, float* to, int64_t n, float factor, int divisor) {
   for (int64_t i = 0; i < n; ++i) y[i] = Half::ToFloat(x[i]) * factor / d;
 }
 
+template <typename Half, typename F>
+void Accumulate(const void* from, float* acc, int64_t n, float factor) {
+  const uint16_t* __restrict x = static_cast<const uint16_t*>(from);
+  float* __restrict y = acc;
+  for (int64_t i = 0; i < n; ++i) y[i] = F::Of(Half::ToFloat(x[i]) * factor, y[i]);
+}
+
+void Stream(void* to, const void* from, int64_t bytes) {
+  char* __restrict y = static_cast<char*>(to);
+  const char* __restrict x = static_cast<const char*>(from);
+#ifdef __x86_64__
+  // A whole cache line at a time, from the first one on.
+  const int64_t ahead = -reinterpret_cast<int64_t>(y) & 63;
+  const int64_t head = ahead < bytes ? ahead : bytes;
+  __builtin_memcpy(y, x, static_cast<size_t>(head));
+  int64_t i = head;
+  for (; i + 64 <= bytes; i += 64) {
+#if defined(__AVX512F__)
+    _mm512_stream_si512(reinterpret_cast<__m512i*>(y + i), _mm512_loadu_si512(x + i));
+#else
+    for (int64_t j = i; j < i + 64; j += 16) {
+      _mm_stream_si128(reinterpret_cast<__m128i*>(y + j),
+                       _mm_loadu_si128(reinterpret_cast<const __m128i*>(x + j)));
+    }
+#endif
+  }
+  __builtin_memcpy(y + i, x + i, static_cast<size_t>(bytes - i));
+#else
+  __builtin_memcpy(y, x, static_cast<size_t>(bytes));
+#endif
+}
+
+// inout[i] = op(in[i], inout[i]) of plain numbers. Integers wrap around; they are
+// combined unsigned, where that is defined.
+template <typename T, int kOp>
+void CombineNumber(const void* in, void* inout, int64_t n) {
+  const T* __restrict a = static_cast<const T*>(in);
+  T* __restrict b = static_cast<T*>(inout);
+  for (int64_t i = 0; i < n; ++i) {
+    if constexpr (kOp == kSum) {
+      b[i] = static_cast<T>(a[i] + b[i]);
+    } else if constexpr (kOp == kProd) {
+      // 1u: two uint16_t would be multiplied as int, and overflow.
+      b[i] = static_cast<T>(1u * a[i] * b[i]);
+    } else if constexpr (kOp == kMin) {
+      b[i] = a[i] < b[i] ? a[i] : b[i];
+    } else {
+      b[i] = a[i] > b[i] ? a[i] : b[i];
+    }
+  }
+}
+
+template <typename T>
+void SumComplex(const void* in, void* inout, int64_t n) {
+  CombineNumber<T, kSum>(in, inout, 2 * n);
+}
+
+template <typename T>
+void ProductComplex(const void* in, void* inout, int64_t n) {
+  const T* __restrict a = static_cast<const T*>(in);
+  T* __restrict b = static_cast<T*>(inout);
+  for (int64_t i = 0; i < 2 * n; i += 2) {
+    const T real = a[i] * b[i] - a[i + 1] * b[i + 1];
+    const T imaginary = a[i] * b[i + 1] + a[i + 1] * b[i];
+    b[i] = real;
+    b[i + 1] = imaginary;
+  }
+}
+
 template <typename Half, int kType>
 void FillHalf(Kernels* k) {
   k->combine[kType][kSum] = CombineHalf<Half, Add>;
@@ -213,10 +286,16 @@ void FillHalf(Kernels* k) {
   k->scale[kType] = ScaleHalf<Half>;
   k->encode[kType] = Encode<Half>;
   k->decode[kType] = Decode<Half>;
+  k->accumulate[kType][kSum] = Accumulate<Half, Add>;
+  k->accumulate[kType][kProd] = Accumulate<Half, Multiply>;
 }
 
-template <typename T, int kType>
+template <typename T, typename Unsigned, int kType>
 void FillNumber(Kernels* k) {
+  k->combine[kType][kSum] = CombineNumber<Unsigned, kSum>;
+  k->combine[kType][kProd] = CombineNumber<Unsigned, kProd>;
+  k->combine[kType][kMin] = CombineNumber<T, kMin>;
+  k->combine[kType][kMax] = CombineNumber<T, kMax>;
   if constexpr (sizeof(T) < 4) {
     k->divide[kType] = DivideWide<T>;
     k->divide_copy[kType] = DivideWideCopy<T>;
@@ -236,16 +315,23 @@ void FillNumber(Kernels* k) {
 Kernels JAXCOMM_CONCAT(Kernels_, JAXCOMM_TARGET)() {
   Kernels k = {};
   k.name = JAXCOMM_STRING(JAXCOMM_TARGET);
-  FillNumber<float, kF32>(&k);
-  FillNumber<double, kF64>(&k);
-  FillNumber<int8_t, kI8>(&k);
-  FillNumber<int16_t, kI16>(&k);
-  FillNumber<int32_t, kI32>(&k);
-  FillNumber<int64_t, kI64>(&k);
-  FillNumber<uint8_t, kU8>(&k);
-  FillNumber<uint16_t, kU16>(&k);
-  FillNumber<uint32_t, kU32>(&k);
-  FillNumber<uint64_t, kU64>(&k);
+  FillNumber<float, float, kF32>(&k);
+  FillNumber<double, double, kF64>(&k);
+  FillNumber<int8_t, uint8_t, kI8>(&k);
+  FillNumber<int16_t, uint16_t, kI16>(&k);
+  FillNumber<int32_t, uint32_t, kI32>(&k);
+  FillNumber<int64_t, uint64_t, kI64>(&k);
+  FillNumber<uint8_t, uint8_t, kU8>(&k);
+  FillNumber<uint16_t, uint16_t, kU16>(&k);
+  FillNumber<uint32_t, uint32_t, kU32>(&k);
+  FillNumber<uint64_t, uint64_t, kU64>(&k);
+  // Of booleans: all and any.
+  k.combine[kBool][kMin] = CombineNumber<uint8_t, kMin>;
+  k.combine[kBool][kMax] = CombineNumber<uint8_t, kMax>;
+  k.combine[kC64][kSum] = SumComplex<float>;
+  k.combine[kC128][kSum] = SumComplex<double>;
+  k.combine[kC64][kProd] = ProductComplex<float>;
+  k.combine[kC128][kProd] = ProductComplex<double>;
   k.divide[kC64] = DivideComplex<float>;
   k.divide[kC128] = DivideComplex<double>;
   k.divide_copy[kC64] = DivideComplexCopy<float>;
@@ -258,6 +344,7 @@ Kernels JAXCOMM_CONCAT(Kernels_, JAXCOMM_TARGET)() {
   k.combine[kF32][kMax] = Extreme<uint32_t, int32_t, kInf32, kNaN32, false>;
   k.combine[kF64][kMin] = Extreme<uint64_t, int64_t, kInf64, kNaN64, true>;
   k.combine[kF64][kMax] = Extreme<uint64_t, int64_t, kInf64, kNaN64, false>;
+  k.stream = Stream;
   k.combine[kF32][kMeanOfTwo] = MeanOfTwo<float>;
   k.combine[kF64][kMeanOfTwo] = MeanOfTwo<double>;
   return k;

@@ -18,18 +18,22 @@ using EncodeFn = void (*)(const float* from, void* to, int64_t n, float factor);
 // to[i] = from[i] * factor / divisor.
 using DecodeFn = void (*)(const void* from, float* to, int64_t n, float factor,
                           int divisor);
+// acc[i] = op(from[i] * factor, acc[i]), in float32.
+using AccumulateFn = void (*)(const void* from, float* acc, int64_t n, float factor);
+// As memcpy, with stores that go past the caches where the processor has them.
+using StreamFn = void (*)(void* to, const void* from, int64_t bytes);
 
 // Entries that make no sense for a type are null.
 struct Kernels {
   const char* name;
-  // Where MPI has no such type (16-bit floats), or where its own result may depend on
-  // the order of operands (NaN and signed zero in min and max).
   CombineFn combine[kDTypes][kOps];
   DivideFn divide[kDTypes];
   DivideCopyFn divide_copy[kDTypes];
   ScaleFn scale[kDTypes];    // 16-bit floats
   EncodeFn encode[kDTypes];  // 16-bit floats, from float32
   DecodeFn decode[kDTypes];  // 16-bit floats, to float32
+  AccumulateFn accumulate[kDTypes][kOps];  // sum and prod of 16-bit floats
+  StreamFn stream;
 };
 
 // The kernels for this processor.

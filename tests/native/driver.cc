@@ -1,5 +1,6 @@
 // Runs the reductions without XLA or Python, for sanitizers: two threads on two
-// communicators, every dtype, op and wire, over real MPI. Built by sanitize.sh.
+// communicators, every dtype, op and wire, over real MPI calls and through shared
+// memory. Built by sanitize.sh.
 #include <dlfcn.h>
 #include <mpi.h>
 
@@ -10,6 +11,7 @@
 #include <vector>
 
 #include "kernels.h"
+#include "node.h"
 #include "reduce.h"
 
 namespace {
@@ -77,7 +79,7 @@ bool Meaningful(DType dtype, Op op) {
 
 // Sizes around the limits: a lone element, a packed leaf, one beyond the staging
 // buffer, one of several segments.
-constexpr int64_t kCounts[] = {1, 37, 5000, 40000};
+constexpr int64_t kCounts[] = {1, 37, 5000, 40000, 100000};
 
 int Check(Communicator* comm, DType dtype, Op op, bool mean, DType wire) {
   const auto item = static_cast<int64_t>(kItemSize[dtype]);
@@ -131,6 +133,24 @@ int CheckAll(Communicator* comm) {
   return failures;
 }
 
+std::unique_ptr<Node> ShareMemory(MPI_Comm comm, int rank, int size) {
+  constexpr int64_t kBytes = 1 << 20;
+  MPI_Win window;
+  void* own = nullptr;
+  MPI_Win_allocate_shared(kBytes, 1, MPI_INFO_NULL, comm, &own, &window);
+  std::memset(own, 0, kBytes);
+  std::vector<char*> windows;
+  for (int p = 0; p < size; ++p) {
+    MPI_Aint bytes;
+    int unit;
+    void* address;
+    MPI_Win_shared_query(window, p, &bytes, &unit, &address);
+    windows.push_back(static_cast<char*>(address));
+  }
+  MPI_Barrier(comm);
+  return std::make_unique<Node>(windows, rank, kBytes, false);
+}
+
 }  // namespace
 
 int main(int argc, char** argv) {
@@ -149,8 +169,9 @@ int main(int argc, char** argv) {
   handles.byte = Word(MPI_BYTE);
   handles.in_place = reinterpret_cast<uint64_t>(MPI_IN_PLACE);
   int failures = level < MPI_THREAD_MULTIPLE;
-  for (const uint64_t serialized : {0, 1}) {
-    handles.serialized = serialized;
+  enum Way : int { kBlocking, kSerialized, kShared };
+  for (const Way way : {kBlocking, kSerialized, kShared}) {
+    handles.serialized = way == kSerialized;
     std::string error;
     auto mpi = OpenMpi(info.dli_fname, sizeof(MPI_Comm), handles, &error);
     if (!mpi) {
@@ -168,6 +189,7 @@ int main(int argc, char** argv) {
       MPI_Comm_dup(MPI_COMM_WORLD, &comms[k]);
       ours.push_back(std::make_unique<Communicator>(k, mpi.get(), Word(comms[k]), rank,
                                                     size, 65536, 32768));
+      if (way == kShared) ours.back()->node = ShareMemory(comms[k], rank, size);
     }
     for (int k = 0; k < 2; ++k) {
       threads.emplace_back([&, k] { found[k] = CheckAll(ours[static_cast<size_t>(k)].get()); });

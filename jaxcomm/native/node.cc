@@ -1,0 +1,338 @@
+#include "node.h"
+
+#include <algorithm>
+#include <cstdlib>
+#include <cstring>
+#include <thread>
+
+namespace jaxcomm {
+namespace {
+
+// What is reduced at once: with its counterpart in a slot it fits the first-level cache.
+constexpr int64_t kBlock = 4096;
+// Below this, a segment is about latency, and ordinary stores are best.
+constexpr int64_t kStreamingBytes = 128 << 10;
+
+void Pause() {
+#if defined(__x86_64__)
+  __builtin_ia32_pause();
+#elif defined(__aarch64__)
+  asm volatile("yield");
+#endif
+}
+
+int ForcedStores() {
+  const char* text = std::getenv("JAXCOMM_STORES");
+  if (text == nullptr) return -1;
+  return std::strcmp(text, "streaming") == 0 ? 1 : 0;
+}
+
+}  // namespace
+
+void StoreChoice::Segment(Clock::time_point now) {
+  const double seconds = std::chrono::duration<double>(now - last_).count();
+  last_ = now;
+  if (fresh_ || settle_ > 0) {
+    fresh_ = false;
+    settle_ = std::max(settle_ - 1, 0);
+    return;
+  }
+  recent_[observed_++ % kHistory] = seconds;
+  if (trial_ && observed_ == kTrial) {
+    const double tried = *std::min_element(recent_, recent_ + kTrial);
+    trial_ = false;
+    // Two ways as fast as each other should not alternate.
+    if (tried > 0.9 * home_) Switch();
+    decided_ = std::min(tried, home_);
+    next_trial_ = now + std::chrono::seconds(1);
+    observed_ = 0;
+  } else if (!trial_ && observed_ >= kHistory) {
+    home_ = *std::min_element(recent_, recent_ + kHistory);
+    // What has become much slower is tried again at once.
+    const bool due = now >= next_trial_ || (home_ > 1.5 * decided_ && decided_ > 0);
+    if (due) {
+      trial_ = true;
+      decided_ = 0;
+      Switch();
+    }
+  }
+}
+
+void StoreChoice::Switch() {
+  streaming_ = !streaming_;
+  settle_ = kSettle;
+  observed_ = 0;
+}
+
+Node::Node(std::vector<char*> windows, int rank, int64_t window_bytes, bool crowded)
+    : windows_(std::move(windows)),
+      rank_(rank),
+      size_(static_cast<int>(windows_.size())),
+      slot_bytes_(std::min((window_bytes - kControlBytes) / kSlots, kMaxSlotBytes) / 64 *
+                  64),
+      spins_(crowded ? 0 : 2000),
+      forced_(ForcedStores()),
+      scratch_(static_cast<size_t>(kBlock) * (16 + 2)) {}
+
+// First without leaving the core, then letting others run, then sleeping: what lasts a
+// millisecond is a late rank, and XLA's threads have a use for the core meanwhile.
+void Node::Wait(const std::atomic<int64_t>& flag, int64_t value) const {
+  for (int spin = 0; spin < spins_; ++spin) {
+    if (flag.load(std::memory_order_acquire) >= value) return;
+    Pause();
+  }
+  const auto start = StoreChoice::Clock::now();
+  while (flag.load(std::memory_order_acquire) < value) {
+    if (StoreChoice::Clock::now() - start < std::chrono::milliseconds(1)) {
+      std::this_thread::yield();
+    } else {
+      std::this_thread::sleep_for(std::chrono::microseconds(30));
+    }
+  }
+}
+
+// Cuts leaves into segments.
+class Node::Stream {
+ public:
+  Stream(const std::vector<Leaf>& leaves, int64_t capacity, int64_t item)
+      : leaves_(leaves), capacity_(capacity), item_(item) {}
+
+  bool Next(Segment* segment) {
+    segment->count = 0;
+    segment->pieces.clear();
+    while (leaf_ < leaves_.size() && segment->count < capacity_) {
+      const Leaf& leaf = leaves_[leaf_];
+      const int64_t n = std::min(leaf.count - start_, capacity_ - segment->count);
+      if (n > 0) segment->pieces.push_back({leaf.data + start_ * item_, segment->count, n});
+      segment->count += n;
+      start_ += n;
+      if (start_ == leaf.count) {
+        ++leaf_;
+        start_ = 0;
+      }
+    }
+    return segment->count > 0;
+  }
+
+ private:
+  const std::vector<Leaf>& leaves_;
+  const int64_t capacity_;
+  const int64_t item_;
+  size_t leaf_ = 0;
+  int64_t start_ = 0;
+};
+
+// One bucket's way through the slots.
+class Node::Call {
+ public:
+  Call(Node* node, const Reduction& how)
+      : node_(*node), how_(how), k_(ChosenKernels()),
+        item_(static_cast<int64_t>(kItemSize[how.dtype])),
+        wire_item_(static_cast<int64_t>(kItemSize[how.wire])),
+        encoded_(how.wire != how.dtype),
+        wide_((how.wire == kBF16 || how.wire == kF16) &&
+              (how.op == kSum || how.op == kProd)) {
+    // A number beyond float16's range may have a mean within it: such a mean travels
+    // divided by a power of two that is at least n.
+    if (encoded_ && how.wire == kF16 && how.divisor > 1) {
+      while (reserve_ < how.divisor) reserve_ *= 2;
+    }
+  }
+
+  void Put(const Segment& segment) {
+    const int64_t bytes = segment.count * wire_item_;
+    const bool streaming =
+        bytes >= kStreamingBytes &&
+        (node_.forced_ >= 0
+             ? node_.forced_ == 1
+             : node_.control(0).streaming.value.load(std::memory_order_relaxed) != 0);
+    write_ = streaming ? k_.stream : Copy;
+    char* slot = node_.slot(node_.rank_, segment.number);
+    // The own part stays where it is.
+    const auto put = [&](char* leaf, int64_t at, int64_t n) { Write(leaf, slot, at, n); };
+    ForEach(segment, 0, Bound(segment, node_.rank_), put);
+    ForEach(segment, Bound(segment, node_.rank_ + 1), segment.count, put);
+    Publish(&node_.control(node_.rank_).arrived, segment.number);
+  }
+
+  void Reduce(const Segment& segment) {
+    for (int p = 0; p < node_.size_; ++p) {
+      node_.Wait(node_.control(p).arrived.value, segment.number);
+    }
+    const int64_t from = Bound(segment, node_.rank_), to = Bound(segment, node_.rank_ + 1);
+    ForEach(segment, from, to, [&](char* leaf, int64_t at, int64_t n) {
+      for (int64_t start = 0; start < n; start += kBlock) {
+        const int64_t count = std::min(kBlock, n - start);
+        if (wide_) {
+          ReduceWide(segment, leaf + start * item_, at + start, count);
+        } else {
+          ReduceBlock(segment, leaf + start * item_, at + start, count);
+        }
+      }
+    });
+    Publish(&node_.control(node_.rank_).reduced, segment.number);
+  }
+
+  void Take(const Segment& segment) {
+    for (int step = 1; step < node_.size_; ++step) {
+      const int p = (node_.rank_ + step) % node_.size_;
+      node_.Wait(node_.control(p).reduced.value, segment.number);
+      const char* slot = node_.slot(p, segment.number);
+      ForEach(segment, Bound(segment, p), Bound(segment, p + 1),
+              [&](char* leaf, int64_t at, int64_t n) {
+                const char* from = slot + at * wire_item_;
+                if (encoded_) {
+                  k_.decode[how_.wire](from, reinterpret_cast<float*>(leaf), n, 1.0f, 1);
+                } else {
+                  std::memcpy(leaf, from, static_cast<size_t>(n * item_));
+                }
+              });
+    }
+  }
+
+ private:
+  static void Copy(void* to, const void* from, int64_t bytes) {
+    std::memcpy(to, from, static_cast<size_t>(bytes));
+  }
+
+  static void Publish(Flag* flag, int64_t number) {
+    // Streaming stores are not ordered with others but by a fence.
+#if defined(__x86_64__)
+    __builtin_ia32_sfence();
+#endif
+    flag->value.store(number, std::memory_order_release);
+  }
+
+  // Where rank p's part begins; whole cache lines, so that no two ranks write into one.
+  int64_t Bound(const Segment& segment, int p) const {
+    const int64_t line = 64 / wire_item_;
+    const int64_t even = segment.count * p / node_.size_;
+    return std::min((even + line - 1) / line * line, segment.count);
+  }
+
+  template <typename F>
+  void ForEach(const Segment& segment, int64_t from, int64_t to, F&& f) const {
+    for (const Piece& piece : segment.pieces) {
+      const int64_t start = std::max(from, piece.at);
+      const int64_t stop = std::min(to, piece.at + piece.count);
+      if (start < stop) f(piece.data + (start - piece.at) * item_, start, stop - start);
+    }
+  }
+
+  // Copies elements of a leaf to where they stand in a slot, encoding them if need be.
+  void Write(const char* leaf, char* slot, int64_t at, int64_t n) {
+    char* to = slot + at * wire_item_;
+    if (!encoded_) {
+      write_(to, leaf, n * item_);
+      return;
+    }
+    for (int64_t start = 0; start < n; start += kBlock) {
+      const int64_t count = std::min(kBlock, n - start);
+      Encode(leaf + start * item_, count);
+      write_(to + start * wire_item_, half(), count * wire_item_);
+    }
+  }
+
+  void Encode(const char* leaf, int64_t n) {
+    k_.encode[how_.wire](reinterpret_cast<const float*>(leaf), half(), n,
+                         1.0f / static_cast<float>(reserve_));
+  }
+
+  const char* slot(const Segment& segment, int p, int64_t at) const {
+    return node_.slot(p, segment.number) + at * wire_item_;
+  }
+
+  // Elements are combined in the order of the ranks, whoever owns them: results do not
+  // depend, even in their last bit, on where a leaf comes to lie in its bucket.
+  void ReduceBlock(const Segment& segment, char* leaf, int64_t at, int64_t n) {
+    const CombineFn combine = k_.combine[how_.wire][how_.op];
+    const int r = node_.rank_;
+    char* own = leaf;
+    if (encoded_) {
+      Encode(leaf, n);
+      own = half();
+    }
+    if (r == 1) {
+      combine(slot(segment, 0, at), own, n);
+    } else if (r > 1) {
+      std::memcpy(prefix(), slot(segment, 0, at), static_cast<size_t>(n * wire_item_));
+      for (int p = 1; p < r; ++p) combine(slot(segment, p, at), prefix(), n);
+      combine(prefix(), own, n);
+    }
+    for (int p = r + 1; p < node_.size_; ++p) combine(slot(segment, p, at), own, n);
+    if (how_.divisor > 1) k_.divide[how_.wire](own, n, how_.divisor);
+    write_(node_.slot(r, segment.number) + at * wire_item_, own, n * wire_item_);
+    if (encoded_) k_.decode[how_.wire](own, reinterpret_cast<float*>(leaf), n, 1.0f, 1);
+  }
+
+  // Sums and products of 16-bit floats, in float32 and rounded once.
+  void ReduceWide(const Segment& segment, char* leaf, int64_t at, int64_t n) {
+    const auto reserve = static_cast<float>(reserve_);
+    if (encoded_) Encode(leaf, n);
+    float* sum = reinterpret_cast<float*>(prefix());
+    for (int p = 0; p < node_.size_; ++p) {
+      const char* from = slot(segment, p, at);
+      if (p == node_.rank_) from = encoded_ ? half() : leaf;
+      if (p == 0) {
+        k_.decode[how_.wire](from, sum, n, reserve, 1);
+      } else {
+        k_.accumulate[how_.wire][how_.op](from, sum, n, reserve);
+      }
+    }
+    if (how_.divisor > 1) k_.divide[kF32](sum, n, how_.divisor);
+    k_.encode[how_.wire](sum, half(), n, 1.0f);
+    write_(node_.slot(node_.rank_, segment.number) + at * wire_item_, half(),
+           n * wire_item_);
+    if (encoded_) {
+      k_.decode[how_.wire](half(), reinterpret_cast<float*>(leaf), n, 1.0f, 1);
+    } else {
+      std::memcpy(leaf, half(), static_cast<size_t>(n * wire_item_));
+    }
+  }
+
+  char* prefix() { return node_.scratch_.data(); }
+  char* half() { return node_.scratch_.data() + kBlock * 16; }
+
+  Node& node_;
+  const Reduction how_;
+  const Kernels& k_;
+  const int64_t item_;
+  const int64_t wire_item_;
+  const bool encoded_;
+  const bool wide_;
+  int reserve_ = 1;
+  StreamFn write_ = Copy;
+};
+
+int64_t Node::AllReduce(const Reduction& reduction, const std::vector<Leaf>& leaves) {
+  const auto item = static_cast<int64_t>(kItemSize[reduction.dtype]);
+  const auto wire_item = static_cast<int64_t>(kItemSize[reduction.wire]);
+  const int64_t capacity = slot_bytes_ / wire_item;
+  Stream stream(leaves, capacity, item);
+  Call call(this, reduction);
+  Segment now, next;
+  int64_t segments = 0;
+  choice_.Begin();
+  bool more = stream.Next(&now);
+  if (more) {
+    now.number = ++number_;
+    call.Put(now);
+  }
+  while (more) {
+    call.Reduce(now);
+    if ((more = stream.Next(&next))) {
+      next.number = ++number_;
+      call.Put(next);
+    }
+    call.Take(now);
+    if (rank_ == 0 && now.count == capacity && slot_bytes_ >= kStreamingBytes) {
+      choice_.Segment(StoreChoice::Clock::now());
+      control(0).streaming.value.store(choice_.streaming(), std::memory_order_relaxed);
+    }
+    std::swap(now, next);
+    ++segments;
+  }
+  return segments;
+}
+
+}  // namespace jaxcomm

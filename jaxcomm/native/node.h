@@ -1,0 +1,116 @@
+// Reduction between ranks of one host, through memory that they share.
+//
+// Every rank has a window that all can see: two flags and three slots. The leaves of a
+// bucket are walked through as one stream, a slot's worth (a segment) at a time, and
+// of each segment rank r owns the r-th part:
+//
+//   put     copy what other ranks own of this rank's segment into its slot; `arrived`
+//   reduce  combine the own part with all other ranks' slots, write the result to the
+//           leaf and to the own slot; `reduced`
+//   take    copy the parts that others own from their slots to the leaf
+//
+// Segment k + 1 is put before segment k is taken, so no rank waits for one that is just
+// as fast. Then three slots are enough: when every rank has arrived with segment k, all
+// have taken segment k - 2, whose slot segment k + 1 is put into.
+//
+// A part is computed by its owner alone, so results are equal on all ranks bit by bit.
+#pragma once
+
+#include <atomic>
+#include <chrono>
+#include <cstdint>
+#include <vector>
+
+#include "kernels.h"
+#include "reduce.h"
+
+namespace jaxcomm {
+
+// Tells with which stores slots are best filled. Between cores that share a cache,
+// ordinary stores: the reader finds the data there. Between cores that do not, a line
+// that one core has written reaches the other very slowly, and streaming stores, which
+// go past the caches, win by several times (docs/performance.md). On a virtual machine
+// this changes while a job runs, so both are timed now and then.
+class StoreChoice {
+ public:
+  using Clock = std::chrono::steady_clock;
+
+  bool streaming() const { return streaming_; }
+  // A call begins: the time until its first segment is somebody's lateness.
+  void Begin() { fresh_ = true; }
+  // A whole segment has been taken.
+  void Segment(Clock::time_point now);
+
+ private:
+  void Switch();
+
+  static constexpr int kHistory = 8, kTrial = 4, kSettle = 2;
+  bool streaming_ = false;
+  bool trial_ = false;
+  bool fresh_ = true;
+  int settle_ = 0;    // segments until the last change shows
+  int observed_ = 0;  // since the last change
+  double recent_[kHistory] = {};
+  double home_ = 0;     // seconds of a segment before the trial
+  double decided_ = 0;  // seconds of a segment when last decided
+  Clock::time_point last_ = {};
+  Clock::time_point next_trial_ = {};
+};
+
+class Node {
+ public:
+  static constexpr int64_t kControlBytes = 4096;
+  static constexpr int kSlots = 3;
+  // Three of these lie within the second-level cache of most processors.
+  static constexpr int64_t kMaxSlotBytes = 512 << 10;
+
+  // `windows`: every rank's, of `window_bytes` zero-filled bytes. `crowded`: there are
+  // more ranks than cores, so that a waiting rank must let others run.
+  Node(std::vector<char*> windows, int rank, int64_t window_bytes, bool crowded);
+
+  // Reduces all leaves where they lie; returns the number of segments.
+  int64_t AllReduce(const Reduction& reduction, const std::vector<Leaf>& leaves);
+
+ private:
+  struct alignas(128) Flag {
+    std::atomic<int64_t> value;
+  };
+  struct Control {
+    Flag arrived;
+    Flag reduced;
+    Flag streaming;  // rank 0's counts
+  };
+  struct Piece {
+    char* data;
+    int64_t at;  // first element within the segment
+    int64_t count;
+  };
+  struct Segment {
+    int64_t number = 0;
+    int64_t count = 0;
+    std::vector<Piece> pieces;
+  };
+  class Stream;
+  class Call;
+
+  Control& control(int rank) const {
+    return *reinterpret_cast<Control*>(windows_[static_cast<size_t>(rank)]);
+  }
+  char* slot(int rank, int64_t number) const {
+    return windows_[static_cast<size_t>(rank)] + kControlBytes +
+           number % kSlots * slot_bytes_;
+  }
+  void Wait(const std::atomic<int64_t>& flag, int64_t value) const;
+
+  const std::vector<char*> windows_;
+  const int rank_;
+  const int size_;
+  const int64_t slot_bytes_;
+  const int spins_;
+  const int forced_;  // JAXCOMM_STORES: 0 ordinary, 1 streaming, -1 as timed
+  int64_t number_ = 0;
+  StoreChoice choice_;
+  std::vector<char> scratch_;
+};
+
+}  // namespace jaxcomm
