@@ -135,8 +135,8 @@ def other_measures(progress: Progress) -> dict[str, Any]:
 
 
 @click.command()
-@click.option("--rounds", type=click.IntRange(1), default=2, show_default=True)
-@click.option("--repeats", type=click.IntRange(1), default=10, show_default=True)
+@click.option("--rounds", type=click.IntRange(1), default=3, show_default=True)
+@click.option("--repeats", type=click.IntRange(1), default=7, show_default=True)
 @click.option(
     "--out",
     type=click.Path(path_type=Path),
