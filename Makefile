@@ -9,12 +9,13 @@ EXTRAS ?= dev
 DEMO_ARGS := $(if $(DEMO_STEPS),--steps $(DEMO_STEPS))
 TESTS ?= tests
 
-.PHONY: setup demo test test-mpich lint sanitize bench bench-peers bench-horovod clean
+.PHONY: setup demo examples test test-mpich lint sanitize bench bench-peers bench-horovod clean
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make demo   train a small STEMDL network on two MPI ranks; results in out/demo"
 	@echo "make test   run all tests on 1, 2 and 4 ranks"
+	@echo "make examples  train three clients under jax.pmap and under jaxcomm, and compare"
 	@echo "make lint   ruff and pyright"
 	@echo "make test-mpich  the same native library over MPICH"
 	@echo "make sanitize  run the native code under Address-, UB- and ThreadSanitizer"
@@ -38,6 +39,9 @@ $(STAMP): pyproject.toml $(NATIVE)
 
 demo: $(STAMP)
 	$(BIN)/jaxcomm demo $(DEMO_ARGS)
+
+examples: $(STAMP)
+	$(BIN)/python examples/clients/compare.py
 
 test: $(STAMP)
 	$(BIN)/pytest $(TESTS)

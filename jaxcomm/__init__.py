@@ -13,6 +13,10 @@ if TYPE_CHECKING:
     from jaxcomm import errors as errors
     from jaxcomm import flax as flax
     from jaxcomm import optax as optax
+    from jaxcomm.arrays import all_gather as all_gather
+    from jaxcomm.arrays import all_to_all as all_to_all
+    from jaxcomm.arrays import barrier as barrier
+    from jaxcomm.arrays import reduce_scatter as reduce_scatter
     from jaxcomm.collectives import all_reduce as all_reduce
     from jaxcomm.collectives import broadcast as broadcast
     from jaxcomm.collectives import plan as plan
@@ -24,6 +28,7 @@ if TYPE_CHECKING:
     from jaxcomm.communicator import size as size
     from jaxcomm.communicator import world as world
     from jaxcomm.decorators import data_parallel as data_parallel
+    from jaxcomm.decorators import pmap as pmap
     from jaxcomm.planner import cache_clear as cache_clear
     from jaxcomm.planner import cache_info as cache_info
     from jaxcomm.replication import assert_replicated as assert_replicated
@@ -31,8 +36,11 @@ if TYPE_CHECKING:
 
 _MODULES = ("errors", "flax", "optax")
 _NAMES = {
+    "all_gather": "arrays",
     "all_reduce": "collectives",
+    "all_to_all": "arrays",
     "assert_replicated": "replication",
+    "barrier": "arrays",
     "broadcast": "collectives",
     "cache_clear": "planner",
     "cache_info": "planner",
@@ -42,7 +50,9 @@ _NAMES = {
     "local_rank": "communicator",
     "local_size": "communicator",
     "plan": "collectives",
+    "pmap": "decorators",
     "rank": "communicator",
+    "reduce_scatter": "arrays",
     "Schedule": "schedule",
     "size": "communicator",
     "world": "communicator",

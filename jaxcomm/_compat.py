@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import os.path
+import traceback
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -26,10 +28,12 @@ __all__ = [
     "batching",
     "create_token",
     "eval_eqn",
+    "failing_call",
     "instantiate_zeros",
     "is_drop_var",
     "literal",
     "mlir",
+    "outside_jit",
     "register_ordered_effect",
     "scan_counts",
     "shaped_array",
@@ -43,6 +47,11 @@ Tracer = _core.Tracer
 shaped_array = _core.ShapedArray
 abstract_token = _core.abstract_token
 Effect = _effects.Effect
+
+
+def outside_jit() -> bool:
+    """Tell whether no trace is under way."""
+    return _core.trace_state_clean()
 
 
 def create_token() -> Any:
@@ -112,6 +121,28 @@ def scan_counts(params: Any) -> tuple[int, int]:
         return params["num_consts"], params["num_carry"]
     consts, carry, _ = params["ft_in"].unpack()
     return len(list(consts)), len(list(carry))
+
+
+def failing_call(error: BaseException) -> str:
+    """Return which JAX function an exception left, and the user's line that called it."""
+    jax_folder = os.path.dirname(jax.__file__)
+    frames = traceback.extract_tb(error.__traceback__)
+    for outer, inner in reversed(list(itertools.pairwise(frames))):
+        if inner.filename.startswith(jax_folder) and not outer.filename.startswith(
+            (jax_folder, os.path.dirname(__file__))
+        ):
+            name = os.path.basename(outer.filename)
+            return f"{_public_name(frames, inner)} at {name}:{outer.lineno}"
+    return "at an unknown line"
+
+
+def _public_name(frames: Any, first: Any) -> str:
+    """The name of JAX's own function below wrappers, from its module of collectives."""
+    at = list(frames).index(first)
+    for frame in frames[at:]:
+        if os.path.basename(frame.filename) == "parallel.py":
+            return frame.name
+    return first.name
 
 
 def source_line(eqn: Any) -> str:

@@ -11,9 +11,9 @@ from typing import Any
 import jax
 from jax import lax
 
-from jaxcomm import _compat
+from jaxcomm import _compat, timeline
 from jaxcomm._jaxprs import Body, Unit, is_var
-from jaxcomm.collectives import chained_p
+from jaxcomm.collectives import chained_p, local_result, mark
 from jaxcomm.communicator import Communicator
 from jaxcomm.errors import UnsupportedCollectiveError
 from jaxcomm.schedule import Schedule
@@ -40,6 +40,8 @@ class Evaluator:
             values = [read(v) for v in unit.inputs]
             if unit.kind == "equation":
                 results = _compat.eval_eqn(unit.eqn, values)
+            elif unit.function is not None:
+                results = [unit.function(*values)]
             elif unit.kind == "bucket":
                 results, token = self._bucket(unit.index, values, token)
             else:
@@ -51,7 +53,10 @@ class Evaluator:
         self, index: int, values: Sequence[Any], token: Any
     ) -> tuple[list[Any], Any]:
         if self.comm.transport == "local":
-            return list(values), token
+            bucket = self.schedule.buckets[index]
+            return [local_result(bucket, value) for value in values], token
+        if timeline.wanted():
+            token = mark(values, token, self.comm, self.schedule, index)
         with jax.named_scope(f"jaxcomm/bucket_{index:02d}"):
             *results, token = chained_p.bind(
                 *values,
@@ -120,7 +125,7 @@ class Evaluator:
         body_consts = list(values[n_cond : n_cond + n_body])
         init = list(values[n_cond + n_body :])
         test, step = bodies
-        if any(unit.kind != "equation" for unit in test.units):
+        if any(unit.kind in ("bucket", "body") for unit in test.units):
             raise UnsupportedCollectiveError(
                 "a collective in the condition of a while_loop is not scheduled; "
                 "compute it in the body and carry the result"

@@ -72,7 +72,7 @@ class HostChannel:
         from mpi4py import MPI
 
         receive = np.empty_like(send)
-        with self._turn():
+        with self.turn():
             request = self._comm.Iallreduce(send, receive, op=MPI.MIN)
         watchdog.wait(
             lambda: self._test(request),
@@ -82,15 +82,16 @@ class HostChannel:
         )
         return receive
 
-    def _turn(self) -> contextlib.AbstractContextManager[None]:
+    def turn(self) -> contextlib.AbstractContextManager[None]:
+        """Hold MPI where threads take turns in it."""
         return native.mpi_turn() if self._turns else contextlib.nullcontext()
 
     def _test(self, request: Any) -> bool:
-        with self._turn():
+        with self.turn():
             return request.Test()
 
     def _finish(self, start: Callable[[], Any]) -> None:
-        with self._turn():
+        with self.turn():
             request = start()
         while not self._test(request):
             time.sleep(_POLL_SECONDS)

@@ -23,13 +23,14 @@ _INLINED |= {"custom_vjp_call", "custom_vjp_call_jaxpr", "custom_lin"}
 class Unit:
     """What is evaluated at once: an equation, a bucket, or a body with collectives."""
 
-    kind: str  # "equation", "bucket" or "body"
+    kind: str  # "equation", "function", "bucket" or "body"
     eqn: Any = None
     inputs: Sequence[Any] = ()
     outputs: Sequence[Any] = ()
     stage: int = 0
     ready: float = 0.0
     index: int = -1  # number of the bucket in the program's schedule
+    function: Callable[..., Any] | None = None  # of the inputs, to the only output
     bodies: list[Body] = dataclasses.field(default_factory=list)
 
 
@@ -83,7 +84,7 @@ def flatten(
             else:
                 outvars = []
                 for var in eqn.outvars:
-                    fresh = _Var(var.aval) if isinstance(jaxpr, _Scoped) else var
+                    fresh = Var(var.aval) if isinstance(jaxpr, _Scoped) else var
                     if fresh is not var:
                         names[var] = fresh
                     outvars.append(fresh)
@@ -106,8 +107,8 @@ class _Scoped:
         return self.jaxpr.eqns
 
 
-class _Var:
-    """A variable that stands for one of an inlined body's."""
+class Var:
+    """A variable that no jaxpr has: for one of an inlined body's, or of ours."""
 
     def __init__(self, aval: Any):
         self.aval = aval
@@ -145,7 +146,8 @@ def means_of(
     for eqn, _, outvars in eqns:
         if eqn.primitive.name != "psum":
             continue
-        if tuple(eqn.params.get("axes", ())) != (axis_name,):
+        grouped = eqn.params.get("axis_index_groups") is not None
+        if grouped or tuple(eqn.params.get("axes", ())) != (axis_name,):
             continue
         for var in outvars:
             users = uses.get(var, [])

@@ -9,6 +9,8 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
+from jaxcomm.planner import Terms
+
 
 @dataclasses.dataclass
 class Reduction:
@@ -20,6 +22,7 @@ class Reduction:
     ready: int
     stage: int
     where: str
+    terms: Terms = Terms()
     path: str = ""
 
     @property

@@ -73,6 +73,12 @@ def register(key: int, schedule: Schedule, transport: str) -> int:
     return digest
 
 
+def schedule_of(key: int, digest: int) -> Schedule | None:
+    """Return a schedule that was traced in this process."""
+    entry = _entries.get((key, digest))
+    return entry.schedule if entry else None
+
+
 def answer(key: int, digest: int) -> str | None:
     """Compare a schedule across ranks; the custom calls ask this on XLA's thread.
 

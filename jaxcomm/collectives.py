@@ -26,8 +26,8 @@ import numpy as np
 from jaxcomm import _compat, agreement, planner
 from jaxcomm.communicator import Communicator, world
 from jaxcomm.errors import InvalidOptionError, InvalidTreeError, UnsupportedDtypeError
-from jaxcomm.planner import Groups
-from jaxcomm.schedule import LeafSpec, Schedule
+from jaxcomm.planner import Groups, Terms
+from jaxcomm.schedule import Bucket, LeafSpec, Schedule
 from jaxcomm.transports.base import Call
 
 Tree = TypeVar("Tree")
@@ -131,7 +131,7 @@ def broadcast(tree: Tree, *, root: int = 0, comm: Communicator | None = None) ->
     for spec in specs:
         comm.lowering.check("broadcast", spec.dtype, spec.path)
     schedule = planner.make_schedule(
-        specs, op="broadcast", size=comm.size, root=root, costs=comm.costs
+        specs, op="broadcast", size=comm.size, terms=Terms(root=root), costs=comm.costs
     )
     out = [
         jax.random.wrap_key_data(y, impl=jax.random.key_impl(x)) if key else y
@@ -261,7 +261,11 @@ def run_schedule(
 ) -> list[Any]:
     """Reduce leaves bucket by bucket: traced where they are tracers, else now."""
     if comm.transport == "local" or not schedule.buckets:
-        return list(leaves)
+        out = list(leaves)
+        for bucket in schedule.buckets:
+            for i in bucket.leaves:
+                out[i] = local_result(bucket, out[i])
+        return out
     if any(isinstance(leaf, _compat.Tracer) for leaf in leaves):
         return bind_buckets(leaves, comm, schedule)
     return _run_now(leaves, comm, schedule, range(len(schedule.buckets)))
@@ -356,25 +360,55 @@ chained_p = _compat.Primitive("jaxcomm_chained_bucket")
 chained_p.multiple_results = True
 
 
-def _bucket_abstract_eval(*avals: Any, **_: Any) -> tuple[list[Any], set[Any]]:
-    return [_compat.shaped_array(a.shape, a.dtype) for a in avals], {_effect}
+def _bucket_abstract_eval(
+    *avals: Any, comm: Communicator, schedule: Schedule, index: int
+) -> tuple[list[Any], set[Any]]:
+    bucket = schedule.buckets[index]
+    return [
+        _compat.shaped_array(moved_shape(bucket, a.shape, comm.size), a.dtype)
+        for a in avals
+    ], {_effect}
 
 
-def _chained_abstract_eval(*avals: Any, **_: Any) -> list[Any]:
-    return [_compat.shaped_array(a.shape, a.dtype) for a in avals]
+def _chained_abstract_eval(*avals: Any, **params: Any) -> list[Any]:
+    *leaves, token = avals
+    out, _ = _bucket_abstract_eval(*leaves, **params)
+    return [*out, _compat.shaped_array(token.shape, token.dtype)]
+
+
+def moved_shape(bucket: Bucket, shape: tuple[int, ...], size: int) -> tuple[int, ...]:
+    """Return a leaf's shape after its collective."""
+    if bucket.op == "all_gather":
+        return (len(bucket.groups[0]) if bucket.groups else size, *shape)
+    return shape[1:] if bucket.op == "reduce_scatter" else shape
+
+
+def local_result(bucket: Bucket, leaf: Any) -> Any:
+    """Return what the collective gives where this rank is the only one."""
+    if bucket.op == "all_gather":
+        return leaf[None]
+    if bucket.op == "reduce_scatter":
+        return leaf[0]
+    if bucket.op == "permute" and not bucket.permutation:
+        return jnp.zeros_like(leaf)
+    return leaf
 
 
 def _call(comm: Communicator, schedule: Schedule, index: int) -> Call:
     bucket = schedule.buckets[index]
+    groups = bucket.groups
     return Call(
         comm=comm.key,
-        size=comm.size,
+        size=len(groups[0]) if groups else comm.size,
         op=bucket.op,
         digest=agreement.register(comm.key, schedule, comm.transport),
         bucket=index,
         pack_bytes=bucket.pack_bytes,
         root=bucket.root,
         wire=bucket.wire,
+        permutation=bucket.permutation,
+        partition=comm.partition(groups) if groups else 0,
+        groups=groups,
     )
 
 
@@ -388,9 +422,10 @@ def _bucket_lowering(
     ctx: Any, *values: Any, comm: Communicator, schedule: Schedule, index: int
 ) -> Sequence[Any]:
     token = ctx.tokens_in.get(_effect)
-    avals = (*ctx.avals_in, _compat.abstract_token)
+    avals_in = (*ctx.avals_in, _compat.abstract_token)
+    avals_out = (*ctx.avals_out, _compat.abstract_token)
     *out, token = comm.lowering.lower(
-        ctx.replace(avals_in=avals, avals_out=avals),
+        ctx.replace(avals_in=avals_in, avals_out=avals_out),
         _call(comm, schedule, index),
         (*values, token),
     )
@@ -412,7 +447,7 @@ def _bucket_impl(
 
 def _check_linear(schedule: Schedule, index: int) -> None:
     op = schedule.buckets[index].op
-    if op not in ("mean", "sum"):
+    if op in ("min", "max", "prod", "broadcast"):
         raise InvalidOptionError(
             f"op={op!r} is not differentiable; use mean or sum, or stop the gradient "
             "with jax.lax.stop_gradient"
@@ -428,9 +463,38 @@ def _bucket_jvp(
 
 
 def _bucket_transpose(
-    cotangents: Sequence[Any], *_: Any, **params: Any
+    cotangents: Sequence[Any], *_: Any, comm: Communicator, **params: Any
 ) -> Sequence[Any]:
-    return bucket_p.bind(*map(_compat.instantiate_zeros, cotangents), **params)
+    cotangents = [_compat.instantiate_zeros(ct) for ct in cotangents]
+    schedule = _transposed(cotangents, comm.size, **params)
+    return bucket_p.bind(
+        *cotangents, comm=comm, schedule=schedule, index=params["index"]
+    )
+
+
+def _transposed(
+    cotangents: Sequence[Any], size: int, schedule: Schedule, index: int
+) -> Schedule:
+    """The schedule whose bucket `index` takes cotangents back where they came from."""
+    bucket = schedule.buckets[index]
+    if bucket.op in ("mean", "sum", "all_to_all"):
+        return schedule
+    op = {"all_gather": "reduce_scatter", "reduce_scatter": "all_gather"}.get(bucket.op)
+    back = tuple((target, source) for source, target in bucket.permutation)
+    bucket = dataclasses.replace(bucket, op=op or bucket.op, permutation=back)
+    return _replaced(schedule, index, bucket, [ct.shape for ct in cotangents])
+
+
+def _replaced(
+    schedule: Schedule, index: int, bucket: Bucket, shapes: Sequence[tuple[int, ...]]
+) -> Schedule:
+    """Return a schedule with one bucket, and the shapes of its leaves, replaced."""
+    specs = list(schedule.leaves)
+    for i, shape in zip(bucket.leaves, shapes, strict=True):
+        specs[i] = dataclasses.replace(specs[i], shape=tuple(shape))
+    buckets = list(schedule.buckets)
+    buckets[index] = bucket
+    return dataclasses.replace(schedule, leaves=tuple(specs), buckets=tuple(buckets))
 
 
 def _chained_jvp(
@@ -449,12 +513,20 @@ def _batching(
     """Let the batched axis travel with its leaf, under a schedule that says so."""
     schedule, index = params["schedule"], params["index"]
     bucket = schedule.buckets[index]
-    specs = list(schedule.leaves)
-    for i, leaf in zip(bucket.leaves, args[:leaves], strict=True):
-        specs[i] = dataclasses.replace(specs[i], shape=tuple(leaf.shape))
-    batched = dataclasses.replace(schedule, leaves=tuple(specs))
+    args, dims = list(args), list(dims)
+    # An axis that the collective itself makes, takes or reorders stays in front.
+    leading = bucket.op in ("reduce_scatter", "all_to_all")
+    for k in range(len(args[:leaves])):
+        if leading and dims[k] is not None:
+            args[k], dims[k] = jnp.moveaxis(args[k], dims[k], 1), 1
+    shapes = [leaf.shape for leaf in args[:leaves]]
+    batched = _replaced(schedule, index, bucket, shapes)
     out = primitive.bind(*args, **{**params, "schedule": batched})
-    return out, list(dims)
+    shift = {"all_gather": 1, "reduce_scatter": -1}.get(bucket.op, 0)
+    for k in range(len(args[:leaves])):
+        if dims[k] is not None:
+            dims[k] += shift
+    return out, dims
 
 
 def _bucket_batching(args: Any, dims: Any, **params: Any) -> Any:
@@ -465,6 +537,44 @@ def _chained_batching(args: Any, dims: Any, **params: Any) -> Any:
     return _batching(chained_p, -1, args, dims, params)
 
 
+# This rank's number, which a program must not hold: it is the same on every rank.
+rank_p = _compat.Primitive("jaxcomm_rank")
+
+
+def _rank_lowering(ctx: Any, *, comm: Communicator) -> Sequence[Any]:
+    if comm.transport == "local":
+        rule = _compat.mlir.lower_fun(lambda: jnp.int32(0), multiple_results=False)
+        return rule(ctx)
+    rule = jax.ffi.ffi_lowering("jaxcomm_rank")
+    return rule(ctx, comm=np.int64(comm.key))
+
+
+# Records when a bucket's operands are there; only where a timeline is asked for.
+mark_p = _compat.Primitive("jaxcomm_mark")
+
+
+def mark(
+    values: Sequence[Any], token: Any, comm: Communicator, schedule: Schedule, index: int
+) -> Any:
+    """Return the token, which now also waits for `values`, and record when they came."""
+    return token + mark_p.bind(*values, comm=comm, schedule=schedule, index=index)
+
+
+def _mark_lowering(
+    ctx: Any, *values: Any, comm: Communicator, schedule: Schedule, index: int
+) -> Sequence[Any]:
+    rule = jax.ffi.ffi_lowering("jaxcomm_mark", has_side_effect=True)
+    digest = agreement.register(comm.key, schedule, comm.transport)
+    numbers = {"comm": comm.key, "schedule": digest, "bucket": index}
+    return rule(ctx, *values, **{k: np.int64(v) for k, v in numbers.items()})
+
+
+mark_p.def_abstract_eval(lambda *_, **__: _compat.shaped_array((), TOKEN_DTYPE))
+_compat.mlir.register_lowering(mark_p, _mark_lowering, platform="cpu")
+
+rank_p.def_abstract_eval(lambda *, comm: _compat.shaped_array((), np.dtype("int32")))
+rank_p.def_impl(lambda *, comm: jnp.int32(comm.rank))
+_compat.mlir.register_lowering(rank_p, _rank_lowering, platform="cpu")
 bucket_p.def_impl(_bucket_impl)
 bucket_p.def_effectful_abstract_eval(_bucket_abstract_eval)
 chained_p.def_abstract_eval(_chained_abstract_eval)

@@ -12,6 +12,7 @@ import dataclasses
 import hashlib
 import importlib
 import importlib.util
+import json
 import logging
 import os
 import sys
@@ -22,7 +23,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxcomm import agreement, costmodel, native
+from jaxcomm import agreement, costmodel, native, timeline
 from jaxcomm._host import HostChannel
 from jaxcomm._window import SharedWindow
 from jaxcomm.costmodel import CostModel
@@ -41,11 +42,15 @@ _MIN_STAGING = 4096
 
 _lock = threading.RLock()
 _world: Communicator | None = None
+_connected: dict[int, Communicator] = {}
+
+Groups = Sequence[Sequence[int]]
 
 
 @dataclasses.dataclass(frozen=True)
 class _MpiComms:
     data: Any
+    control: Any
     host: Any
     channel: HostChannel
 
@@ -98,7 +103,7 @@ class Communicator:
         self.local_rank, self.local_size = 0, 1
         self._subgroups: dict[tuple[int, ...], Communicator | None] = {}
         self._comms: _MpiComms | None = None
-        self._measured: list[Any] = []
+        self._others: list[Any] = []
         self._windows: list[Any] = []
         self.lowering: Transport = Local()
         if comm is not None:
@@ -112,7 +117,7 @@ class Communicator:
         self.local_rank, self.local_size = node.Get_rank(), node.Get_size()
         node.Free()
         host = comm.Dup()
-        self._comms = _MpiComms(comm.Dup(), host, HostChannel(host))
+        self._comms = _MpiComms(comm.Dup(), comm.Dup(), host, HostChannel(host))
         # An MPI failure becomes a Python exception, never MPI_Abort.
         self._comms.data.Set_errhandler(MPI.ERRORS_RETURN)
         if self.lineage == "world":
@@ -120,7 +125,8 @@ class Communicator:
         one_host = 1 < self.size == self.local_size
         self.shared_memory &= one_host and self.transport == "mpi"
         self._create_native(self.key, self._comms.data, self.costs.segment_bytes)
-        agreement.connect(self.key, HostChannel(comm.Dup()), self.timeout)
+        agreement.connect(self.key, HostChannel(self._comms.control), self.timeout)
+        _connected[self.key] = self
         if self.transport == "mpi4jax":
             from jaxcomm.transports.mpi4jax import Mpi4jax
 
@@ -193,6 +199,26 @@ class Communicator:
         settings = _Settings(self.timeout, self.staging_bytes, self.costs)
         return Communicator(lineage, self.transport, settings, comm)
 
+    def partition(self, groups: Groups) -> int:
+        """Return the key of this rank's subgroup in a division of all ranks.
+
+        The same on every rank. Nothing is created: the native library asks for that
+        when a collective first needs it, and then all ranks are there.
+        """
+        text = f"{self.lineage}|{json.dumps(groups)}"
+        return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1
+
+    def create_partition(self, key: int, groups: Sequence[Sequence[int]]) -> None:
+        """Create the native communicator of this rank's subgroup; on XLA's thread."""
+        assert self._comms is not None
+        control = self._comms.control
+        members = next(group for group in groups if self.rank in group)
+        # All members are here, and other threads hold the turn for moments only.
+        with self._comms.channel.turn():
+            part = control.Create_group(control.Get_group().Incl(list(members)))
+            self._others.append(part)
+            self._create_native(key, part, self.costs.segment_bytes)
+
     def barrier(self) -> None:
         """Wait until every rank is here (host side; not for use inside jit)."""
         if self._comms is not None:
@@ -214,11 +240,11 @@ class Communicator:
         It differs in how large leaves are divided. All ranks call it together.
         """
         assert self._comms is not None
-        number = len(self._measured)
+        number = len(self._others)
         digest = hashlib.sha256(f"{self.lineage}#{number}".encode()).digest()
         key = int.from_bytes(digest[:8], "big") >> 1
         data = self._comms.host.Dup()
-        self._measured.append(data)
+        self._others.append(data)
         self._create_native(key, data, segment_bytes)
         return key
 
@@ -395,13 +421,25 @@ def _start(transport: str, settings: _Settings) -> Communicator:
     native.load()
     native.bind_mpi(mpi)
     native.set_agree(agreement.answer)
+    native.set_partition(_answer_partition)
     comm = Communicator("world", transport, settings, mpi.COMM_WORLD)
     if comm.size > 1:
         from jaxcomm.launch import abort
 
         abort.install_excepthook()
-    atexit.register(_wait_for_pending_work)
+    if timeline.wanted():
+        native.timeline_start()
+        atexit.register(_write_timeline, comm)
+    atexit.register(_wait_for_pending_work)  # runs first
     return comm
+
+
+def _answer_partition(key: int, partition: int, groups: list[list[int]]) -> str | None:
+    try:
+        _connected[key].create_partition(partition, groups)
+    except Exception as error:  # nothing may escape into C
+        return f"the subgroups {groups} could not be created: {error}"
+    return None
 
 
 def _import_mpi(transport: str, launched: int) -> Any:
@@ -444,6 +482,12 @@ def _mpi_size() -> int:
 
     ready = MPI.Is_initialized() and not MPI.Is_finalized()
     return MPI.COMM_WORLD.Get_size() if ready else 1
+
+
+def _write_timeline(comm: Communicator) -> None:
+    events = comm.all_gather_object(native.timeline_take())
+    if comm.rank == 0:
+        timeline.write(events)
 
 
 def _wait_for_pending_work() -> None:

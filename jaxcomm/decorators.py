@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import logging
 from collections.abc import Callable, Sequence
 from typing import Any, overload
 
 import jax
+import jax.numpy as jnp
 
 from jaxcomm import _compat, agreement, planner, rewrite
 from jaxcomm.communicator import Communicator, world
@@ -36,6 +38,7 @@ class DataParallel:
         wire_dtype: str | None,
         donate_argnums: int | Sequence[int],
         static_argnums: int | Sequence[int],
+        allow_divergent: bool = False,
     ):
         functools.update_wrapper(self, fn)
         self._fn = fn
@@ -44,6 +47,8 @@ class DataParallel:
         self._groups = groups
         self._bucket_bytes = bucket_bytes
         self._wire_dtype = wire_dtype
+        self._allow_divergent = allow_divergent
+        self._seen: Signature | None = None
         self._schedules: list[Schedule] = []
         self._unchecked = False
 
@@ -102,6 +107,13 @@ class DataParallel:
         """
         return self._jitted.lower(*args, **kwargs)
 
+    def trace(self, *args: Any, **kwargs: Any) -> Any:
+        """Trace without lowering, as `jax.jit(fn).trace`; never waits for other ranks.
+
+        What is traced returns a pair, as with `lower`.
+        """
+        return self._jitted.trace(*args, **kwargs)
+
     def clear_cache(self) -> None:
         """Forget compiled programs, as `jax.jit(fn).clear_cache()`."""
         self._jitted.clear_cache()  # pyright: ignore[reportAttributeAccessIssue]
@@ -131,6 +143,7 @@ class DataParallel:
             return self._fn(*a, **k)
 
         values = [leaf for _, leaf in inputs]
+        self._log_change(Signature.of(paths, treedef))
         try:
             closed, shapes = _compat.trace_with_axis(
                 call, self._axis_name, comm.size, values
@@ -139,12 +152,17 @@ class DataParallel:
             if "unbound axis" not in str(error):
                 raise
             raise InvalidOptionError(
-                f"{_name(self._fn)}: {error}. It is decorated with "
-                f"axis_name={self._axis_name!r}; use that name in its collectives and "
-                "in layers such as BatchNorm(axis_name=...)."
+                f"{_name(self._fn)}, {_compat.failing_call(error)}: {error}. It is "
+                f"decorated with axis_name={self._axis_name!r}; use that name in its "
+                "collectives and in layers such as BatchNorm(axis_name=...)."
             ) from error
         options = rewrite.Options(
-            self._axis_name, comm, self._groups, self._bucket_bytes, self._wire_dtype
+            self._axis_name,
+            comm,
+            self._groups,
+            self._bucket_bytes,
+            self._wire_dtype,
+            self._allow_divergent,
         )
         program = rewrite.program(closed, options, inputs)
         self._schedules.append(program.schedule)
@@ -152,6 +170,52 @@ class DataParallel:
         log.debug("%s: %s", _name(self._fn), program.schedule.explain())
         out, token = program.run(values)
         return jax.tree.unflatten(jax.tree.structure(shapes), out), token
+
+
+    def _log_change(self, signature: Signature) -> None:
+        """Say why a function is traced again."""
+        if self._seen is not None:
+            change = self._seen.change(signature)
+            log.info("%s is traced again: %s", _name(self._fn), change)
+        self._seen = signature
+
+
+@dataclasses.dataclass(frozen=True)
+class Signature:
+    """What a trace depends on, as far as a user can see it."""
+
+    leaves: tuple[tuple[str, str], ...]
+    treedef: Any
+
+    @classmethod
+    def of(cls, paths: Sequence[tuple[Any, Any]], treedef: Any) -> Signature:
+        """Describe flattened arguments."""
+
+        def show(leaf: Any) -> str:
+            if not isinstance(leaf, _compat.Tracer):
+                return repr(leaf)
+            return f"{leaf.dtype}{list(leaf.shape)}"
+
+        return cls(
+            tuple((_argument_path(path), show(leaf)) for path, leaf in paths), treedef
+        )
+
+    def change(self, new: Signature) -> str:
+        """Say in one line which argument differs from the last trace's."""
+        before, after = dict(self.leaves), dict(new.leaves)
+        for path in [*before, *after]:
+            if path not in after:
+                return f"argument {path} ({before[path]}) is no more"
+            if path not in before:
+                return f"argument {path} ({after[path]}) is new"
+            if before[path] != after[path]:
+                return f"argument {path} was {before[path]} and is {after[path]}"
+        if self.treedef != new.treedef:
+            return f"the arguments' structure was {self.treedef} and is {new.treedef}"
+        return (
+            "shapes, dtypes and structure are those of the last trace; a static "
+            "argument, a weak type, a sharding or JAX's configuration differs"
+        )
 
 
 @overload
@@ -165,6 +229,7 @@ def data_parallel(
     wire_dtype: str | None = ...,
     donate_argnums: int | Sequence[int] = ...,
     static_argnums: int | Sequence[int] = ...,
+    allow_divergent: bool = ...,
 ) -> DataParallel: ...
 @overload
 def data_parallel(
@@ -177,6 +242,7 @@ def data_parallel(
     wire_dtype: str | None = ...,
     donate_argnums: int | Sequence[int] = ...,
     static_argnums: int | Sequence[int] = ...,
+    allow_divergent: bool = ...,
 ) -> Callable[[Callable[..., Any]], DataParallel]: ...
 
 
@@ -190,13 +256,16 @@ def data_parallel(
     wire_dtype: str | None = None,
     donate_argnums: int | Sequence[int] = (),
     static_argnums: int | Sequence[int] = (),
+    allow_divergent: bool = False,
 ) -> Any:
     """Jit a function of one rank's data, with its collectives on a static schedule.
 
     Code written for `jax.pmap` runs unchanged, one process per device, without the
-    leading device axis: `lax.psum`, `pmean`, `pmax` and `pmin` over `axis_name` are
+    leading device axis: `lax.psum`, `pmean`, `pmax`, `pmin`, `all_gather`,
+    `psum_scatter`, `all_to_all`, `ppermute` and `pbroadcast` over `axis_name` are
     gathered into buckets, in the order in which their operands become ready, and each
-    bucket becomes one custom call. jaxcomm's own collectives may be used inside too.
+    bucket becomes one custom call; `axis_index` is the rank. jaxcomm's own collectives
+    may be used inside too.
 
     Args:
       fn: the function; leave it out to decorate with arguments.
@@ -210,14 +279,19 @@ def data_parallel(
         with `all_reduce(grads, wire_dtype=...)` instead.
       donate_argnums: as in `jax.jit`.
       static_argnums: as in `jax.jit`.
+      allow_divergent: accept a collective inside a `cond` or `while_loop` whose
+        predicate is not provably equal on all ranks. Where it then differs, ranks wait
+        for each other forever.
 
     Returns:
-      A `DataParallel`: a callable with `.schedule`, `.schedules` and `.lower`.
+      A `DataParallel`: a callable with `.schedule`, `.schedules`, `.trace` and
+      `.lower`.
 
     Raises:
       InvalidOptionError: an option has an unusable value, or (when traced) a
         collective uses another axis name.
-      UnsupportedCollectiveError: when traced: a collective that is not scheduled.
+      UnsupportedCollectiveError: when traced: a collective that is not scheduled, or
+        that some ranks may not reach.
       ScheduleMismatchError: at the first call: the ranks' schedules differ; raised on
         every rank before anything is sent.
     """
@@ -235,12 +309,146 @@ def data_parallel(
         wire_dtype=wire_dtype,
         donate_argnums=donate_argnums,
         static_argnums=static_argnums,
+        allow_divergent=allow_divergent,
     )
     if fn is None:
         return make
     if not callable(fn):
         raise InvalidOptionError(f"data_parallel: {fn!r} is not a function")
     return make(fn)
+
+
+def pmap(
+    fn: Callable[..., Any] | None = None,
+    axis_name: str = "batch",
+    *,
+    in_axes: Any = 0,
+    out_axes: Any = 0,
+    donate_argnums: int | Sequence[int] = (),
+    static_broadcasted_argnums: int | Sequence[int] = (),
+    axis_size: int | None = None,
+    devices: Sequence[Any] | None = None,
+    **options: Any,
+) -> Any:
+    """Stand in for `jax.pmap` in a program of one process per device.
+
+    The mapped axis has length 1, the number of devices of this process. It is taken
+    away, the function runs as under `data_parallel`, and it is put back.
+
+    Args:
+      fn: the function; leave it out to decorate with arguments.
+      axis_name: the name that collectives inside use.
+      in_axes: for each argument 0 (or another axis), or None for one that has no mapped
+        axis; an int, or a tuple with an entry per argument, each also a tree of them
+        that the argument has as its prefix. Keyword arguments are mapped over axis 0.
+      out_axes: likewise for the result. Under None, this rank's value is returned.
+      donate_argnums: as in `jax.jit`.
+      static_broadcasted_argnums: arguments that are part of the program.
+      axis_size: 1 or None.
+      devices: None: which device a process drives is decided where it is launched.
+      **options: as in `data_parallel`: comm, groups, bucket_bytes, wire_dtype,
+        allow_divergent.
+
+    Returns:
+      A `DataParallel`.
+
+    Raises:
+      InvalidOptionError: an option cannot be used; or, when called, a mapped axis is
+        not of length 1.
+      UnsupportedCollectiveError, ScheduleMismatchError: as `data_parallel`.
+    """
+    if devices is not None:
+        raise InvalidOptionError(
+            "pmap(devices=...): each process drives one device; choose it where the "
+            "process is launched (jaxcomm run, CUDA_VISIBLE_DEVICES), and leave "
+            "devices out"
+        )
+    if axis_size not in (None, 1):
+        raise InvalidOptionError(
+            f"pmap(axis_size={axis_size}): each process maps over the one device it "
+            "has; the axis over all ranks is as long as there are ranks. Leave it out"
+        )
+    static = static_broadcasted_argnums
+    static = (static,) if isinstance(static, int) else tuple(static)
+
+    def make(function: Callable[..., Any]) -> DataParallel:
+        @functools.wraps(function)
+        def one(*args: Any, **kwargs: Any) -> Any:
+            args = _unmapped(args, in_axes, static)
+            kwargs = _squeeze(0, kwargs, "keyword argument")
+            return _expand(out_axes, function(*args, **kwargs))
+
+        return data_parallel(
+            one,
+            axis_name=axis_name,
+            donate_argnums=donate_argnums,
+            static_argnums=static,
+            **options,
+        )
+
+    return make if fn is None else make(fn)
+
+
+def _is_none(value: Any) -> bool:
+    return value is None
+
+
+def _unmapped(
+    args: tuple[Any, ...], in_axes: Any, static: tuple[int, ...]
+) -> tuple[Any, ...]:
+    axes = in_axes if isinstance(in_axes, tuple | list) else (in_axes,) * len(args)
+    if len(axes) != len(args):
+        raise InvalidOptionError(
+            f"pmap: in_axes has {len(axes)} entries for {len(args)} arguments; give "
+            "one each, or one for all"
+        )
+    still = {number % len(args) for number in static} if args else set()
+    return tuple(
+        arg if k in still else _squeeze(axis, arg, f"argument {k}")
+        for k, (axis, arg) in enumerate(zip(axes, args, strict=True))
+    )
+
+
+def _squeeze(axes: Any, tree: Any, what: str) -> Any:
+    def squeeze(axis: int | None, part: Any) -> Any:
+        def one(path: Any, leaf: Any) -> Any:
+            where = f"{what}{jax.tree_util.keystr(path)}"
+            shape = jnp.shape(leaf)
+            if not -len(shape) <= axis < len(shape) or shape[axis] != 1:
+                raise InvalidOptionError(
+                    f"pmap: {where} has shape {shape}, and axis {axis} should be of "
+                    "length 1: a process passes its own device's slice. Keep the axis, "
+                    "x[rank:rank + 1], or map it over None"
+                )
+            return jnp.squeeze(leaf, axis)
+
+        return part if axis is None else jax.tree_util.tree_map_with_path(one, part)
+
+    return _over_prefix(squeeze, axes, tree, f"in_axes of {what}")
+
+
+def _expand(axes: Any, tree: Any) -> Any:
+    def expand(axis: int | None, part: Any) -> Any:
+        if axis is None:
+            return part
+        return jax.tree.map(lambda leaf: jnp.expand_dims(leaf, axis), part)
+
+    return _over_prefix(expand, axes, tree, "out_axes")
+
+
+def _over_prefix(
+    function: Callable[[int | None, Any], Any], axes: Any, tree: Any, what: str
+) -> Any:
+    """Apply a function to the parts of a tree that stand under a prefix's leaves."""
+    for axis in jax.tree.leaves(axes, is_leaf=_is_none):
+        if axis is not None and (isinstance(axis, bool) or not isinstance(axis, int)):
+            raise InvalidOptionError(f"pmap: {what}: {axis!r} is no axis; give an int")
+    try:
+        return jax.tree.map(function, axes, tree, is_leaf=_is_none)
+    except ValueError as error:
+        raise InvalidOptionError(
+            f"pmap: {what} = {axes} is no prefix of the tree it is for: {error}"
+        ) from error
 
 
 def _argument_path(path: Any) -> str:

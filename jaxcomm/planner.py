@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import re
 from collections.abc import Callable, Hashable, Sequence
@@ -10,11 +11,21 @@ from typing import TypeAlias
 from jaxcomm import costmodel
 from jaxcomm.costmodel import CostModel
 from jaxcomm.errors import InvalidOptionError
-from jaxcomm.schedule import Bucket, LeafSpec, Schedule, item_bytes
+from jaxcomm.schedule import REDUCTIONS, Bucket, LeafSpec, Schedule, item_bytes
+
+@dataclasses.dataclass(frozen=True)
+class Terms:
+    """What a collective is besides its op: see `schedule.Bucket`."""
+
+    label: str = ""
+    root: int = -1
+    permutation: tuple[tuple[int, int], ...] = ()
+    groups: tuple[tuple[int, ...], ...] = ()
+
 
 Groups: TypeAlias = int | Callable[[str], Hashable] | Sequence[str] | None
 
-OPS = ("mean", "sum", "min", "max", "prod")
+OPS = REDUCTIONS
 _CACHE_SIZE = 4096
 
 
@@ -26,7 +37,7 @@ def make_schedule(
     stages: tuple[int, ...] | None = None,
     groups: Groups = None,
     bucket_bytes: int | None = None,
-    root: int = -1,
+    terms: Terms | tuple[Terms, ...] = Terms(),
     wire_dtype: str | None = None,
     costs: CostModel = costmodel.DEFAULT,
 ) -> Schedule:
@@ -34,14 +45,14 @@ def make_schedule(
 
     Args:
       leaves: the leaves with their ready order.
-      op: "mean", "sum", "min", "max", "prod" or "broadcast"; or one per leaf.
+      op: one of `schedule.Bucket.op`, or one per leaf.
       size: number of ranks.
       stages: for each leaf, how many collectives it depends on; leaves of different
         stages never share a bucket. None: the leaves do not depend on each other.
       groups: None, a number of buckets per dtype, a function from leaf path to
         label, or regular expressions (a leaf belongs to the first that matches).
       bucket_bytes: fill buckets up to this size; None asks the cost model.
-      root: sending rank of a broadcast.
+      terms: what else there is to say of the collective; or one per leaf.
       wire_dtype: "bfloat16" or "float16": what float32 leaves travel as.
       costs: decides what is packed and how large buckets are.
 
@@ -58,7 +69,7 @@ def make_schedule(
     count = groups if isinstance(groups, int) else None
     wire = _wire_dtype(wire_dtype, leaves)
     return _plan(
-        leaves, op, size, stages, labels, count, bucket_bytes, root, wire, costs
+        leaves, op, size, stages, labels, count, bucket_bytes, terms, wire, costs
     )
 
 
@@ -191,26 +202,28 @@ def _plan(
     labels: tuple[str | None, ...] | None,
     count: int | None,
     bucket_bytes: int | None,
-    root: int,
+    terms: Terms | tuple[Terms, ...],
     wire: str,
     costs: CostModel,
 ) -> Schedule:
     ops = (op,) * len(leaves) if isinstance(op, str) else op
+    each = (terms,) * len(leaves) if isinstance(terms, Terms) else terms
     stages = stages or (0,) * len(leaves)
     ready = sorted(range(len(leaves)), key=lambda i: (leaves[i].order, i))
     # Only leaves of one kind may share a bucket.
-    kinds: dict[tuple[int, str, str], list[int]] = {}
+    kinds: dict[tuple[int, str, str, Terms], list[int]] = {}
     for i in ready:
-        kinds.setdefault((stages[i], ops[i], leaves[i].dtype), []).append(i)
+        kind = (stages[i], ops[i], leaves[i].dtype, each[i])
+        kinds.setdefault(kind, []).append(i)
 
     pack = costs.pack_bytes
     buckets: list[Bucket] = []
-    for (stage, kind_op, dtype), members in kinds.items():
+    for (stage, kind_op, dtype, term), members in kinds.items():
+        encoded = wire if dtype == "float32" and kind_op in REDUCTIONS else ""
+        rest = (term.root, encoded, term.permutation, term.groups)
         for label, part in _split(leaves, members, labels, count, bucket_bytes, costs):
-            encoded = wire if dtype == "float32" and kind_op != "broadcast" else ""
-            buckets.append(
-                Bucket(kind_op, dtype, tuple(part), pack, label, stage, root, encoded)
-            )
+            name = label or term.label
+            buckets.append(Bucket(kind_op, dtype, tuple(part), pack, name, stage, *rest))
     # A bucket can go when its last leaf is ready.
     buckets.sort(
         key=lambda b: (b.stage, max(leaves[i].order for i in b.leaves), b.leaves)

@@ -19,20 +19,23 @@ from __future__ import annotations
 import dataclasses
 import heapq
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
+
+import jax
 
 from jaxcomm import _compat, planner
 from jaxcomm._evaluate import Evaluator
-from jaxcomm._jaxprs import Body, Unit, bodies_of, flatten, is_var, means_of
+from jaxcomm._jaxprs import Body, Unit, Var, bodies_of, flatten, is_var, means_of
+from jaxcomm._named import COLLECTIVES, Meaning, axes_of, meaning_of
 from jaxcomm._naming import Reduction, name_leaves
-from jaxcomm.collectives import bucket_p, new_token
+from jaxcomm._uniform import Checker
+from jaxcomm.collectives import bucket_p, moved_shape, new_token, rank_p
 from jaxcomm.communicator import Communicator
 from jaxcomm.errors import UnsupportedCollectiveError
 from jaxcomm.planner import Groups
 from jaxcomm.schedule import Bucket, LeafSpec, Schedule
 
-_REDUCTIONS = {"psum": "sum", "pmax": "max", "pmin": "min"}
 _THREADED = {"scan", "while", "cond", "checkpoint", "remat", "remat2"}
 
 
@@ -45,6 +48,7 @@ class Options:
     groups: Groups = None
     bucket_bytes: int | None = None
     wire_dtype: str | None = None
+    allow_divergent: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,6 +80,7 @@ def program(
         primitive, the axis and the source line.
     """
     planned = _Planner(options, inputs)
+    predicates = planned.check_predicates(closed_jaxpr)
     body = planned.body(closed_jaxpr)
     buckets = _number(body, planned.buckets, [])
     schedule = Schedule(
@@ -87,6 +92,7 @@ def program(
             ("bucket_bytes", str(options.bucket_bytes)),
             ("costs", options.comm.costs.source),
             ("groups", _name(options.groups)),
+            ("predicates", predicates),
             ("wire_dtype", str(options.wire_dtype)),
         ),
     )
@@ -120,28 +126,45 @@ class _Planner:
             when = max([ready.get(v, 0) for v in invars if is_var(v)], default=0)
             collective = self._kind(eqn)
             for var in outvars:
-                stage[var] = level + (collective is not None)
+                stage[var] = level + (collective not in (None, "rank"))
                 ready[var] = position + 1
             if position in means.skipped:
                 ready[outvars[0]] = when
                 continue
-            if collective == "reduction":
-                op = _REDUCTIONS[eqn.primitive.name]
+            if collective == "collective":
+                meaning = meaning_of(eqn, self.options.comm.size)
                 for operand, result in zip(invars, outvars, strict=True):
                     at = ready.get(operand, 0) if is_var(operand) else 0
                     mean = means.result.get(result)
+                    if mean is not None:
+                        result = mean
+                        stage[mean] = level + 1
+                    if meaning.before is not None:
+                        fed = _derived(meaning.before, operand)
+                        units.append(
+                            _function(meaning.before, [operand], fed, level, at)
+                        )
+                        operand = fed
+                    given = result
+                    if meaning.after is not None:
+                        given = Var(self._moved(meaning, operand))
+                        units.append(
+                            _function(meaning.after, [given], result, level + 1, at)
+                        )
                     reductions.append(
                         Reduction(
-                            "mean" if mean is not None else op,
+                            "mean" if mean is not None else meaning.op,
                             operand,
-                            result if mean is None else mean,
+                            given,
                             at,
                             level,
                             _compat.source_line(eqn),
+                            meaning.terms,
                         )
                     )
-                    if mean is not None:
-                        stage[mean] = level + 1
+                continue
+            if collective == "rank":
+                units.append(_function(self._rank, [], outvars[0], level, position))
                 continue
             unit = Unit("equation", eqn, invars, outvars, level, position)
             if collective == "bucket":
@@ -168,10 +191,12 @@ class _Planner:
         if eqn.primitive is bucket_p:
             return "bucket"
         if self._uses_axis(eqn):
-            if name in _REDUCTIONS:
+            if name == "axis_index":
+                return "rank"
+            if name in COLLECTIVES:
                 self._check(eqn)
-                return "reduction"
-            raise self._unsupported(eqn, "is not scheduled yet")
+                return "collective"
+            raise self._unsupported(eqn, "is not scheduled")
         if self._has_collective(eqn):
             if name in _THREADED:
                 return "body"
@@ -179,12 +204,7 @@ class _Planner:
         return None
 
     def _uses_axis(self, eqn: Any) -> bool:
-        for key in ("axes", "axis_name"):
-            value = eqn.params.get(key, ())
-            names = value if isinstance(value, tuple | list) else (value,)
-            if self.options.axis_name in names:
-                return True
-        return False
+        return self.options.axis_name in axes_of(eqn)
 
     def _has_collective(self, eqn: Any) -> bool:
         if eqn.primitive is bucket_p or self._uses_axis(eqn):
@@ -196,22 +216,88 @@ class _Planner:
         )
 
     def _check(self, eqn: Any) -> None:
-        if eqn.params.get("axis_index_groups") is not None:
-            raise self._unsupported(eqn, "with axis_index_groups is not scheduled yet")
-        if tuple(eqn.params["axes"]) != (self.options.axis_name,):
-            raise self._unsupported(
-                eqn, f"over axes {eqn.params['axes']} at once is not scheduled yet"
-            )
-        op = _REDUCTIONS[eqn.primitive.name]
+        names = [a for a in axes_of(eqn) if not isinstance(a, int)]
+        if names != [self.options.axis_name]:
+            raise self._unsupported(eqn, f"over axes {names} at once is not scheduled")
+        groups = eqn.params.get("axis_index_groups")
+        if groups is not None:
+            ranks = sorted(rank for group in groups for rank in group)
+            if ranks != list(range(self.options.comm.size)):
+                raise self._unsupported(
+                    eqn, f"has axis_index_groups {groups}, which do not divide the ranks"
+                )
+        op = meaning_of(eqn, self.options.comm.size).op
         where = f"({_compat.source_line(eqn)})"
         for var in eqn.invars:
             self.options.comm.lowering.check(op, str(var.aval.dtype), where)
+
+    def check_predicates(self, closed: Any) -> str:
+        """Refuse collectives under predicates that may differ between ranks.
+
+        Returns:
+          A digest of what the others are made of, or "".
+        """
+        if self.options.allow_divergent or not self._branches(
+            getattr(closed, "jaxpr", closed)
+        ):
+            return ""
+        checker = Checker(
+            is_collective=lambda e: e.primitive is bucket_p or self._uses_axis(e),
+            has_collective=self._communicates,
+            refuse=self._divergent,
+        )
+        checker.body(closed, [None] * len(closed.jaxpr.invars))
+        return checker.digest
+
+    def _branches(self, jaxpr: Any) -> bool:
+        """Tell whether a collective lies inside a cond or while_loop."""
+        return any(
+            (eqn.primitive.name in ("cond", "while") and self._communicates(eqn))
+            or any(map(self._branches, _compat.sub_jaxprs(eqn)))
+            for eqn in jaxpr.eqns
+        )
+
+    def _communicates(self, eqn: Any) -> bool:
+        """As `_has_collective`, but axis_index, which sends nothing, is none."""
+        if eqn.primitive is bucket_p:
+            return True
+        if self._uses_axis(eqn):
+            return eqn.primitive.name != "axis_index"
+        return any(
+            self._communicates(inner)
+            for sub in _compat.sub_jaxprs(eqn)
+            for inner in sub.eqns
+        )
+
+    def _divergent(self, eqn: Any, what: str) -> UnsupportedCollectiveError:
+        return UnsupportedCollectiveError(
+            f"{eqn.primitive.name} at {_compat.source_line(eqn) or 'an unknown line'} "
+            f"contains a collective over axis {self.options.axis_name!r}, and {what} "
+            "may differ between ranks: some would call it and wait for the others "
+            f"forever. Make {what} equal on all ranks, for instance by lax.pmax over "
+            "the axis, or move the collective out. If it is equal for a reason that "
+            "the program does not show (a step counter that all ranks keep alike), say "
+            "allow_divergent=True."
+        )
+
+    def _rank(self) -> Any:
+        return rank_p.bind(comm=self.options.comm)
+
+    def _moved(self, meaning: Meaning, operand: Any) -> Any:
+        """What the bucket of a collective gives for an operand."""
+        shape = moved_shape(
+            Bucket(meaning.op, "", (), 0, groups=meaning.terms.groups),
+            operand.aval.shape,
+            self.options.comm.size,
+        )
+        return _compat.shaped_array(shape, operand.aval.dtype)
 
     def _unsupported(self, eqn: Any, why: str) -> UnsupportedCollectiveError:
         return UnsupportedCollectiveError(
             f"{eqn.primitive.name} over axis {self.options.axis_name!r} at "
             f"{_compat.source_line(eqn) or 'an unknown line'} {why}. Scheduled are "
-            "psum, pmean, pmax and pmin, also inside jit, scan, while_loop, cond and "
+            "psum, pmean, pmax, pmin, all_gather, psum_scatter, all_to_all, ppermute, "
+            "pbroadcast and axis_index, also inside jit, scan, while_loop, cond and "
             "checkpoint, and jaxcomm's own collectives."
         )
 
@@ -238,6 +324,7 @@ class _Planner:
         schedule = planner.make_schedule(
             specs,
             op=tuple(r.op for r in reductions),
+            terms=tuple(r.terms for r in reductions),
             stages=tuple(r.stage for r in reductions),
             size=self.options.comm.size,
             groups=self.options.groups,
@@ -264,6 +351,21 @@ class _Planner:
                 )
             )
         return units
+
+
+def _function(
+    function: Callable[..., Any], inputs: list[Any], output: Any, stage: int, ready: int
+) -> Unit:
+    return Unit(
+        "function", None, inputs, [output], stage, ready, function=function
+    )
+
+
+def _derived(function: Callable[[Any], Any], operand: Any) -> Var:
+    """A variable for a function's result."""
+    aval = operand.aval
+    shape = jax.eval_shape(function, jax.ShapeDtypeStruct(aval.shape, aval.dtype))
+    return Var(_compat.shaped_array(shape.shape, shape.dtype))
 
 
 def _in_order(units: list[Unit], chain: list[Unit]) -> list[Unit]:

@@ -29,7 +29,10 @@ import numpy as np
 from jaxcomm.costmodel import CostModel
 from jaxcomm.errors import InvalidOptionError
 
-FORMAT = 2
+FORMAT = 3
+
+# What adds up or compares; all else moves data as it is.
+REDUCTIONS = ("mean", "sum", "min", "max", "prod")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,7 +67,9 @@ class Bucket:
     """Leaves that travel in one custom call.
 
     Attributes:
-      op: "mean", "sum", "min", "max", "prod" or "broadcast".
+      op: "mean", "sum", "min", "max", "prod", "broadcast", "all_gather",
+        "reduce_scatter" (of a sum), "all_to_all" or "permute". Gathered leaves gain a
+        leading axis of the number of ranks, scattered ones lose theirs.
       dtype: the leaves' common dtype.
       leaves: indices into `Schedule.leaves`, in the order of the call's operands.
       pack_bytes: leaves of at most this many bytes share the staging buffer.
@@ -73,6 +78,9 @@ class Bucket:
         depend on each other.
       root: the sending rank of a broadcast; -1 otherwise.
       wire: the 16-bit dtype in which the leaves travel, or "" for their own.
+      permutation: (source, target) ranks of a permutation.
+      groups: the subgroups of ranks among which the collective takes place; empty for
+        all ranks together.
     """
 
     op: str
@@ -83,6 +91,8 @@ class Bucket:
     stage: int = 0
     root: int = -1
     wire: str = ""
+    permutation: tuple[tuple[int, int], ...] = ()
+    groups: tuple[tuple[int, ...], ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -153,6 +163,7 @@ class Schedule:
                 [
                     *(b.op, b.dtype, list(b.leaves), b.pack_bytes),
                     *(b.label, b.stage, b.root, b.wire),
+                    *(b.permutation, b.groups),
                 ]
                 for b in self.buckets
             ],
@@ -181,8 +192,13 @@ class Schedule:
                 Bucket(
                     *(str(op), str(dtype), tuple(map(int, ix)), int(pack)),
                     *(str(label), int(stage), int(root), str(wire)),
+                    *(_pairs(permutation), _pairs(groups)),
                 )
-                for op, dtype, ix, pack, label, stage, root, wire in tree["buckets"]
+                for (
+                    *(op, dtype, ix, pack, label, stage, root, wire),
+                    permutation,
+                    groups,
+                ) in tree["buckets"]
             )
             if any(not 0 <= i < len(leaves) for b in buckets for i in b.leaves):
                 raise ValueError("a bucket names a leaf that does not exist")
@@ -273,6 +289,10 @@ class Schedule:
         if self.options != other.options:
             return f"options {dict(self.options)} against {dict(other.options)}"
         return ""
+
+
+def _pairs(rows: list[list[int]]) -> tuple[Any, ...]:
+    return tuple(tuple(map(int, row)) for row in rows)
 
 
 def _show(leaf: LeafSpec) -> str:

@@ -19,6 +19,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import conformance_arrays
 import conformance_dtypes
 import jax
 import jax.numpy as jnp
@@ -32,7 +33,6 @@ from jaxcomm.errors import (
     InvalidOptionError,
     InvalidTreeError,
     ScheduleMismatchError,
-    UnsupportedCollectiveError,
     UnsupportedDtypeError,
 )
 
@@ -532,11 +532,6 @@ def check_bad_input(comm: Communicator) -> None:
                 lambda v: lax.psum(v, "rows"), axis_name="data"
             )(x),
         ),
-        (
-            UnsupportedCollectiveError,
-            r"all_gather over axis 'batch' at conformance.py:\d+",
-            lambda: jaxcomm.data_parallel(lambda v: lax.all_gather(v, "batch"))(x),
-        ),
         (InvalidOptionError, "subgroup", lambda: comm.subgroup([0, 0])),
         (InvalidOptionError, "subgroup", lambda: comm.subgroup([comm.size])),
         (InvalidOptionError, "init once", lambda: jaxcomm.init("local")),
@@ -586,7 +581,7 @@ def check_no_control_messages_after_the_first_step(comm: Communicator) -> None:
 
 def checks() -> dict[str, Callable[[Communicator], None]]:
     """Return every check by name."""
-    found = {**globals(), **vars(conformance_dtypes)}
+    found = globals() | vars(conformance_dtypes) | vars(conformance_arrays)
     return {name: value for name, value in found.items() if name.startswith("check_")}
 
 

@@ -45,6 +45,15 @@ DTYPES = (
     "complex128",
 )
 OPS = ("sum", "min", "max", "prod")
+MOVES = ("all_gather", "reduce_scatter", "all_to_all", "permute")
+HANDLERS = (
+    "jaxcomm_mpi_all_reduce",
+    "jaxcomm_mpi_broadcast",
+    "jaxcomm_mpi_move",
+    "jaxcomm_gate",
+    "jaxcomm_mark",
+    "jaxcomm_rank",
+)
 COUNTERS = (
     "calls",
     "mpi_all_reduce",
@@ -52,6 +61,7 @@ COUNTERS = (
     "bytes",
     "agreements",
     "segments",
+    "moved",
 )
 # Of a window of shared memory (native/node.h): flags, and three slots of at most this.
 CONTROL_BYTES = 4096
@@ -76,6 +86,16 @@ MPI_TYPES = {
 }
 
 AgreeCallback = Callable[[int, int], str | None]
+PartitionCallback = Callable[[int, int, list[list[int]]], str | None]
+_PARTITION_FN = ctypes.CFUNCTYPE(
+    ctypes.c_int,
+    ctypes.c_int64,
+    ctypes.c_int64,
+    ctypes.POINTER(ctypes.c_int64),
+    ctypes.c_int64,
+    ctypes.c_void_p,
+    ctypes.c_int64,
+)
 _AGREE_FN = ctypes.CFUNCTYPE(
     ctypes.c_int,
     ctypes.c_int64,
@@ -119,12 +139,15 @@ def library_path() -> Path:
 def load() -> ctypes.CDLL:
     """Load the library and register its handlers with XLA; once per process."""
     library = ctypes.CDLL(str(library_path()))
-    for name in ("jaxcomm_mpi_all_reduce", "jaxcomm_mpi_broadcast", "jaxcomm_gate"):
+    for name in HANDLERS:
         capsule = jax.ffi.pycapsule(getattr(library, name))
         jax.ffi.register_ffi_target(name, capsule, platform="cpu")
     library.jaxcomm_create_communicator.restype = None
     library.jaxcomm_share_memory.restype = None
     library.jaxcomm_set_agree.restype = None
+    library.jaxcomm_timeline_start.restype = None
+    library.jaxcomm_timeline_take.restype = ctypes.c_int64
+    library.jaxcomm_set_partition.restype = None
     library.jaxcomm_op_handle.restype = ctypes.c_uint64
     library.jaxcomm_kernels.restype = ctypes.c_char_p
     library.jaxcomm_lock_mpi.restype = None
@@ -237,15 +260,38 @@ def set_agree(callback: AgreeCallback) -> None:
     """
 
     def call(key: int, digest: int, text: int, capacity: int) -> int:
-        message = callback(key, digest)
-        if message is None:
-            return 0
-        raw = message.encode()[: capacity - 1] + b"\0"
-        ctypes.memmove(text, raw, len(raw))
-        return 1
+        return _write(callback(key, digest), text, capacity)
 
     set_agree.keep = _AGREE_FN(call)  # type: ignore[attr-defined]  # C holds it
     load().jaxcomm_set_agree(set_agree.keep)  # type: ignore[attr-defined]
+
+
+def set_partition(callback: PartitionCallback) -> None:
+    """Let the handlers ask `callback(communicator, partition, groups)` for a subgroup.
+
+    It creates communicator `partition` of this rank's group, and returns None or the
+    text of an error.
+    """
+
+    def call(
+        key: int, partition: int, numbers: Any, length: int, text: int, capacity: int
+    ) -> int:
+        rows, at = [], 0
+        while at < length:
+            rows.append([int(r) for r in numbers[at + 1 : at + 1 + numbers[at]]])
+            at += 1 + numbers[at]
+        return _write(callback(key, partition, rows), text, capacity)
+
+    set_partition.keep = _PARTITION_FN(call)  # type: ignore[attr-defined]
+    load().jaxcomm_set_partition(set_partition.keep)  # type: ignore[attr-defined]
+
+
+def _write(message: str | None, text: int, capacity: int) -> int:
+    if message is None:
+        return 0
+    raw = message.encode()[: capacity - 1] + b"\0"
+    ctypes.memmove(text, raw, len(raw))
+    return 1
 
 
 def counters(key: int) -> dict[str, int]:
@@ -253,6 +299,25 @@ def counters(key: int) -> dict[str, int]:
     out = (ctypes.c_int64 * len(COUNTERS))()
     load().jaxcomm_counters(ctypes.c_int64(key), out)
     return dict(zip(COUNTERS, out, strict=True))
+
+
+def timeline_start() -> None:
+    """Record from now on when collectives begin and end."""
+    load().jaxcomm_timeline_start()
+
+
+def timeline_take() -> list[tuple[int, ...]]:
+    """Return what was recorded, and forget it.
+
+    Each event is (communicator, schedule, bucket, kind, start, end): kind 0 says that
+    the operands are there, 1 is the collective; times are nanoseconds of the host's
+    monotonic clock.
+    """
+    found: list[tuple[int, ...]] = []
+    events = (ctypes.c_int64 * 6 * 4096)()
+    while count := load().jaxcomm_timeline_take(events, ctypes.c_int64(len(events))):
+        found += [tuple(events[k]) for k in range(count)]
+    return found
 
 
 def _handle(mpi: Any, thing: Any) -> int:

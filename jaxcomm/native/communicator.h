@@ -20,9 +20,16 @@ namespace jaxcomm {
 // Returns 0 when all agree; otherwise writes a NUL-terminated text to `error`.
 using AgreeFn = int (*)(int64_t id, int64_t digest, char* error, int64_t capacity);
 
+// Asks Python to create communicator `partition`: for this rank, the group among
+// `groups` (each its size, then its ranks within communicator `id`) that it is in.
+// Returns as AgreeFn.
+using PartitionFn = int (*)(int64_t id, int64_t partition, const int64_t* groups,
+                         int64_t length, char* error, int64_t capacity);
+
 // Counters that Python reads; order shared with jaxcomm/native/__init__.py.
 enum Counter : int {
-  kCalls, kMpiAllReduce, kMpiBroadcast, kBytes, kAgreements, kSegments, kCounters
+  kCalls, kMpiAllReduce, kMpiBroadcast, kBytes, kAgreements, kSegments, kMoved,
+  kCounters
 };
 
 class Node;

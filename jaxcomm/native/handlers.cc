@@ -14,6 +14,7 @@
 #include "kernels.h"
 #include "node.h"
 #include "reduce.h"
+#include "timeline.h"
 #include "xla/ffi/api/c_api.h"
 #include "xla/ffi/api/ffi.h"
 
@@ -28,6 +29,7 @@ std::mutex registry_mutex;
 std::unique_ptr<Mpi> mpi;
 std::map<int64_t, std::unique_ptr<Communicator>> communicators;
 AgreeFn agree_callback = nullptr;
+PartitionFn partition_callback = nullptr;
 
 Communicator* FindCommunicator(int64_t id) {
   std::lock_guard<std::mutex> lock(registry_mutex);
@@ -95,11 +97,54 @@ ffi::ErrorOr<std::vector<Leaf>> Leaves(ffi::RemainingArgs args, ffi::RemainingRe
   return leaves;
 }
 
+using Numbers = ffi::Span<const int64_t>;
+
+// One collective's turn on a communicator and all its partitions. Holding it, the ranks
+// have agreed on the schedule.
+class Turn {
+ public:
+  Turn(int64_t comm_id, int64_t schedule, int64_t partition, Numbers groups)
+      : comm_(FindCommunicator(comm_id)) {
+    if (comm_ == nullptr) {
+      error_ = NoCommunicator();
+      return;
+    }
+    lock_ = std::unique_lock<std::mutex>(comm_->mutex);
+    comm_->counters[kCalls]++;
+    std::string text = comm_->Agree(schedule, agree_callback);
+    if (text.empty() && partition != 0) text = Enter(partition, groups);
+    if (!text.empty()) error_ = ffi::Error(ffi::ErrorCode::kFailedPrecondition, text);
+  }
+
+  const ffi::Error& error() const { return error_; }
+  Communicator* comm() const { return comm_; }
+
+ private:
+  // Goes on with this rank's group of a partition, which is created at its first use.
+  std::string Enter(int64_t partition, Numbers groups) {
+    Communicator* part = FindCommunicator(partition);
+    if (part == nullptr) {
+      char text[8192] = {};
+      if (partition_callback == nullptr ||
+          partition_callback(comm_->id, partition, groups.begin(),
+                             static_cast<int64_t>(groups.size()), text, sizeof text) != 0) {
+        return text[0] ? text : "jaxcomm: a subgroup could not be created";
+      }
+      part = FindCommunicator(partition);
+    }
+    comm_ = part;
+    return {};
+  }
+
+  Communicator* comm_;
+  std::unique_lock<std::mutex> lock_;
+  ffi::Error error_ = ffi::Error::Success();
+};
+
 ffi::Error AllReduceCall(ffi::RemainingArgs args, ffi::RemainingRets rets,
-                         int64_t comm_id, int64_t schedule, int64_t bucket, int64_t op,
-                         int64_t divisor, int64_t pack_bytes, int64_t wire) {
-  Communicator* comm = FindCommunicator(comm_id);
-  if (comm == nullptr) return NoCommunicator();
+                         int64_t comm_id, int64_t schedule, int64_t bucket,
+                         int64_t partition, Numbers groups, int64_t op, int64_t divisor,
+                         int64_t pack_bytes, int64_t wire) {
   auto leaves = Leaves(args, rets);
   if (leaves.has_error()) return leaves.error();
   if (leaves->empty()) return ffi::Error::Success();
@@ -110,34 +155,79 @@ ffi::Error AllReduceCall(ffi::RemainingArgs args, ffi::RemainingRets rets,
   const Reduction reduction{dtype, static_cast<Op>(op), static_cast<int>(divisor),
                             wire < 0 ? dtype : static_cast<DType>(wire), pack_bytes};
 
-  std::lock_guard<std::mutex> lock(comm->mutex);
-  comm->counters[kCalls]++;
-  if (std::string error = comm->Agree(schedule, agree_callback); !error.empty()) {
-    return ffi::Error(ffi::ErrorCode::kFailedPrecondition, error);
-  }
-  const int code = AllReduce(comm, reduction, *leaves);
+  Turn turn(comm_id, schedule, partition, groups);
+  if (turn.error().failure()) return turn.error();
+  Timed timed(comm_id, schedule, bucket);
+  const int code = AllReduce(turn.comm(), reduction, *leaves);
   return code == 0 ? ffi::Error::Success()
-                   : MpiFailure(*comm, code, bucket, "MPI_Allreduce");
+                   : MpiFailure(*turn.comm(), code, bucket, "MPI_Allreduce");
 }
 
 ffi::Error BroadcastCall(ffi::RemainingArgs args, ffi::RemainingRets rets,
                          int64_t comm_id, int64_t schedule, int64_t bucket,
-                         int64_t root) {
-  Communicator* comm = FindCommunicator(comm_id);
-  if (comm == nullptr) return NoCommunicator();
+                         int64_t partition, Numbers groups, int64_t root) {
   auto leaves = Leaves(args, rets);
   if (leaves.has_error()) return leaves.error();
 
-  std::lock_guard<std::mutex> lock(comm->mutex);
-  comm->counters[kCalls]++;
-  if (std::string error = comm->Agree(schedule, agree_callback); !error.empty()) {
-    return ffi::Error(ffi::ErrorCode::kFailedPrecondition, error);
-  }
+  Turn turn(comm_id, schedule, partition, groups);
+  if (turn.error().failure()) return turn.error();
+  Timed timed(comm_id, schedule, bucket);
   for (size_t i = 0; i < leaves->size(); ++i) {
     const auto bytes = static_cast<int64_t>(args.get<ffi::AnyBuffer>(i)->size_bytes());
-    const int code = Broadcast(comm, static_cast<int>(root), (*leaves)[i].data, bytes);
-    if (code != 0) return MpiFailure(*comm, code, bucket, "MPI_Bcast");
+    const int code =
+        Broadcast(turn.comm(), static_cast<int>(root), (*leaves)[i].data, bytes);
+    if (code != 0) return MpiFailure(*turn.comm(), code, bucket, "MPI_Bcast");
   }
+  return ffi::Error::Success();
+}
+
+// Gathers, scatters, exchanges or permutes leaves. `permutation` holds pairs of ranks:
+// source, target.
+ffi::Error MoveCall(ffi::RemainingArgs args, ffi::RemainingRets rets, int64_t comm_id,
+                    int64_t schedule, int64_t bucket, int64_t partition, Numbers groups,
+                    int64_t move, int64_t divisor, Numbers permutation) {
+  Turn turn(comm_id, schedule, partition, groups);
+  if (turn.error().failure()) return turn.error();
+  Timed timed(comm_id, schedule, bucket);
+  Communicator* comm = turn.comm();
+  Movement movement{static_cast<Move>(move), kF32, kSum, static_cast<int>(divisor)};
+  for (size_t i = 0; i + 1 < permutation.size(); i += 2) {
+    if (permutation[i] == comm->rank) movement.target = static_cast<int>(permutation[i + 1]);
+    if (permutation[i + 1] == comm->rank) movement.source = static_cast<int>(permutation[i]);
+  }
+  for (size_t i = 0; i + 1 < args.size(); ++i) {
+    auto arg = args.get<ffi::AnyBuffer>(i);
+    auto ret = rets.get<ffi::AnyBuffer>(i);
+    if (arg.has_error()) return arg.error();
+    if (ret.has_error()) return ret.error();
+    const bool reduces = movement.move == kReduceScatter;
+    if (reduces && !ToDType(arg->element_type(), &movement.dtype)) {
+      return ffi::Error(ffi::ErrorCode::kUnimplemented, "jaxcomm: dtype not supported by mpi");
+    }
+    // Of one rank: what all of them gather, or scatter among them.
+    const bool whole = movement.move == kAllGather || movement.move == kPermute;
+    const auto bytes = static_cast<int64_t>(arg->size_bytes()) / (whole ? 1 : comm->size);
+    const int code = MoveLeaf(comm, movement, static_cast<const char*>(arg->untyped_data()),
+                              static_cast<char*>((*ret)->untyped_data()), bytes);
+    if (code != 0) return MpiFailure(*comm, code, bucket, "a collective");
+  }
+  return ffi::Error::Success();
+}
+
+// Records that the operands are there. Its result, a zero, is added to the token.
+ffi::Error MarkCall(ffi::RemainingArgs, ffi::Result<ffi::BufferR0<ffi::U32>> out,
+                    int64_t comm_id, int64_t schedule, int64_t bucket) {
+  const int64_t now = Timeline::Now();
+  Timeline::Get().Add({comm_id, schedule, bucket, 0, now, now});
+  *out->typed_data() = 0;
+  return ffi::Error::Success();
+}
+
+// This rank's number. The program must not hold it: it is the same on every rank.
+ffi::Error RankCall(ffi::Result<ffi::BufferR0<ffi::S32>> out, int64_t comm_id) {
+  Communicator* comm = FindCommunicator(comm_id);
+  if (comm == nullptr) return NoCommunicator();
+  *out->typed_data() = comm->rank;
   return ffi::Error::Success();
 }
 
@@ -167,28 +257,50 @@ void SetError(const std::string& text, char* error, int64_t capacity) {
 
 JAXCOMM_API XLA_FFI_Error* jaxcomm_mpi_all_reduce(XLA_FFI_CallFrame*);
 JAXCOMM_API XLA_FFI_Error* jaxcomm_mpi_broadcast(XLA_FFI_CallFrame*);
+JAXCOMM_API XLA_FFI_Error* jaxcomm_mpi_move(XLA_FFI_CallFrame*);
+JAXCOMM_API XLA_FFI_Error* jaxcomm_mark(XLA_FFI_CallFrame*);
+JAXCOMM_API XLA_FFI_Error* jaxcomm_rank(XLA_FFI_CallFrame*);
 JAXCOMM_API XLA_FFI_Error* jaxcomm_gate(XLA_FFI_CallFrame*);
 
+// What every collective's call starts with.
+#define JAXCOMM_COLLECTIVE()        \
+  ffi::Ffi::Bind()                  \
+      .RemainingArgs()              \
+      .RemainingRets()              \
+      .Attr<int64_t>("comm")        \
+      .Attr<int64_t>("schedule")    \
+      .Attr<int64_t>("bucket")      \
+      .Attr<int64_t>("partition")   \
+      .Attr<Numbers>("groups")
+
 XLA_FFI_DEFINE_HANDLER_SYMBOL(jaxcomm_mpi_all_reduce, AllReduceCall,
-                              ffi::Ffi::Bind()
-                                  .RemainingArgs()
-                                  .RemainingRets()
-                                  .Attr<int64_t>("comm")
-                                  .Attr<int64_t>("schedule")
-                                  .Attr<int64_t>("bucket")
+                              JAXCOMM_COLLECTIVE()
                                   .Attr<int64_t>("op")
                                   .Attr<int64_t>("divisor")
                                   .Attr<int64_t>("pack_bytes")
                                   .Attr<int64_t>("wire"));
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(jaxcomm_mpi_broadcast, BroadcastCall,
+                              JAXCOMM_COLLECTIVE().Attr<int64_t>("root"));
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(jaxcomm_mpi_move, MoveCall,
+                              JAXCOMM_COLLECTIVE()
+                                  .Attr<int64_t>("move")
+                                  .Attr<int64_t>("divisor")
+                                  .Attr<Numbers>("permutation"));
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(jaxcomm_mark, MarkCall,
                               ffi::Ffi::Bind()
                                   .RemainingArgs()
-                                  .RemainingRets()
+                                  .Ret<ffi::BufferR0<ffi::U32>>()
                                   .Attr<int64_t>("comm")
                                   .Attr<int64_t>("schedule")
-                                  .Attr<int64_t>("bucket")
-                                  .Attr<int64_t>("root"));
+                                  .Attr<int64_t>("bucket"));
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(jaxcomm_rank, RankCall,
+                              ffi::Ffi::Bind()
+                                  .Ret<ffi::BufferR0<ffi::S32>>()
+                                  .Attr<int64_t>("comm"));
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(jaxcomm_gate, Gate,
                               ffi::Ffi::Bind()
@@ -251,6 +363,17 @@ JAXCOMM_API int jaxcomm_all_reduce_float(int64_t id, void* data, int64_t count,
 }
 
 JAXCOMM_API void jaxcomm_set_agree(AgreeFn callback) { agree_callback = callback; }
+
+JAXCOMM_API void jaxcomm_set_partition(PartitionFn callback) {
+  partition_callback = callback;
+}
+
+JAXCOMM_API void jaxcomm_timeline_start() { Timeline::Get().Start(); }
+
+// Moves recorded events to `out`, which has room for `capacity`; returns how many.
+JAXCOMM_API int64_t jaxcomm_timeline_take(Event* out, int64_t capacity) {
+  return Timeline::Get().Take(out, capacity);
+}
 
 // Copies the counters of a communicator to out[kCounters]. Returns 0 if it exists.
 JAXCOMM_API int jaxcomm_counters(int64_t id, int64_t* out) {

@@ -77,6 +77,11 @@ struct Entries {
   int (*broadcast)(void*, int, Handle, int, Handle);
   int (*i_all_reduce)(const void*, void*, int, Handle, Handle, Handle, Handle*);
   int (*i_broadcast)(void*, int, Handle, int, Handle, Handle*);
+  int (*i_all_gather)(const void*, int, Handle, void*, int, Handle, Handle, Handle*);
+  int (*i_all_to_all)(const void*, int, Handle, void*, int, Handle, Handle, Handle*);
+  int (*i_reduce_scatter)(const void*, void*, int, Handle, Handle, Handle, Handle*);
+  int (*i_send)(const void*, int, Handle, int, int, Handle, Handle*);
+  int (*i_receive)(void*, int, Handle, int, int, Handle, Handle*);
   int (*test)(Handle*, int*, void*);
   int (*error_string)(int, char*, int*);
   int (*op_create)(UserFn, int, Handle*);
@@ -86,6 +91,11 @@ struct Entries {
            Find(library, "MPI_Bcast", &broadcast, error) &&
            Find(library, "MPI_Iallreduce", &i_all_reduce, error) &&
            Find(library, "MPI_Ibcast", &i_broadcast, error) &&
+           Find(library, "MPI_Iallgather", &i_all_gather, error) &&
+           Find(library, "MPI_Ialltoall", &i_all_to_all, error) &&
+           Find(library, "MPI_Ireduce_scatter_block", &i_reduce_scatter, error) &&
+           Find(library, "MPI_Isend", &i_send, error) &&
+           Find(library, "MPI_Irecv", &i_receive, error) &&
            Find(library, "MPI_Test", &test, error) &&
            Find(library, "MPI_Error_string", &error_string, error) &&
            Find(library, "MPI_Op_create", &op_create, error);
@@ -135,6 +145,44 @@ class MpiOf final : public Mpi {
     });
   }
 
+  int AllGather(const void* from, void* to, int n, uint64_t comm) override {
+    const Handle byte = Narrow<Handle>(handles_.byte);
+    return TakeTurns([&](Handle* request) {
+      return mpi_.i_all_gather(from, n, byte, to, n, byte, Narrow<Handle>(comm), request);
+    });
+  }
+
+  int AllToAll(const void* from, void* to, int n, uint64_t comm) override {
+    const Handle byte = Narrow<Handle>(handles_.byte);
+    return TakeTurns([&](Handle* request) {
+      return mpi_.i_all_to_all(from, n, byte, to, n, byte, Narrow<Handle>(comm), request);
+    });
+  }
+
+  int ReduceScatter(const void* from, void* to, int n, DType dtype, Op op,
+                    uint64_t comm) override {
+    return TakeTurns([&](Handle* request) {
+      return mpi_.i_reduce_scatter(from, to, n, Narrow<Handle>(handles_.dtype[dtype]),
+                                   Narrow<Handle>(ops_[dtype][op]), Narrow<Handle>(comm),
+                                   request);
+    });
+  }
+
+  int Exchange(const void* from, int target, void* to, int source, int n,
+               uint64_t comm) override {
+    const Handle byte = Narrow<Handle>(handles_.byte);
+    const Handle on = Narrow<Handle>(comm);
+    Handle sent, received;
+    int code = 0;
+    Locked([&] {
+      if (source >= 0) code = mpi_.i_receive(to, n, byte, source, 0, on, &received);
+      if (code == 0 && target >= 0) code = mpi_.i_send(from, n, byte, target, 0, on, &sent);
+    });
+    if (code == 0 && source >= 0) code = Finish(&received);
+    if (code == 0 && target >= 0) code = Finish(&sent);
+    return code;
+  }
+
   uint64_t OpHandle(DType dtype, Op op) override { return ops_[dtype][op]; }
 
   std::string ErrorText(int code) override {
@@ -147,21 +195,30 @@ class MpiOf final : public Mpi {
   }
 
  private:
+  template <typename Call>
+  void Locked(Call call) {
+    if (handles_.serialized) LockMpi();
+    call();
+    if (handles_.serialized) UnlockMpi();
+  }
+
   // A blocking call inside the lock could wait for a peer that waits for another of
   // our threads. So: start it, then test for its end, and let others in between.
   template <typename Start>
   int TakeTurns(Start start) {
     Handle request;
-    LockMpi();
-    int code = start(&request);
-    UnlockMpi();
+    int code = 0;
+    Locked([&] { code = start(&request); });
+    return code == 0 ? Finish(&request) : code;
+  }
+
+  int Finish(Handle* request) {
     // MPI_STATUS_IGNORE has no portable value; no MPI has a status this large.
     alignas(16) char status[256];
+    int code = 0;
     for (int done = 0; code == 0 && !done;) {
       std::this_thread::yield();
-      LockMpi();
-      code = mpi_.test(&request, &done, status);
-      UnlockMpi();
+      Locked([&] { code = mpi_.test(request, &done, status); });
     }
     return code;
   }

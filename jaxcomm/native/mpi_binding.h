@@ -22,6 +22,16 @@ class Mpi {
   // In-place all-reduce of n elements (n <= INT_MAX).
   virtual int AllReduce(void* data, int n, DType dtype, Op op, uint64_t comm) = 0;
   virtual int Broadcast(void* bytes, int n, int root, uint64_t comm) = 0;
+  // n bytes of every rank to every rank.
+  virtual int AllGather(const void* from, void* to, int n, uint64_t comm) = 0;
+  // n bytes of every rank to each other rank.
+  virtual int AllToAll(const void* from, void* to, int n, uint64_t comm) = 0;
+  // Rank r gets the r-th n elements of the ranks' reduced data.
+  virtual int ReduceScatter(const void* from, void* to, int n, DType dtype, Op op,
+                            uint64_t comm) = 0;
+  // Sends n bytes to `target` and receives n from `source`; -1 for neither.
+  virtual int Exchange(const void* from, int target, void* to, int source, int n,
+                       uint64_t comm) = 0;
   virtual std::string ErrorText(int code) = 0;
   // The MPI_Op that reduces this type: MPI's own, or one of ours.
   virtual uint64_t OpHandle(DType dtype, Op op) = 0;

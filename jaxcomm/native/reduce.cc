@@ -181,6 +181,80 @@ int AllReduce(Communicator* comm, const Reduction& reduction,
   return reducer.Flush();
 }
 
+namespace {
+
+// Elements are reduced and scattered a part at a time: the ranks' blocks of a part lie
+// together in the staging buffer, as MPI wants them.
+int ReduceScatter(Communicator* comm, const Movement& how, const char* from, char* to,
+                  int64_t count) {
+  DefaultRounding scope;
+  const auto item = static_cast<int64_t>(kItemSize[how.dtype]);
+  const int64_t step = std::max<int64_t>(comm->staging_bytes / item / comm->size, 1);
+  std::vector<char> many;  // where one element of each rank is more than the buffer holds
+  char* blocks = comm->Staging();
+  if (step * item * comm->size > comm->staging_bytes) {
+    many.resize(static_cast<size_t>(step * item * comm->size));
+    blocks = many.data();
+  }
+  for (int64_t start = 0; start < count; start += step) {
+    const int64_t n = std::min(step, count - start);
+    char* block = blocks;
+    for (int rank = 0; rank < comm->size; ++rank, block += n * item) {
+      std::memcpy(block, from + (rank * count + start) * item,
+                  static_cast<size_t>(n * item));
+    }
+    char* out = to + start * item;
+    const int code = comm->mpi->ReduceScatter(blocks, out, static_cast<int>(n),
+                                              how.dtype, how.op, comm->handle);
+    if (code != 0) return code;
+    if (how.divisor > 1) ChosenKernels().divide[how.dtype](out, n, how.divisor);
+  }
+  return 0;
+}
+
+}  // namespace
+
+int MoveLeaf(Communicator* comm, const Movement& how, const char* from, char* to,
+             int64_t bytes) {
+  constexpr int64_t kMost = int64_t{1} << 30;  // MPI counts in a C int
+  comm->counters[kMoved]++;
+  comm->counters[kBytes] += bytes;
+  if (bytes == 0) return 0;
+  const int size = comm->size;
+  if (how.move == kReduceScatter) {
+    return ReduceScatter(comm, how, from, to,
+                         bytes / static_cast<int64_t>(kItemSize[how.dtype]));
+  }
+  if (how.move == kPermute) {
+    if (how.source < 0) std::memset(to, 0, static_cast<size_t>(bytes));
+    for (int64_t start = 0; start < bytes; start += kMost) {
+      const int n = static_cast<int>(std::min(kMost, bytes - start));
+      const int code = comm->mpi->Exchange(from + start, how.target, to + start,
+                                           how.source, n, comm->handle);
+      if (code != 0) return code;
+    }
+    return 0;
+  }
+  const bool gather = how.move == kAllGather;
+  if (bytes <= kMost) {
+    const int n = static_cast<int>(bytes);
+    return gather ? comm->mpi->AllGather(from, to, n, comm->handle)
+                  : comm->mpi->AllToAll(from, to, n, comm->handle);
+  }
+  // Pair by pair: in round k every rank sends to the k-th after it.
+  for (int k = 0; k < size; ++k) {
+    const int target = (comm->rank + k) % size, source = (comm->rank + size - k) % size;
+    for (int64_t start = 0; start < bytes; start += kMost) {
+      const int n = static_cast<int>(std::min(kMost, bytes - start));
+      const int code = comm->mpi->Exchange(from + (gather ? 0 : target * bytes) + start,
+                                           target, to + source * bytes + start, source, n,
+                                           comm->handle);
+      if (code != 0) return code;
+    }
+  }
+  return 0;
+}
+
 int Broadcast(Communicator* comm, int root, char* data, int64_t bytes) {
   constexpr int64_t kStep = int64_t{1} << 30;  // below INT_MAX, the count's type
   for (int64_t start = 0; start < bytes; start += kStep) {

@@ -1,4 +1,4 @@
-// What a bucket's call does, apart from XLA: reduce or broadcast leaves over MPI.
+// What a bucket's call does, apart from XLA.
 #pragma once
 
 #include <cstdint>
@@ -26,6 +26,25 @@ struct Reduction {
 // error code.
 int AllReduce(Communicator* comm, const Reduction& reduction,
               const std::vector<Leaf>& leaves);
+
+// What moves data between ranks without adding it up, or not all of it to all.
+enum Move : int { kAllGather, kReduceScatter, kAllToAll, kPermute, kMoves };
+
+struct Movement {
+  Move move;
+  DType dtype;       // of a reduce-scatter
+  Op op;             // likewise
+  int divisor;       // likewise
+  int target = -1;   // of a permutation: the rank this one sends to, -1 for none
+  int source = -1;   // likewise: the rank it receives from
+};
+
+// Moves one leaf of `bytes` bytes per rank: gathered are (bytes) -> (size, bytes),
+// scattered (size, bytes) -> (bytes), exchanged (size, bytes) -> (size, bytes), permuted
+// (bytes) -> (bytes), where a rank without a source gets zeros. The caller holds
+// comm->mutex. Returns an MPI error code.
+int MoveLeaf(Communicator* comm, const Movement& movement, const char* from, char* to,
+             int64_t bytes);
 
 // Replaces `bytes` bytes by the root's.
 int Broadcast(Communicator* comm, int root, char* data, int64_t bytes);

@@ -16,12 +16,16 @@ class Call:
     Attributes:
       comm: key of the communicator; the same on every rank.
       size: its number of ranks.
-      op: "mean", "sum", "min", "max", "prod" or "broadcast".
+      op: as in `schedule.Bucket`.
       digest: 63 bits that name the schedule in the cross-rank check; 0 for none.
       bucket: the bucket's number in its schedule.
       pack_bytes: leaves of at most this many bytes are packed.
       root: sending rank of a broadcast; -1 otherwise.
       wire: the 16-bit dtype that travels in place of float32, or "".
+      permutation: (source, target) ranks of a permutation.
+      partition: key of the communicator of this rank's subgroup, the same on every
+        rank; 0 where all ranks take part together.
+      groups: the subgroups, where there are any.
     """
 
     comm: int
@@ -32,6 +36,13 @@ class Call:
     pack_bytes: int
     root: int
     wire: str = ""
+    permutation: tuple[tuple[int, int], ...] = ()
+    partition: int = 0
+    groups: tuple[tuple[int, ...], ...] = ()
+
+
+# Collectives that move bytes, whatever they mean.
+MOVES = ("broadcast", "all_gather", "all_to_all", "permute")
 
 
 class Transport(Protocol):
@@ -67,6 +78,7 @@ _COMPLEX = {"complex64", "complex128"}
 _SUB_BYTE = {"int2", "int4", "uint2", "uint4", "float4_e2m1fn"}
 _MEANINGFUL = {
     "sum": _NUMBERS | _COMPLEX,
+    "reduce_scatter": _NUMBERS | _COMPLEX,
     "mean": _NUMBERS | _COMPLEX,
     "prod": _NUMBERS | _COMPLEX,
     # Of booleans: all and any.
@@ -77,8 +89,7 @@ _MEANINGFUL = {
 
 def check_dtype(transport: str, op: str, dtype: str, path: str) -> None:
     """Raise UnsupportedDtypeError where op and dtype make no sense together."""
-    # A broadcast moves bytes, whatever they mean.
-    if dtype not in _SUB_BYTE and (op == "broadcast" or dtype in _MEANINGFUL[op]):
+    if dtype not in _SUB_BYTE and (op in MOVES or dtype in _MEANINGFUL[op]):
         return
     if dtype in _SUB_BYTE:
         why = "its elements share bytes; cast the leaf to int8 or wider"

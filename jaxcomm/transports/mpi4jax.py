@@ -6,7 +6,8 @@ between two of our `gate` calls that tie its buffer to the token.
 
 What mpi4jax is remains: one call per array (small leaves of a bucket are
 concatenated first), counts cast to C int, MPI handles written into the HLO, and
-`MPI_Abort` as its answer to an MPI error.
+`MPI_Abort` as its answer to an MPI error. Only reductions of all ranks and broadcasts
+go through it.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from jaxcomm.errors import InvalidOptionError, TransportUnavailableError
 from jaxcomm.planner import WIRE_DTYPES
 from jaxcomm.schedule import leaf_bytes
 from jaxcomm.transports.base import Call, check_dtype
-from jaxcomm.transports.mpi import in_place_call
+from jaxcomm.transports.mpi import Mpi, in_place_call
 
 _MAX_COUNT = 2**31 - 1
 
@@ -59,6 +60,10 @@ class Mpi4jax:
 
     def lower(self, ctx: Any, call: Call, values: Sequence[Any]) -> Sequence[Any]:
         """Emit gate, mpi4jax's call, gate, for every array of the bucket."""
+        if call.op in native.MOVES or call.partition:
+            # mpi4jax writes MPI handles into the program, and a subgroup's does not
+            # exist while tracing. Gathers and the like are our own calls as well.
+            return Mpi().lower(ctx, call, values)
         *leaves, token = values
         *avals, token_aval = ctx.avals_in
         small = [

@@ -1,0 +1,177 @@
+"""Checks of collectives that move arrays, and of subgroups. See conformance.py."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from references import DTYPES, close, raises, same, values
+
+import jaxcomm
+from jaxcomm.communicator import Communicator
+from jaxcomm.errors import InvalidOptionError, UnsupportedDtypeError
+
+
+def check_all_gather_against_numpy(comm: Communicator) -> None:
+    with jax.enable_x64(True):
+        for shape in ((), (3,), (2, 5), (0, 4)):
+            tree = {d: values(comm.rank, shape, d) for d in (*DTYPES, "float8_e4m3fn")}
+            stacked = jaxcomm.all_gather(tree)
+            last = jax.jit(lambda t: jaxcomm.all_gather(t, axis=-1))(tree)
+            for dtype, leaf in tree.items():
+                parts = [values(r, shape, dtype) for r in range(comm.size)]
+                assert stacked[dtype].dtype == leaf.dtype
+                same(np.asarray(stacked[dtype]), np.stack(parts), err_msg=dtype)
+                same(np.asarray(last[dtype]), np.stack(parts, -1), err_msg=dtype)
+                if shape:
+                    tiled = jaxcomm.all_gather(leaf, axis=0, tiled=True)
+                    same(np.asarray(tiled), np.concatenate(parts), err_msg=dtype)
+
+
+def check_reduce_scatter_against_numpy(comm: Communicator) -> None:
+    n = comm.size
+    with jax.enable_x64(True):
+        for dtype in DTYPES:
+            if dtype == "bool":
+                continue
+            x = values(comm.rank, (3 * n, 5), dtype)
+            wide = np.complex128 if dtype.startswith("c") else np.float64
+            total = sum(values(r, x.shape, dtype).astype(wide) for r in range(n))
+            mine = total[3 * comm.rank : 3 * (comm.rank + 1)]
+            out = jaxcomm.reduce_scatter(x, op="sum", tiled=True)
+            assert out.dtype == x.dtype
+            same(np.asarray(out).astype(wide), mine, err_msg=dtype)
+            mean = jax.jit(lambda v: jaxcomm.reduce_scatter(v, tiled=True))(x)
+            want = mine / n
+            if "int" in dtype:
+                want = np.trunc(want)
+            close(np.asarray(mean).astype(wide), want, rtol=1e-2, err_msg=dtype)
+        rows = np.arange(4.0 * n).reshape(4, n)
+        out = jaxcomm.reduce_scatter(rows, op="sum", axis=1)
+        same(out, n * rows[:, comm.rank])
+    # More than the staging buffer holds, in parts.
+    large = np.arange(n * 3_000_000, dtype=np.float32).reshape(n, -1) % 1000
+    same(jaxcomm.reduce_scatter(large, op="sum"), n * large[comm.rank])
+
+
+def check_all_to_all_against_numpy(comm: Communicator) -> None:
+    n = comm.size
+    for dtype in ("float32", "int8", "bfloat16", "bool"):
+        parts = [values(r, (2 * n, 3), dtype) for r in range(n)]
+        x = parts[comm.rank]
+        rows = slice(2 * comm.rank, 2 * comm.rank + 2)
+        out = jaxcomm.all_to_all(x, split_axis=0, concat_axis=1, tiled=True)
+        want = np.concatenate([part[rows] for part in parts], axis=1)
+        same(np.asarray(out), want, err_msg=dtype)
+        parts = [values(r, (4, n), dtype) for r in range(n)]
+        swap = jax.jit(lambda v: jaxcomm.all_to_all(v, split_axis=1, concat_axis=0))
+        want = np.stack([part[:, comm.rank] for part in parts])
+        same(np.asarray(swap(parts[comm.rank])), want, err_msg=dtype)
+
+
+def check_barrier(comm: Communicator) -> None:
+    jaxcomm.barrier()
+
+    @jax.jit
+    def step(x: Any) -> Any:
+        jaxcomm.barrier()
+        return 2 * x
+
+    for _ in range(3):
+        same(step(jnp.ones(2)), [2, 2])
+
+
+def check_array_collectives_refuse(comm: Communicator) -> None:
+    n, x = comm.size, {"w": jnp.ones((3, comm.size + 1))}
+    for match, call in (
+        (r"'w'.*axis=5", lambda: jaxcomm.all_gather(x, axis=5)),
+        (r"axis='a'", lambda: jaxcomm.all_gather(x, axis="a")),  # type: ignore[arg-type]
+        (r"'w'.*length", lambda: jaxcomm.reduce_scatter(x, axis=1)),
+        (r"'min'", lambda: jaxcomm.reduce_scatter(x, op="min")),
+        (r"'w'.*length", lambda: jaxcomm.all_to_all(x, split_axis=1)),
+        (r"concat_axis=3", lambda: jaxcomm.all_to_all(jnp.ones((n, 1)), concat_axis=3)),
+    ):
+        raises(InvalidOptionError, match, call)
+    if n > 1:
+        odd = {"w": jnp.ones(n + 1)}
+        raises(
+            InvalidOptionError,
+            r"'w'.*cannot be divided among",
+            lambda: jaxcomm.reduce_scatter(odd, tiled=True),
+        )
+    flags = {"w": jnp.ones(n, bool)}
+    raises(UnsupportedDtypeError, "bool", lambda: jaxcomm.reduce_scatter(flags))
+
+
+def check_derivatives_of_array_collectives(comm: Communicator) -> None:
+    n, rank = comm.size, comm.rank
+    x = jnp.arange(2.0 * n) + rank
+
+    def gathered(v: Any) -> Any:
+        weights = jnp.arange(1.0, 1 + 2 * n * n).reshape(n, 2 * n)
+        return jnp.sum(weights * (1 + rank) * jaxcomm.all_gather(v))
+
+    # Of every rank's loss, the part that this rank's data are in.
+    weights = np.arange(1.0, 1 + 2 * n * n).reshape(n, 2 * n)[rank]
+    want = weights * sum(1 + r for r in range(n))
+    close(jax.jit(jax.grad(gathered))(x), want)
+    close(jax.grad(gathered)(x), want)
+
+    def scattered(v: Any) -> Any:
+        return (1 + rank) * jnp.sum(jaxcomm.reduce_scatter(v, op="sum", tiled=True))
+
+    close(jax.grad(scattered)(x), np.repeat(1.0 + np.arange(n), 2))
+
+    def exchanged(v: Any) -> Any:
+        return (1 + rank) * jnp.sum(jaxcomm.all_to_all(v, tiled=True))
+
+    close(jax.grad(exchanged)(x), np.repeat(1.0 + np.arange(n), 2))
+
+
+def check_decorated_functions_can_be_mapped_and_differentiated(
+    comm: Communicator,
+) -> None:
+    n, rank = comm.size, comm.rank
+
+    @jaxcomm.data_parallel
+    def step(x: Any) -> Any:
+        every = lax.all_gather(x, "batch", tiled=True)
+        part = lax.psum_scatter(every, "batch", tiled=True)
+        ring = [(k, (k + 1) % n) for k in range(n)]
+        return lax.ppermute(part, "batch", ring) + lax.all_to_all(
+            every.reshape(n, -1), "batch", 0, 0, tiled=True
+        ).sum(0)
+
+    rows = jnp.arange(6.0).reshape(2, 3) + 10 * rank
+    want = jnp.stack([step(row) for row in rows])
+    close(jax.vmap(step)(rows), want)
+    close(jax.vmap(step, in_axes=1, out_axes=1)(rows.T), want.T)
+    grad = jax.grad(lambda v: jnp.sum(step(v)))(rows[0])
+    # Linear, and each rank's part comes back n times by sum and n times by exchange.
+    total = comm.all_gather_object(float(grad.sum()))
+    close(sum(total), sum(comm.all_gather_object(float(jnp.sum(step(jnp.ones(3)))))))
+
+
+def check_subgroups_of_an_axis(comm: Communicator) -> None:
+    if comm.size < 4:
+        return
+    pairs = [[0, 3], [2, 1]]
+
+    @jaxcomm.data_parallel
+    def step(x: Any) -> Any:
+        own = lax.psum(x, "batch", axis_index_groups=pairs)
+        return own, lax.psum(own, "batch"), lax.all_gather(
+            x, "batch", axis_index_groups=pairs
+        )
+
+    x = jnp.full(70_000, 1.0 + comm.rank)
+    other = {0: 3, 3: 0, 1: 2, 2: 1}[comm.rank]
+    for _ in range(3):
+        own, all_, every = step(x)
+        same(own, np.full(70_000, 2.0 + comm.rank + other))
+        same(all_, np.full(70_000, 2 * (1.0 + 2 + 3 + 4)))
+        pair = next(p for p in pairs if comm.rank in p)
+        same(every[:, 0], [1.0 + r for r in pair])

@@ -1,0 +1,49 @@
+"""Functions written for jax.pmap give under jaxcomm what they give there."""
+
+from __future__ import annotations
+
+import functools
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import constructs
+import numpy as np
+import pytest
+from conftest import launch_ranks
+
+SCRIPT = Path(constructs.__file__)
+
+
+@functools.cache
+def results(ranks: int) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
+    """What the constructs give under jax.pmap and under jaxcomm."""
+    with tempfile.TemporaryDirectory() as folder:
+        want, got = Path(folder) / "pmap.npz", Path(folder) / "ranks.npz"
+        done = subprocess.run(
+            [sys.executable, SCRIPT, "pmap", str(ranks), want],
+            env={**os.environ, "JAX_PLATFORMS": "cpu"},
+            capture_output=True,
+            text=True,
+            timeout=300,
+            check=False,
+        )
+        assert done.returncode == 0, done.stderr[-4000:]
+        done = launch_ranks(ranks, [SCRIPT, "ranks", str(ranks), got], timeout=300)
+        assert done.returncode == 0, done.stderr[-6000:]
+        return dict(np.load(want)), dict(np.load(got))
+
+
+@pytest.mark.timeout(700)
+@pytest.mark.parametrize("ranks", [2, 4])
+@pytest.mark.parametrize("name", sorted(constructs.CONSTRUCTS))
+def test_as_under_pmap(ranks: int, name: str) -> None:
+    want, got = results(ranks)
+    mine = {path for path in want if path.startswith(name)}
+    assert mine and mine == {path for path in got if path.startswith(name)}
+    for path in mine:
+        np.testing.assert_allclose(
+            got[path], want[path], rtol=1e-6, atol=1e-6, err_msg=path
+        )

@@ -1,0 +1,397 @@
+"""The pass: what it refuses, what it says, and its schedule for random programs."""
+
+from __future__ import annotations
+
+import logging
+import random
+import subprocess
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from jax import lax
+from jax.sharding import PartitionSpec
+
+import jaxcomm
+from jaxcomm import _compat, rewrite
+from jaxcomm.errors import InvalidOptionError, UnsupportedCollectiveError
+
+Job = Callable[..., "subprocess.CompletedProcess[str]"]
+
+
+def refused(
+    function: Callable[..., Any], match: str, *args: Any, **options: Any
+) -> None:
+    step = jaxcomm.data_parallel(function, **options)
+    with pytest.raises(UnsupportedCollectiveError, match=match):
+        step.lower(*args or (jnp.ones(3),))
+
+
+def test_branches_that_may_differ_are_refused() -> None:
+    def by_data(x: Any) -> Any:
+        return lax.cond(x[0] > 0, lambda v: lax.psum(v, "batch"), lambda v: v, x)
+
+    def by_argument(x: Any, n: Any) -> Any:
+        return lax.fori_loop(0, n, lambda _, v: lax.pmean(v, "batch"), x)
+
+    def inside(x: Any) -> Any:
+        body = lambda c, t: (by_data(c + t), t)  # noqa: E731
+        return lax.scan(body, x, jnp.ones((2, 3)))
+
+    def by_rank(x: Any) -> Any:
+        first = lax.axis_index("batch") == 0
+        return lax.cond(first, lambda v: lax.pmax(v, "batch"), lambda v: v, x)
+
+    def drifting(x: Any) -> Any:
+        # Equal at first, but not after the first iteration.
+        def body(state: Any) -> Any:
+            k, v = state
+            return k + v[0], lax.psum(v, "batch")
+
+        return lax.while_loop(lambda s: s[0] < 9, body, (0.0, x))
+
+    where = r"test_rewrite\.py:\d+ \("
+    refused(by_data, rf"cond at {where}by_data.*the predicate.*allow_divergent")
+    refused(by_argument, rf"while at {where}.*condition", jnp.ones(3), 4)
+    refused(inside, rf"cond at {where}by_data")
+    refused(jax.jit(by_data), "cond")
+    refused(by_rank, "cond")
+    refused(drifting, "while")
+    bare = lambda x: lax.cond(x[0] > 0, jaxcomm.all_reduce, lambda v: v, x)  # noqa: E731
+    refused(bare, "cond")
+    for function, args in ((by_data, ()), (by_argument, (3,))):
+        step = jaxcomm.data_parallel(function, allow_divergent=True)
+        step.lower(jnp.ones(3), *args)
+
+
+def test_predicates_that_are_equal_are_accepted() -> None:
+    def step(x: Any, n: Any) -> Any:
+        agreed = lax.pmax(n, "batch")
+        x = lax.fori_loop(0, agreed, lambda _, v: lax.pmean(v, "batch"), x)
+        x = lax.fori_loop(0, 3, lambda _, v: lax.pmean(v, "batch"), x)
+        total = lax.psum(x, "batch").sum() * 2 + 1
+        return lax.cond(total > 0, lambda v: lax.psum(v, "batch"), lambda v: v, x)
+
+    jaxcomm.data_parallel(step).lower(jnp.ones(3), 4)
+
+
+def test_ranks_with_other_constants_have_other_schedules() -> None:
+    def step(x: Any, limit: int) -> Any:
+        stop = jnp.asarray(np.array(limit))
+        return lax.while_loop(
+            lambda s: s[0] < stop,
+            lambda s: (s[0] + 1, lax.psum(s[1], "batch")),
+            (0, x),
+        )
+
+    found = []
+    for limit in (3, 3, 4):
+        decorated = jaxcomm.data_parallel(lambda x, k=limit: step(x, k))
+        decorated.lower(jnp.ones(3))
+        found.append(decorated.schedule.fingerprint)
+    assert found[0] == found[1] != found[2]
+
+
+def test_what_cannot_be_scheduled_names_primitive_axis_and_line() -> None:
+    mesh = jax.make_mesh((1,), ("local",))
+    spec = PartitionSpec()
+
+    def sharded(x: Any) -> Any:
+        inner = lambda v: lax.psum(v, "batch")  # noqa: E731
+        return jax.shard_map(
+            inner, mesh=mesh, in_specs=spec, out_specs=spec, check_vma=False
+        )(x)
+
+    refused(sharded, r"shard_map over axis 'batch' at test_rewrite\.py:\d+")
+    uneven = lambda x: lax.ragged_all_to_all(  # noqa: E731
+        x, x, *[jnp.ones(1, jnp.int32)] * 4, axis_name="batch"
+    )
+    refused(uneven, r"ragged_all_to_all over axis 'batch' at test_rewrite\.py:\d+")
+    step = jaxcomm.data_parallel(lambda x: lax.pmean(x, "devices"))
+    match = r"psum at test_rewrite\.py:\d+.*devices.*axis_name='batch'"
+    with pytest.raises(InvalidOptionError, match=match):
+        step.lower(jnp.ones(3))
+
+
+def test_a_second_trace_says_why(caplog: pytest.LogCaptureFixture) -> None:
+    step = jaxcomm.data_parallel(lambda t: lax.pmean(t, "batch"))
+    with caplog.at_level(logging.INFO, logger="jaxcomm"):
+        step({"w": jnp.ones(3)})
+        step({"w": jnp.ones(3)})
+        assert not caplog.records
+        step({"w": jnp.ones(4)})
+        step({"w": jnp.ones(4, jnp.int32)})
+        step({"w": jnp.ones(4), "b": jnp.ones(1)})
+    lines = [record.getMessage() for record in caplog.records]
+    assert "argument [0]['w'] was float32[3] and is float32[4]" in lines[0]
+    assert "float32[4] and is int32[4]" in lines[1]
+    assert "is new" in lines[2]
+    assert all("\n" not in line for line in lines)
+    assert len(step.schedules) == 4
+
+
+def test_pmap_refuses_with_reasons() -> None:
+    f = lambda x: lax.pmean(x, "batch")  # noqa: E731
+    for match, call in (
+        ("devices=", lambda: jaxcomm.pmap(f, devices=jax.devices())),
+        ("axis_size=2", lambda: jaxcomm.pmap(f, axis_size=2)),
+        (r"argument 0\['w'\].*\(2, 3\)", lambda: jaxcomm.pmap(f)({"w": jnp.ones((2, 3))})),
+        (r"argument 0 has shape \(\)", lambda: jaxcomm.pmap(f)(jnp.float32(1))),
+        ("2 entries for 1", lambda: jaxcomm.pmap(f, in_axes=(0, 0))(jnp.ones((1, 2)))),
+        ("no axis", lambda: jaxcomm.pmap(f, in_axes="0")(jnp.ones((1, 2)))),
+        ("prefix", lambda: jaxcomm.pmap(f, in_axes=({"a": 0},))(jnp.ones((1, 2)))),
+    ):
+        with pytest.raises(InvalidOptionError, match=match):
+            call()
+
+
+def test_pmap_honours_axes() -> None:
+    @jaxcomm.pmap(
+        in_axes=(0, None, {"a": 1, "b": None}),
+        out_axes=(0, None, {"sum": 1}),
+        static_broadcasted_argnums=3,
+    )
+    def step(x: Any, y: Any, tree: Any, name: str, *, scale: Any) -> Any:
+        assert name == "static"
+        assert x.shape == (3,) and y.shape == (1, 2) and tree["a"].shape == (2, 3)
+        total = lax.psum(x, "batch") * scale
+        return total, y + tree["b"], {"sum": tree["a"] + total}
+
+    with pytest.raises(TypeError):
+        step()
+    # in_axes has no entry for the static argument under jax.pmap either.
+    mapped = jaxcomm.pmap(
+        step._fn.__wrapped__,  # pyright: ignore[reportAttributeAccessIssue]
+        in_axes=(0, None, {"a": 1, "b": None}, None),
+        out_axes=(0, None, {"sum": 1}),
+        static_broadcasted_argnums=3,
+    )
+    tree = {"a": jnp.ones((2, 1, 3)), "b": jnp.ones(2)}
+    total, y, out = mapped(
+        jnp.ones((1, 3)), jnp.ones((1, 2)), tree, "static", scale=jnp.full(1, 2.0)
+    )
+    assert total.shape == (1, 3) and y.shape == (1, 2)
+    assert out["sum"].shape == (2, 1, 3)
+    np.testing.assert_array_equal(out["sum"], np.full((2, 1, 3), 3.0))
+
+
+# A random program: each node is a sum, or a product of two earlier values.
+@st.composite
+def programs(draw: st.DrawFn) -> list[tuple[str, int, int]]:
+    nodes = []
+    for k in range(draw(st.integers(1, 14))):
+        kind = draw(st.sampled_from(["psum", "pmax", "pmean", "multiply", "add"]))
+        before = st.integers(0, k)
+        nodes.append((kind, draw(before), draw(before)))
+    return nodes
+
+
+def planned(nodes: list[tuple[str, int, int]], order: list[int]) -> Any:
+    """Plan a program whose equations stand in another, equivalent order."""
+
+    def run(x: Any) -> Any:
+        values: dict[int, Any] = {0: x}
+        for k in order:
+            kind, a, b = nodes[k]
+            if kind in ("multiply", "add"):
+                combine = jnp.multiply if kind == "multiply" else jnp.add
+                values[k + 1] = combine(values[a], values[b])
+            else:
+                # Its own length, by which it is known again.
+                values[k + 1] = getattr(lax, kind)(values[a], "batch")
+        return [values[k + 1] for k in range(len(nodes))]
+
+    args = [jnp.ones(3)]
+    closed, _ = _compat.trace_with_axis(run, "batch", 2, args)
+    options = rewrite.Options("batch", jaxcomm.world())
+    return rewrite.program(closed, options, [("x", args[0])])
+
+
+def depends(nodes: list[tuple[str, int, int]]) -> list[set[int]]:
+    """For every node, the nodes that it depends on, also through others."""
+    found: list[set[int]] = []
+    for _, a, b in nodes:
+        kinds = {a - 1, b - 1} - {-1}
+        found.append(kinds.union(*(found[k] for k in kinds)))
+    return found
+
+
+@settings(max_examples=80, deadline=None)
+@given(programs(), st.randoms(use_true_random=False))
+def test_random_programs(
+    nodes: list[tuple[str, int, int]], chance: random.Random
+) -> None:
+    program = planned(nodes, list(range(len(nodes))))
+    schedule = program.schedule
+    collectives = [k for k, node in enumerate(nodes) if node[0] not in ("multiply", "add")]
+    everywhere = sorted(i for bucket in schedule.buckets for i in bucket.leaves)
+    assert everywhere == list(range(len(collectives)))
+    # Leaves are numbered in the order of the equations.
+    before = depends(nodes)
+    # Without ranks to talk to, a program can be run: its values show the dependences.
+    place = {}
+    for number, bucket in enumerate(schedule.buckets):
+        for i in bucket.leaves:
+            place[collectives[i]] = number
+    for k in collectives:
+        one_operand = nodes[k][1] - 1
+        needed = before[one_operand] | {one_operand} if one_operand >= 0 else set()
+        for j in needed & set(collectives):
+            # A bucket comes after all that it depends on: no cycle, no dependent pair.
+            assert place[j] < place[k]
+
+    # The same program with its equations in another order that respects them.
+    left, order = set(range(len(nodes))), []
+    while left:
+        free = [
+            k
+            for k in sorted(left)
+            if all(p < 0 or p not in left for p in (nodes[k][1] - 1, nodes[k][2] - 1))
+        ]
+        order.append(chance.choice(free))
+        left.remove(order[-1])
+    other = planned(nodes, order).schedule
+    kinds = lambda s: sorted((b.stage, b.op, len(b.leaves)) for b in s.buckets)  # noqa: E731
+    assert kinds(other) == kinds(schedule)
+    out, _ = program.run([jnp.full(3, 0.5)])
+    again, _ = planned(nodes, order).run([jnp.full(3, 0.5)])
+    jax.tree.map(np.testing.assert_array_equal, out, again)
+
+
+ORDINARY = """
+import sys
+from pathlib import Path
+import jax, jax.numpy as jnp, numpy as np, jaxcomm
+from jax import lax
+comm = jaxcomm.init()
+cache = Path(sys.argv[1]) / str(comm.rank)
+jax.config.update("jax_compilation_cache_dir", str(cache))
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+
+@jaxcomm.data_parallel(donate_argnums=0, static_argnums=2)
+def step(state, key, name):
+    assert name == "static"
+    noise = jax.random.normal(key, (300,))
+    total = lax.psum(state["x"] + noise, "batch")
+    half = lax.psum(total, "batch", axis_index_groups=[[0], [1]])
+    i = lax.axis_index("batch")
+    jax.debug.print("rank {i} of two", i=i)
+    return {"x": half, "n": state["n"]}, lax.all_gather(i, "batch")
+
+def state():
+    return {"x": jnp.arange(300.0), "n": None}
+
+key = jax.random.key(1)
+text = step.lower(state(), key, "static").as_text()
+texts = comm.all_gather_object(text)
+assert texts[0] == texts[1]  # equal on all ranks: no pointer, no rank
+compiled = step.lower(state(), key, "static").compile()
+(out, ranks), token = compiled(state(), key)
+again, _ = step(state(), key, "static")
+np.testing.assert_array_equal(out["x"], again["x"])
+np.testing.assert_array_equal(ranks, [0, 1])
+assert step.trace(state(), key, "static").jaxpr is not None
+given = state()
+step(given, key, "static")
+assert given["x"].is_deleted()
+with jax.enable_x64(True):
+    wide = jaxcomm.data_parallel(lambda x: lax.pmean(x, "batch"))(np.float64(1 + comm.rank))
+    assert wide.dtype == np.float64 and float(wide) == 1.5
+device = jax.device_put(jnp.ones(3), jax.sharding.SingleDeviceSharding(jax.devices()[0]))
+np.testing.assert_array_equal(jaxcomm.data_parallel(lambda x: lax.psum(x, "batch"))(device), 2)
+jax.effects_barrier()
+print("entries", len(list(cache.glob("*-cache"))), text.count("jaxcomm_mpi"))
+"""
+
+
+def test_a_decorated_function_is_an_ordinary_jitted_one(job: Job, tmp_path) -> None:
+    first = job(2, ORDINARY, str(tmp_path / "cache"))
+    assert first.returncode == 0, first.stderr
+    assert "rank 0 of two" in first.stdout and "rank 1 of two" in first.stdout
+    entries = [x for x in first.stdout.splitlines() if x.startswith("entries")]
+    assert len(set(entries)) == 1 and not entries[0].startswith("entries 0")
+    # A second job reads what the first compiled, and gets the same.
+    second = job(2, ORDINARY, str(tmp_path / "cache"))
+    assert second.returncode == 0, second.stderr
+    assert [x for x in second.stdout.splitlines() if x.startswith("entries")] == entries
+
+
+WAYS = """
+import functools
+import equinox as eqx, jax, jax.numpy as jnp, numpy as np, optax, jaxcomm
+from flax import nnx
+from flax.training import train_state
+from jax import lax
+comm = jaxcomm.init()
+mine = jnp.full(4, 1.0 + comm.rank)
+mean = np.full(4, 1.0 + (comm.size - 1) / 2)
+same = np.testing.assert_allclose
+
+def f(x, scale=1.0):
+    return lax.pmean(x * scale, "batch")
+
+same(jaxcomm.data_parallel(jax.jit(f))(mine), mean)
+same(jax.jit(jaxcomm.data_parallel(f))(mine), mean)
+same(jaxcomm.data_parallel(functools.partial(f, scale=2.0))(mine), 2 * mean)
+same(jaxcomm.pmap(jax.jit(f))(mine[None]), mean[None])
+
+class Trainer:
+    def __init__(self, scale):
+        self.scale = scale
+
+    @functools.partial(jaxcomm.data_parallel, static_argnums=0)
+    def step(self, x):
+        return f(x, self.scale)
+
+same(Trainer(3.0).step(mine), 3 * mean)
+
+state = train_state.TrainState.create(
+    apply_fn=lambda p, x: p["w"] * x, params={"w": jnp.ones(4)}, tx=optax.sgd(1.0)
+)
+
+@jaxcomm.data_parallel(donate_argnums=0)
+def train(state, x):
+    grads = jax.grad(lambda p: jnp.sum(state.apply_fn(p, x)))(state.params)
+    return state.apply_gradients(grads=lax.pmean(grads, "batch"))
+
+state = train(state, mine)
+assert int(state.step) == 1
+same(state.params["w"], 1 - mean)
+
+model = nnx.Linear(4, 4, rngs=nnx.Rngs(0))
+graph, params = nnx.split(model)
+
+@jaxcomm.data_parallel
+def gradients(params, x):
+    loss = lambda p: jnp.sum(nnx.merge(graph, p)(x))
+    return lax.pmean(jax.grad(loss)(params), "batch")
+
+out = nnx.merge(graph, gradients(params, mine))
+same(out.bias[...], np.ones(4))
+same(out.kernel[...], np.outer(mean, np.ones(4)))
+
+mlp = eqx.nn.MLP(4, 2, 8, 1, key=jax.random.key(0))
+
+@jaxcomm.data_parallel
+def arrays(model_arrays, x):
+    model = eqx.combine(model_arrays, static)
+    grads = eqx.filter_grad(lambda m: jnp.sum(m(x) ** 2))(model)
+    return lax.pmean(eqx.filter(grads, eqx.is_array), "batch")
+
+model_arrays, static = eqx.partition(mlp, eqx.is_array)
+jaxcomm.assert_replicated(arrays(model_arrays, mine))
+print("all ways agree")
+"""
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_ways_to_decorate(job: Job, ranks: int) -> None:
+    done = job(ranks, WAYS)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("all ways agree") == ranks
