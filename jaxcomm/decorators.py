@@ -152,9 +152,10 @@ class DataParallel:
             if "unbound axis" not in str(error):
                 raise
             raise InvalidOptionError(
-                f"{_name(self._fn)}, {_compat.failing_call(error)}: {error}. It is "
-                f"decorated with axis_name={self._axis_name!r}; use that name in its "
-                "collectives and in layers such as BatchNorm(axis_name=...)."
+                f"{_name(self._fn)}, {_compat.failing_call(error)}: "
+                f"{str(error).rstrip('.')}. It is decorated with "
+                f"axis_name={self._axis_name!r}; use that name in its collectives "
+                "and in layers such as BatchNorm(axis_name=...)."
             ) from error
         options = rewrite.Options(
             self._axis_name,

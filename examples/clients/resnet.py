@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+import click
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -22,34 +23,42 @@ class Block(nn.Module):
     """Two convolutions and a way around them."""
 
     width: int
-    stride: int = 1
+    stride: int
+    dtype: Any
 
     @nn.compact
     def __call__(self, x: Any, train: bool) -> Any:
+        kind = {"dtype": self.dtype, "param_dtype": self.dtype}
+
         def norm(y: Any) -> Any:
             return nn.BatchNorm(
-                use_running_average=not train, momentum=0.9, axis_name=backend.AXIS
+                use_running_average=not train, axis_name=backend.AXIS, **kind
             )(y)
 
-        strides = (self.stride, self.stride)
-        y = nn.Conv(self.width, (3, 3), strides, use_bias=False)(x)
-        y = nn.relu(norm(y))
-        y = norm(nn.Conv(self.width, (3, 3), use_bias=False)(y))
+        def conv(y: Any, side: int, stride: int = 1) -> Any:
+            size, strides = (side, side), (stride, stride)
+            return nn.Conv(self.width, size, strides, use_bias=False, **kind)(y)
+
+        y = nn.relu(norm(conv(x, 3, self.stride)))
+        y = norm(conv(y, 3))
         if x.shape != y.shape:
-            x = norm(nn.Conv(self.width, (1, 1), strides, use_bias=False)(x))
+            x = norm(conv(x, 1, self.stride))
         return nn.relu(x + y)
 
 
 class ResNet(nn.Module):
     """Three stages of two blocks."""
 
+    dtype: Any
+
     @nn.compact
     def __call__(self, x: Any, train: bool = True) -> Any:
-        x = nn.relu(nn.Conv(16, (3, 3), use_bias=False)(x))
+        kind = {"dtype": self.dtype, "param_dtype": self.dtype}
+        x = nn.relu(nn.Conv(16, (3, 3), use_bias=False, **kind)(x))
         for width in (16, 32, 64):
-            x = Block(width, stride=1 if width == 16 else 2)(x, train)
-            x = Block(width)(x, train)
-        return nn.Dense(CLASSES)(jnp.mean(x, (1, 2)))
+            x = Block(width, 1 if width == 16 else 2, self.dtype)(x, train)
+            x = Block(width, 1, self.dtype)(x, train)
+        return nn.Dense(CLASSES, **kind)(jnp.mean(x, (1, 2)))
 
 
 class TrainState(train_state.TrainState):
@@ -82,12 +91,12 @@ def train_step(state: TrainState, batch: Any) -> tuple[TrainState, Any]:
     return after, lax.pmean(loss, backend.AXIS)
 
 
-def batches() -> Iterator[dict[str, np.ndarray]]:
+def batches(dtype: Any) -> Iterator[dict[str, np.ndarray]]:
     """Scikit-learn's digits, enlarged from 8 x 8; the same order in every process."""
     from sklearn.datasets import load_digits
 
     digits = load_digits()
-    images = digits.images[..., None].astype(np.float32) / 16
+    images = digits.images[..., None].astype(dtype) / 16
     images = np.asarray(
         jax.image.resize(images, (len(images), SIDE, SIDE, 1), "bilinear")
     )
@@ -99,12 +108,15 @@ def batches() -> Iterator[dict[str, np.ndarray]]:
 
 
 @backend.options
-def main(backend_name: str, devices: int, steps: int) -> None:
+@click.option("--x64", is_flag=True, help="In float64, where rounding hides nothing.")
+def main(backend_name: str, devices: int, steps: int, x64: bool) -> None:
     """Train under jax.pmap or jaxcomm."""
+    jax.config.update("jax_enable_x64", x64)
     run = backend.connect(backend_name, devices)
-    model = ResNet()
+    dtype = np.dtype("float64" if x64 else "float32")
+    model = ResNet(dtype)
     # Shapes need no axis, and running statistics are not used for them.
-    image = jnp.zeros((1, SIDE, SIDE, 1))
+    image = jnp.zeros((1, SIDE, SIDE, 1), dtype)
     variables = model.init(jax.random.key(0), image, train=False)
     state = TrainState.create(
         apply_fn=model.apply,
@@ -116,10 +128,10 @@ def main(backend_name: str, devices: int, steps: int) -> None:
     step = run.pmap(train_step, axis_name=backend.AXIS, donate_argnums=0)
     backend.train(
         run,
-        "resnet",
+        "resnet-x64" if x64 else "resnet",
         step,
         run.replicate(state),
-        batches(),
+        batches(dtype),
         steps,
         lambda s: {"params": s.params, "batch_stats": s.batch_stats},
     )
