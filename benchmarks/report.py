@@ -77,12 +77,6 @@ def targets(result: dict[str, Any]) -> list[tuple[str, str, float | None, bool]]
     horovod = [big[way] for way in big if way.startswith("Horovod")]
     rows = [
         ("reduction / raw MPI in place", "<=", 1.3, ratio(big, OURS, RAW)),
-        (
-            "the same, as between hosts: by MPI calls only",
-            "<=",
-            1.3,
-            ratio(big, "jaxcomm, MPI calls only", RAW),
-        ),
         ("pmap / jaxcomm", ">=", 4, ratio(big, "pmap", OURS)),
         (
             "pmap as its users start it / jaxcomm",

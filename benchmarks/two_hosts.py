@@ -1,7 +1,7 @@
 """Two hosts on one machine: network namespaces, joined by a wire of limited rate.
 
-Needs root, iproute2 and unshare (util-linux). Each namespace has a host name of its own,
-so that MPI sees two hosts and talks TCP between them.
+Needs root, iproute2 and unshare (util-linux). Each namespace has a host name of its
+own, so that MPI sees two hosts and talks TCP between them.
 """
 
 from __future__ import annotations
@@ -62,10 +62,10 @@ def run(command: list[str], *, timeout: float, env: dict[str, str]) -> str:
     with tempfile.TemporaryDirectory() as folder:
         # In place of ssh: the second host's daemon is started in its namespace.
         agent = Path(folder) / "agent"
-        inside = f"hostname {NAMES[1]}; shift; exec sh -c \"$*\""
+        inside = f'hostname {NAMES[1]}; shift; exec sh -c "$*"'
         agent.write_text(
             f"#!/bin/sh\nexec ip netns exec {NAMES[1]} unshare --uts "
-            f"sh -c {shlex.quote(inside)} sh \"$@\"\n"
+            f'sh -c {shlex.quote(inside)} sh "$@"\n'
         )
         agent.chmod(0o755)
         line = [mpiexec, "-n", "2", "--map-by", "node", "--bind-to", "none"]

@@ -47,7 +47,10 @@ def main(out: Path, repeats: int) -> None:
     params = network.init(jax.random.key(0), images)
 
     def gradients(params: Any) -> Any:
-        return jax.grad(lambda p: jnp.mean(network.apply(p, images) ** 2))(params)
+        def loss(p: Any) -> Any:
+            return jnp.mean(jnp.square(network.apply(p, images)))  # pyright: ignore
+
+        return jax.grad(loss)(params)
 
     def step(reduce: Callable[[Any], Any], **options: Any) -> Callable[[], None]:
         run = jaxcomm.data_parallel(lambda p: reduce(gradients(p)), **options)
@@ -61,6 +64,8 @@ def main(out: Path, repeats: int) -> None:
         "ready order": step(average),
         "reverse leaf order": step(jaxcomm.all_reduce),
         "one bucket": step(average, groups=1),
+        "256 KiB": step(average, bucket_bytes=1 << 18),
+        "1 MiB": step(average, bucket_bytes=1 << 20),
     }
     samples: dict[str, list[float]] = {name: [] for name in ways}
     for repeat in range(WARM_UP + repeats):
@@ -74,7 +79,9 @@ def main(out: Path, repeats: int) -> None:
     if comm.rank == 0:
         nbytes = sum(leaf.nbytes for leaf in jax.tree.leaves(params))
         hosts = comm.size // comm.local_size
-        out.write_text(json.dumps({"samples": samples, "bytes": nbytes, "hosts": hosts}))
+        out.write_text(
+            json.dumps({"samples": samples, "bytes": nbytes, "hosts": hosts})
+        )
 
 
 if __name__ == "__main__":

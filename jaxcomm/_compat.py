@@ -124,7 +124,7 @@ def scan_counts(params: Any) -> tuple[int, int]:
 
 
 def failing_call(error: BaseException) -> str:
-    """Return which JAX function an exception left, and the user's line that called it."""
+    """Return which JAX function raised, and the user's line that called it."""
     jax_folder = os.path.dirname(jax.__file__)
     frames = traceback.extract_tb(error.__traceback__)
     for outer, inner in reversed(list(itertools.pairwise(frames))):

@@ -45,7 +45,7 @@ class Meaning:
     """
 
     op: str
-    terms: Terms = Terms()
+    terms: Terms
     before: Callable[[Any], Any] | None = None
     after: Callable[[Any], Any] | None = None
 

@@ -22,7 +22,7 @@ class Reduction:
     ready: int
     stage: int
     where: str
-    terms: Terms = Terms()
+    terms: Terms
     path: str = ""
 
     @property

@@ -6,9 +6,9 @@ comes from: literals, constants and what a collective has made equal are the sam
 ranks, and so is what is computed from these alone. A function's arguments are not:
 nothing compares their values.
 
-Literals and constants are those of this rank's trace. So that ranks with other ones are
-found, a digest of what every such predicate is made of goes into the schedule, which the
-ranks compare before its first byte moves.
+Literals and constants are those of this rank's trace. So that ranks with other ones
+are found, a digest of what every such predicate is made of goes into the schedule,
+which the ranks compare before its first byte moves.
 
 Internal to `rewrite`.
 """
@@ -26,7 +26,7 @@ from jaxcomm import _compat
 from jaxcomm._jaxprs import is_var
 from jaxcomm._named import EQUAL_RESULTS
 
-# What makes a value the same on all ranks: a digest of how it came about. None: unknown.
+# A digest of how a value that is the same on all ranks came about; None: unknown.
 Origin = str | None
 _ADDRESS = re.compile(r"0x[0-9a-f]+")
 
@@ -149,7 +149,9 @@ class Checker:
         carry = list(init)
         while True:
             after = step(carry)
-            lost = [a is None and b is not None for a, b in zip(after, carry, strict=True)]
+            lost = [
+                a is None and b is not None for a, b in zip(after, carry, strict=True)
+            ]
             if not any(lost):
                 # Not the first iteration's alone: what the body does to it counts too.
                 return [

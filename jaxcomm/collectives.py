@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import operator
 from collections.abc import Sequence
 from typing import Any, TypeVar
 
@@ -186,6 +187,7 @@ def plan(
 # Schedules by what a call passes: planning again for the same tree costs no walk over
 # paths. Bounded, because a program has few trees and each is traced few times.
 _plans: dict[Any, Schedule] = {}
+_shape_and_dtype = operator.attrgetter("shape", "dtype")
 _MAX_PLANS = 1024
 
 
@@ -201,17 +203,22 @@ def _plan_key(
     """Return what decides a plan, or None where it cannot be told cheaply."""
     if groups is not None and not isinstance(groups, int):
         return None  # a function's answers may change
-    if not all(isinstance(leaf, jax.Array) for leaf in leaves):
+    if not all(map(_is_array_type, set(map(type, leaves)))):
         return None  # to be converted or refused
     if len(_plans) >= _MAX_PLANS:
         _plans.clear()
-    avals = tuple([(leaf.shape, leaf.dtype) for leaf in leaves])
+    avals = tuple(map(_shape_and_dtype, leaves))
     options = (op, groups, type(groups), bucket_bytes, type(bucket_bytes), wire_dtype)
     try:
         hash(key := (treedef, avals, comm, options))
     except TypeError:
         return None
     return key
+
+
+@functools.cache
+def _is_array_type(kind: type) -> bool:
+    return issubclass(kind, jax.Array | _compat.Tracer)
 
 
 def flatten(tree: Any, *, abstract: bool = False) -> tuple[list[str], list[Any], Any]:
@@ -554,9 +561,13 @@ mark_p = _compat.Primitive("jaxcomm_mark")
 
 
 def mark(
-    values: Sequence[Any], token: Any, comm: Communicator, schedule: Schedule, index: int
+    values: Sequence[Any],
+    token: Any,
+    comm: Communicator,
+    schedule: Schedule,
+    index: int,
 ) -> Any:
-    """Return the token, which now also waits for `values`, and record when they came."""
+    """Return the token, made to wait for `values`, and record when they came."""
     return token + mark_p.bind(*values, comm=comm, schedule=schedule, index=index)
 
 

@@ -35,6 +35,7 @@ log = logging.getLogger(__name__)
 
 STAGING_VARIABLE = "JAXCOMM_STAGING_BYTES"
 SHARED_MEMORY_VARIABLE = "JAXCOMM_SHARED_MEMORY"
+OWN_THREAD_VARIABLE = "JAXCOMM_OWN_THREAD"
 TRANSPORTS = ("auto", "local", "mpi", "mpi4jax", "nccl", "xla")
 DEFAULT_TIMEOUT = 600.0
 STAGING_BYTES = 8 << 20
@@ -105,6 +106,7 @@ class Communicator:
         self._comms: _MpiComms | None = None
         self._others: list[Any] = []
         self._windows: list[Any] = []
+        self._own_thread = False
         self.lowering: Transport = Local()
         if comm is not None:
             self._connect(comm)
@@ -124,6 +126,9 @@ class Communicator:
             self._find_settings()
         one_host = 1 < self.size == self.local_size
         self.shared_memory &= one_host and self.transport == "mpi"
+        # Where calls wait for a network, XLA's threads have better things to do.
+        default = "off" if self.size == self.local_size else "on"
+        self._own_thread = os.environ.get(OWN_THREAD_VARIABLE, default) == "on"
         self._create_native(self.key, self._comms.data, self.costs.segment_bytes)
         agreement.connect(self.key, HostChannel(self._comms.control), self.timeout)
         _connected[self.key] = self
@@ -250,7 +255,11 @@ class Communicator:
 
     def _create_native(self, key: int, comm: Any, segment_bytes: int) -> None:
         native.create_communicator(
-            key, comm, staging_bytes=self.staging_bytes, segment_bytes=segment_bytes
+            key,
+            comm,
+            staging_bytes=self.staging_bytes,
+            segment_bytes=segment_bytes,
+            own_thread=self._own_thread,
         )
         if self.shared_memory:
             window = SharedWindow(comm, min(self.staging_bytes, 3 * segment_bytes))

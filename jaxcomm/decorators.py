@@ -172,7 +172,6 @@ class DataParallel:
         out, token = program.run(values)
         return jax.tree.unflatten(jax.tree.structure(shapes), out), token
 
-
     def _log_change(self, signature: Signature) -> None:
         """Say why a function is traced again."""
         if self._seen is not None:
@@ -412,6 +411,9 @@ def _unmapped(
 
 def _squeeze(axes: Any, tree: Any, what: str) -> Any:
     def squeeze(axis: int | None, part: Any) -> Any:
+        if axis is None:
+            return part
+
         def one(path: Any, leaf: Any) -> Any:
             where = f"{what}{jax.tree_util.keystr(path)}"
             shape = jnp.shape(leaf)
@@ -423,7 +425,7 @@ def _squeeze(axes: Any, tree: Any, what: str) -> Any:
                 )
             return jnp.squeeze(leaf, axis)
 
-        return part if axis is None else jax.tree_util.tree_map_with_path(one, part)
+        return jax.tree_util.tree_map_with_path(one, part)
 
     return _over_prefix(squeeze, axes, tree, f"in_axes of {what}")
 

@@ -13,6 +13,7 @@ from jaxcomm.costmodel import CostModel
 from jaxcomm.errors import InvalidOptionError
 from jaxcomm.schedule import REDUCTIONS, Bucket, LeafSpec, Schedule, item_bytes
 
+
 @dataclasses.dataclass(frozen=True)
 class Terms:
     """What a collective is besides its op: see `schedule.Bucket`."""
@@ -223,7 +224,9 @@ def _plan(
         rest = (term.root, encoded, term.permutation, term.groups)
         for label, part in _split(leaves, members, labels, count, bucket_bytes, costs):
             name = label or term.label
-            buckets.append(Bucket(kind_op, dtype, tuple(part), pack, name, stage, *rest))
+            buckets.append(
+                Bucket(kind_op, dtype, tuple(part), pack, name, stage, *rest)
+            )
     # A bucket can go when its last leaf is ready.
     buckets.sort(
         key=lambda b: (b.stage, max(leaves[i].order for i in b.leaves), b.leaves)

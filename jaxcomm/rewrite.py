@@ -224,7 +224,8 @@ class _Planner:
             ranks = sorted(rank for group in groups for rank in group)
             if ranks != list(range(self.options.comm.size)):
                 raise self._unsupported(
-                    eqn, f"has axis_index_groups {groups}, which do not divide the ranks"
+                    eqn,
+                    f"has axis_index_groups {groups}, which do not divide the ranks",
                 )
         op = meaning_of(eqn, self.options.comm.size).op
         where = f"({_compat.source_line(eqn)})"
@@ -356,9 +357,7 @@ class _Planner:
 def _function(
     function: Callable[..., Any], inputs: list[Any], output: Any, stage: int, ready: int
 ) -> Unit:
-    return Unit(
-        "function", None, inputs, [output], stage, ready, function=function
-    )
+    return Unit("function", None, inputs, [output], stage, ready, function=function)
 
 
 def _derived(function: Callable[[Any], Any], operand: Any) -> Var:

@@ -1,9 +1,10 @@
 """When every bucket was ready, began and ended: JAXCOMM_TIMELINE=file.json.
 
-The file is in Chrome's trace format; Perfetto (ui.perfetto.dev) opens it. Each rank is a
-process with two rows: `ready` spans the time in which a bucket's operands are there and
-its collective has not begun, `collective` the collective itself. Decorated functions
-record both, bare collectives the second only. Times are those of each host's clock.
+The file is in Chrome's trace format; Perfetto (ui.perfetto.dev) opens it. Each rank is
+a process with two rows: `ready` spans the time in which a bucket's operands are there
+and its collective has not begun, `collective` the collective itself. Decorated
+functions record both, bare collectives the second only. Times are those of each host's
+clock.
 """
 
 from __future__ import annotations

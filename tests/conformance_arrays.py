@@ -43,7 +43,8 @@ def check_reduce_scatter_against_numpy(comm: Communicator) -> None:
                 continue
             x = values(comm.rank, (3 * n, 5), dtype)
             wide = np.complex128 if dtype.startswith("c") else np.float64
-            total = sum(values(r, x.shape, dtype).astype(wide) for r in range(n))
+            parts = [values(r, x.shape, dtype).astype(wide) for r in range(n)]
+            total = np.sum(parts, axis=0)
             mine = total[3 * comm.rank : 3 * (comm.rank + 1)]
             out = jaxcomm.reduce_scatter(x, op="sum", tiled=True)
             assert out.dtype == x.dtype
@@ -167,8 +168,10 @@ def check_subgroups_of_an_axis(comm: Communicator) -> None:
     @jaxcomm.data_parallel
     def step(x: Any) -> Any:
         own = lax.psum(x, "batch", axis_index_groups=pairs)
-        return own, lax.psum(own, "batch"), lax.all_gather(
-            x, "batch", axis_index_groups=pairs
+        return (
+            own,
+            lax.psum(own, "batch"),
+            lax.all_gather(x, "batch", axis_index_groups=pairs),
         )
 
     x = jnp.full(70_000, 1.0 + comm.rank)

@@ -108,7 +108,7 @@ def indices(x: Any) -> Any:
 
 @construct
 def subgroups(x: Any) -> Any:
-    groups = {"axis_index_groups": halves()}
+    groups: Any = {"axis_index_groups": halves()}
     return (
         lax.psum(x, "batch", **groups),
         lax.pmean(x, "batch", **groups),
@@ -344,15 +344,19 @@ def under_jaxcomm(ranks: int) -> dict[str, np.ndarray]:
     return found
 
 
+def save(out: Path, found: Any) -> None:
+    np.savez(out, **found)
+
+
 def main(kind: str, ranks: int, out: Path) -> None:
     found = under_pmap(ranks) if kind == "pmap" else under_jaxcomm(ranks)
     if kind == "pmap":
-        np.savez(out, **found)
+        save(out, found)
         return
     import jaxcomm
 
     if jaxcomm.rank() == 0:
-        np.savez(out, **found)
+        save(out, found)
 
 
 if __name__ == "__main__":

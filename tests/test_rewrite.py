@@ -138,7 +138,10 @@ def test_pmap_refuses_with_reasons() -> None:
     for match, call in (
         ("devices=", lambda: jaxcomm.pmap(f, devices=jax.devices())),
         ("axis_size=2", lambda: jaxcomm.pmap(f, axis_size=2)),
-        (r"argument 0\['w'\].*\(2, 3\)", lambda: jaxcomm.pmap(f)({"w": jnp.ones((2, 3))})),
+        (
+            r"argument 0\['w'\].*\(2, 3\)",
+            lambda: jaxcomm.pmap(f)({"w": jnp.ones((2, 3))}),
+        ),
         (r"argument 0 has shape \(\)", lambda: jaxcomm.pmap(f)(jnp.float32(1))),
         ("2 entries for 1", lambda: jaxcomm.pmap(f, in_axes=(0, 0))(jnp.ones((1, 2)))),
         ("no axis", lambda: jaxcomm.pmap(f, in_axes="0")(jnp.ones((1, 2)))),
@@ -218,7 +221,9 @@ def test_random_programs(
 ) -> None:
     program = planned(nodes, list(range(len(nodes))))
     schedule = program.schedule
-    collectives = [k for k, node in enumerate(nodes) if node[0] not in ("multiply", "add")]
+    collectives = [
+        k for k, node in enumerate(nodes) if node[0] not in ("multiply", "add")
+    ]
     everywhere = sorted(i for bucket in schedule.buckets for i in bucket.leaves)
     assert everywhere == list(range(len(collectives)))
     # Leaves are numbered in the order of the equations.
@@ -290,10 +295,13 @@ given = state()
 step(given, key, "static")
 assert given["x"].is_deleted()
 with jax.enable_x64(True):
-    wide = jaxcomm.data_parallel(lambda x: lax.pmean(x, "batch"))(np.float64(1 + comm.rank))
+    mean = jaxcomm.data_parallel(lambda x: lax.pmean(x, "batch"))
+    wide = mean(np.float64(1 + comm.rank))
     assert wide.dtype == np.float64 and float(wide) == 1.5
-device = jax.device_put(jnp.ones(3), jax.sharding.SingleDeviceSharding(jax.devices()[0]))
-np.testing.assert_array_equal(jaxcomm.data_parallel(lambda x: lax.psum(x, "batch"))(device), 2)
+sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+total = jaxcomm.data_parallel(lambda x: lax.psum(x, "batch"))
+placed = jax.device_put(jnp.ones(3), sharding)
+np.testing.assert_array_equal(total(placed), 2)
 
 
 @jaxcomm.data_parallel

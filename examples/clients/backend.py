@@ -112,9 +112,7 @@ def train(
     """
     losses, seconds = [], []
     columns = (TextColumn(f"{name}, {backend.name}"), BarColumn(), MofNCompleteColumn())
-    with Progress(
-        *columns, TimeElapsedColumn(), disable=backend.first > 0
-    ) as progress:
+    with Progress(*columns, TimeElapsedColumn(), disable=backend.first > 0) as progress:
         task = progress.add_task("", total=steps)
         for _ in range(steps):
             batch = backend.shard(next(batches))
@@ -125,9 +123,7 @@ def train(
             progress.advance(task)
 
     found = jax.tree_util.tree_flatten_with_path(parameters(state))[0]
-    arrays = {
-        jax.tree_util.keystr(path): np.asarray(leaf)[0] for path, leaf in found
-    }
+    arrays = {jax.tree_util.keystr(path): np.asarray(leaf)[0] for path, leaf in found}
     if backend.name == "jaxcomm":
         import jaxcomm
 

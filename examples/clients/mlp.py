@@ -21,7 +21,7 @@ def batches() -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """Scikit-learn's digits; the same order in every process."""
     from sklearn.datasets import load_digits
 
-    digits = load_digits()
+    digits: Any = load_digits()
     images = digits.data.astype(np.float32) / 16
     rng = np.random.default_rng(0)
     while True:

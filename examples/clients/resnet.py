@@ -75,9 +75,7 @@ def train_step(state: TrainState, batch: Any) -> tuple[TrainState, Any]:
             batch["image"],
             mutable=["batch_stats"],
         )
-        losses = optax.softmax_cross_entropy_with_integer_labels(
-            logits, batch["label"]
-        )
+        losses = optax.softmax_cross_entropy_with_integer_labels(logits, batch["label"])
         return jnp.mean(losses), updates["batch_stats"]
 
     # Averages gradients over the axis, and skips steps on all devices together.
@@ -95,7 +93,7 @@ def batches(dtype: Any) -> Iterator[dict[str, np.ndarray]]:
     """Scikit-learn's digits, enlarged from 8 x 8; the same order in every process."""
     from sklearn.datasets import load_digits
 
-    digits = load_digits()
+    digits: Any = load_digits()
     images = digits.images[..., None].astype(dtype) / 16
     images = np.asarray(
         jax.image.resize(images, (len(images), SIDE, SIDE, 1), "bilinear")

@@ -87,9 +87,7 @@ def main(backend_name: str, devices: int, steps: int) -> None:
 
     step = run.pmap(train_step, axis_name=backend.AXIS, donate_argnums=0)
     state = run.replicate((params, tx.init(params)))
-    backend.train(
-        run, "transformer", step, state, batches(), steps, lambda s: s[0]
-    )
+    backend.train(run, "transformer", step, state, batches(), steps, lambda s: s[0])
 
 
 if __name__ == "__main__":

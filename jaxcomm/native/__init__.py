@@ -187,9 +187,17 @@ def bind_mpi(mpi: Any) -> None:
 
 
 def create_communicator(
-    key: int, comm: MPI.Comm, *, staging_bytes: int, segment_bytes: int
+    key: int,
+    comm: MPI.Comm,
+    *,
+    staging_bytes: int,
+    segment_bytes: int,
+    own_thread: bool,
 ) -> None:
-    """Make MPI communicator `comm` known to the handlers under `key`."""
+    """Make MPI communicator `comm` known to the handlers under `key`.
+
+    With `own_thread`, its calls are made on a thread of its own.
+    """
     from mpi4py import MPI
 
     load().jaxcomm_create_communicator(
@@ -199,6 +207,7 @@ def create_communicator(
         comm.Get_size(),
         ctypes.c_int64(staging_bytes),
         ctypes.c_int64(segment_bytes),
+        int(own_thread),
     )
 
 

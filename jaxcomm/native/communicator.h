@@ -13,6 +13,7 @@
 #include <unordered_set>
 
 #include "mpi_binding.h"
+#include "worker.h"
 
 namespace jaxcomm {
 
@@ -77,6 +78,11 @@ class Communicator {
   const int size;
   const int64_t staging_bytes;  // a multiple of 16, the largest element
   const int64_t segment_bytes;  // likewise
+  // Set where collectives wait for a network: one thread makes the MPI calls, so that
+  // XLA's may compute meanwhile, and another tells XLA that they are done, because what
+  // comes next in the program then runs on that thread.
+  std::unique_ptr<Worker> answers;
+  std::unique_ptr<Worker> calls;
   std::unique_ptr<Node> node;   // set where all ranks are on one host
   std::mutex mutex;  // held for the whole of a call: one collective at a time
   std::atomic<int64_t> counters[kCounters] = {};

@@ -99,20 +99,32 @@ ffi::ErrorOr<std::vector<Leaf>> Leaves(ffi::RemainingArgs args, ffi::RemainingRe
 
 using Numbers = ffi::Span<const int64_t>;
 
+// What every collective's call says.
+struct Place {
+  int64_t comm;
+  int64_t schedule;
+  int64_t bucket;
+  int64_t partition;
+  std::vector<int64_t> groups;
+
+  Place(int64_t comm, int64_t schedule, int64_t bucket, int64_t partition, Numbers groups)
+      : comm(comm), schedule(schedule), bucket(bucket), partition(partition),
+        groups(groups.begin(), groups.end()) {}
+};
+
 // One collective's turn on a communicator and all its partitions. Holding it, the ranks
 // have agreed on the schedule.
 class Turn {
  public:
-  Turn(int64_t comm_id, int64_t schedule, int64_t partition, Numbers groups)
-      : comm_(FindCommunicator(comm_id)) {
+  explicit Turn(const Place& place) : comm_(FindCommunicator(place.comm)) {
     if (comm_ == nullptr) {
       error_ = NoCommunicator();
       return;
     }
     lock_ = std::unique_lock<std::mutex>(comm_->mutex);
     comm_->counters[kCalls]++;
-    std::string text = comm_->Agree(schedule, agree_callback);
-    if (text.empty() && partition != 0) text = Enter(partition, groups);
+    std::string text = comm_->Agree(place.schedule, agree_callback);
+    if (text.empty() && place.partition != 0) text = Enter(place);
     if (!text.empty()) error_ = ffi::Error(ffi::ErrorCode::kFailedPrecondition, text);
   }
 
@@ -121,16 +133,17 @@ class Turn {
 
  private:
   // Goes on with this rank's group of a partition, which is created at its first use.
-  std::string Enter(int64_t partition, Numbers groups) {
-    Communicator* part = FindCommunicator(partition);
+  std::string Enter(const Place& place) {
+    Communicator* part = FindCommunicator(place.partition);
     if (part == nullptr) {
       char text[8192] = {};
       if (partition_callback == nullptr ||
-          partition_callback(comm_->id, partition, groups.begin(),
-                             static_cast<int64_t>(groups.size()), text, sizeof text) != 0) {
+          partition_callback(comm_->id, place.partition, place.groups.data(),
+                             static_cast<int64_t>(place.groups.size()), text,
+                             sizeof text) != 0) {
         return text[0] ? text : "jaxcomm: a subgroup could not be created";
       }
-      part = FindCommunicator(partition);
+      part = FindCommunicator(place.partition);
     }
     comm_ = part;
     return {};
@@ -141,77 +154,136 @@ class Turn {
   ffi::Error error_ = ffi::Error::Success();
 };
 
-ffi::Error AllReduceCall(ffi::RemainingArgs args, ffi::RemainingRets rets,
-                         int64_t comm_id, int64_t schedule, int64_t bucket,
-                         int64_t partition, Numbers groups, int64_t op, int64_t divisor,
-                         int64_t pack_bytes, int64_t wire) {
+// Takes a turn and does `work(comm)`, an MPI error code: here, or on the communicator's
+// own thread. XLA keeps operands and results until the future says so.
+template <typename Work>
+ffi::Future InTurn(Place place, const char* what, Work work) {
+  ffi::Promise promise;
+  ffi::Future future(promise);
+  auto call = [place = std::move(place), what, work = std::move(work)]() -> ffi::Error {
+    Turn turn(place);
+    if (turn.error().failure()) return turn.error();
+    Timed timed(place.comm, place.schedule, place.bucket);
+    const int code = work(turn.comm());
+    return code == 0 ? ffi::Error::Success()
+                     : MpiFailure(*turn.comm(), code, place.bucket, what);
+  };
+  const auto settle = [](ffi::Promise* promise, ffi::Error error) {
+    error.failure() ? promise->SetError(std::move(error)) : promise->SetAvailable();
+  };
+  Communicator* comm = FindCommunicator(place.comm);
+  if (comm == nullptr || comm->calls == nullptr) {
+    settle(&promise, call());
+  } else {
+    comm->calls->Add([comm, promise, settle, call = std::move(call)] {
+      comm->answers->Add([promise, settle, error = call()]() mutable {
+        settle(&promise, std::move(error));
+      });
+    });
+  }
+  return future;
+}
+
+ffi::Future Failed(ffi::Error error) {
+  ffi::Promise promise;
+  promise.SetError(std::move(error));
+  return ffi::Future(promise);
+}
+
+ffi::Future Done() {
+  ffi::Promise promise;
+  promise.SetAvailable();
+  return ffi::Future(promise);
+}
+
+ffi::Error NoSuchType() {
+  return ffi::Error(ffi::ErrorCode::kUnimplemented, "jaxcomm: dtype not supported by mpi");
+}
+
+ffi::Future AllReduceCall(ffi::RemainingArgs args, ffi::RemainingRets rets,
+                          int64_t comm_id, int64_t schedule, int64_t bucket,
+                          int64_t partition, Numbers groups, int64_t op, int64_t divisor,
+                          int64_t pack_bytes, int64_t wire) {
   auto leaves = Leaves(args, rets);
-  if (leaves.has_error()) return leaves.error();
-  if (leaves->empty()) return ffi::Error::Success();
+  if (leaves.has_error()) return Failed(leaves.error());
+  if (leaves->empty()) return Done();
   DType dtype;
   if (!ToDType(args.get<ffi::AnyBuffer>(0)->element_type(), &dtype)) {
-    return ffi::Error(ffi::ErrorCode::kUnimplemented, "jaxcomm: dtype not supported by mpi");
+    return Failed(NoSuchType());
   }
   const Reduction reduction{dtype, static_cast<Op>(op), static_cast<int>(divisor),
                             wire < 0 ? dtype : static_cast<DType>(wire), pack_bytes};
-
-  Turn turn(comm_id, schedule, partition, groups);
-  if (turn.error().failure()) return turn.error();
-  Timed timed(comm_id, schedule, bucket);
-  const int code = AllReduce(turn.comm(), reduction, *leaves);
-  return code == 0 ? ffi::Error::Success()
-                   : MpiFailure(*turn.comm(), code, bucket, "MPI_Allreduce");
+  return InTurn(Place(comm_id, schedule, bucket, partition, groups), "MPI_Allreduce",
+                [reduction, leaves = std::move(*leaves)](Communicator* comm) {
+                  return AllReduce(comm, reduction, leaves);
+                });
 }
 
-ffi::Error BroadcastCall(ffi::RemainingArgs args, ffi::RemainingRets rets,
-                         int64_t comm_id, int64_t schedule, int64_t bucket,
-                         int64_t partition, Numbers groups, int64_t root) {
+ffi::Future BroadcastCall(ffi::RemainingArgs args, ffi::RemainingRets rets,
+                          int64_t comm_id, int64_t schedule, int64_t bucket,
+                          int64_t partition, Numbers groups, int64_t root) {
   auto leaves = Leaves(args, rets);
-  if (leaves.has_error()) return leaves.error();
-
-  Turn turn(comm_id, schedule, partition, groups);
-  if (turn.error().failure()) return turn.error();
-  Timed timed(comm_id, schedule, bucket);
-  for (size_t i = 0; i < leaves->size(); ++i) {
-    const auto bytes = static_cast<int64_t>(args.get<ffi::AnyBuffer>(i)->size_bytes());
-    const int code =
-        Broadcast(turn.comm(), static_cast<int>(root), (*leaves)[i].data, bytes);
-    if (code != 0) return MpiFailure(*turn.comm(), code, bucket, "MPI_Bcast");
+  if (leaves.has_error()) return Failed(leaves.error());
+  for (size_t i = 0; i < leaves->size(); ++i) {  // bytes are what counts here
+    (*leaves)[i].count = static_cast<int64_t>(args.get<ffi::AnyBuffer>(i)->size_bytes());
   }
-  return ffi::Error::Success();
+  return InTurn(Place(comm_id, schedule, bucket, partition, groups), "MPI_Bcast",
+                [root, leaves = std::move(*leaves)](Communicator* comm) {
+                  for (const Leaf& leaf : leaves) {
+                    const int code =
+                        Broadcast(comm, static_cast<int>(root), leaf.data, leaf.count);
+                    if (code != 0) return code;
+                  }
+                  return 0;
+                });
 }
 
 // Gathers, scatters, exchanges or permutes leaves. `permutation` holds pairs of ranks:
 // source, target.
-ffi::Error MoveCall(ffi::RemainingArgs args, ffi::RemainingRets rets, int64_t comm_id,
-                    int64_t schedule, int64_t bucket, int64_t partition, Numbers groups,
-                    int64_t move, int64_t divisor, Numbers permutation) {
-  Turn turn(comm_id, schedule, partition, groups);
-  if (turn.error().failure()) return turn.error();
-  Timed timed(comm_id, schedule, bucket);
-  Communicator* comm = turn.comm();
-  Movement movement{static_cast<Move>(move), kF32, kSum, static_cast<int>(divisor)};
-  for (size_t i = 0; i + 1 < permutation.size(); i += 2) {
-    if (permutation[i] == comm->rank) movement.target = static_cast<int>(permutation[i + 1]);
-    if (permutation[i + 1] == comm->rank) movement.source = static_cast<int>(permutation[i]);
-  }
+ffi::Future MoveCall(ffi::RemainingArgs args, ffi::RemainingRets rets, int64_t comm_id,
+                     int64_t schedule, int64_t bucket, int64_t partition, Numbers groups,
+                     int64_t move, int64_t divisor, Numbers permutation) {
+  struct Part {
+    const char* from;
+    char* to;
+    int64_t bytes;
+    DType dtype;
+  };
+  const auto kind = static_cast<Move>(move);
+  std::vector<Part> parts;
   for (size_t i = 0; i + 1 < args.size(); ++i) {
     auto arg = args.get<ffi::AnyBuffer>(i);
     auto ret = rets.get<ffi::AnyBuffer>(i);
-    if (arg.has_error()) return arg.error();
-    if (ret.has_error()) return ret.error();
-    const bool reduces = movement.move == kReduceScatter;
-    if (reduces && !ToDType(arg->element_type(), &movement.dtype)) {
-      return ffi::Error(ffi::ErrorCode::kUnimplemented, "jaxcomm: dtype not supported by mpi");
+    if (arg.has_error()) return Failed(arg.error());
+    if (ret.has_error()) return Failed(ret.error());
+    DType dtype = kF32;
+    if (kind == kReduceScatter && !ToDType(arg->element_type(), &dtype)) {
+      return Failed(NoSuchType());
     }
-    // Of one rank: what all of them gather, or scatter among them.
-    const bool whole = movement.move == kAllGather || movement.move == kPermute;
-    const auto bytes = static_cast<int64_t>(arg->size_bytes()) / (whole ? 1 : comm->size);
-    const int code = MoveLeaf(comm, movement, static_cast<const char*>(arg->untyped_data()),
-                              static_cast<char*>((*ret)->untyped_data()), bytes);
-    if (code != 0) return MpiFailure(*comm, code, bucket, "a collective");
+    parts.push_back({static_cast<const char*>(arg->untyped_data()),
+                     static_cast<char*>((*ret)->untyped_data()),
+                     static_cast<int64_t>(arg->size_bytes()), dtype});
   }
-  return ffi::Error::Success();
+  return InTurn(
+      Place(comm_id, schedule, bucket, partition, groups), "a collective",
+      [kind, divisor, parts = std::move(parts),
+       pairs = std::vector<int64_t>(permutation.begin(), permutation.end())](
+          Communicator* comm) {
+        Movement movement{kind, kF32, kSum, static_cast<int>(divisor)};
+        for (size_t i = 0; i + 1 < pairs.size(); i += 2) {
+          if (pairs[i] == comm->rank) movement.target = static_cast<int>(pairs[i + 1]);
+          if (pairs[i + 1] == comm->rank) movement.source = static_cast<int>(pairs[i]);
+        }
+        // Of one rank: what all of them gather, or scatter among them.
+        const int64_t share = kind == kAllGather || kind == kPermute ? 1 : comm->size;
+        for (const Part& part : parts) {
+          movement.dtype = part.dtype;
+          const int code =
+              MoveLeaf(comm, movement, part.from, part.to, part.bytes / share);
+          if (code != 0) return code;
+        }
+        return 0;
+      });
 }
 
 // Records that the operands are there. Its result, a zero, is added to the token.
@@ -326,10 +398,15 @@ JAXCOMM_API int jaxcomm_open_mpi(const char* library, int handle_bytes,
 
 JAXCOMM_API void jaxcomm_create_communicator(int64_t id, uint64_t handle, int rank,
                                              int size, int64_t staging_bytes,
-                                             int64_t segment_bytes) {
+                                             int64_t segment_bytes, int own_thread) {
+  auto comm = std::make_unique<Communicator>(id, mpi.get(), handle, rank, size,
+                                             staging_bytes, segment_bytes);
+  if (own_thread != 0) {
+    comm->answers = std::make_unique<Worker>();
+    comm->calls = std::make_unique<Worker>();  // ends before what it answers through
+  }
   std::lock_guard<std::mutex> lock(registry_mutex);
-  communicators[id] = std::make_unique<Communicator>(id, mpi.get(), handle, rank, size,
-                                                     staging_bytes, segment_bytes);
+  communicators[id] = std::move(comm);
 }
 
 // Lets the ranks of a communicator, all on one host, reduce through shared memory:

@@ -2,6 +2,7 @@
 
 #include <dlfcn.h>
 
+#include <chrono>
 #include <mutex>
 #include <thread>
 
@@ -11,6 +12,8 @@ namespace jaxcomm {
 namespace {
 
 std::mutex turn;
+
+constexpr std::chrono::microseconds kSoon{50}, kNap{50};
 
 template <typename Handle>
 Handle Narrow(uint64_t word) {
@@ -123,12 +126,13 @@ class MpiOf final : public Mpi {
     return 0;
   }
 
-  int AllReduce(void* data, int n, DType dtype, Op op, uint64_t comm) override {
+  int AllReduce(void* data, int n, DType dtype, Op op, uint64_t comm,
+                bool patient) override {
     void* in_place = reinterpret_cast<void*>(handles_.in_place);
     const Handle type = Narrow<Handle>(handles_.dtype[dtype]);
     const Handle mpi_op = Narrow<Handle>(ops_[dtype][op]);
     const Handle on = Narrow<Handle>(comm);
-    if (!handles_.serialized) {
+    if (!handles_.serialized && !patient) {
       return mpi_.all_reduce(in_place, data, n, type, mpi_op, on);
     }
     return TakeTurns([&](Handle* request) {
@@ -216,8 +220,15 @@ class MpiOf final : public Mpi {
     // MPI_STATUS_IGNORE has no portable value; no MPI has a status this large.
     alignas(16) char status[256];
     int code = 0;
+    const auto start = std::chrono::steady_clock::now();
     for (int done = 0; code == 0 && !done;) {
-      std::this_thread::yield();
+      // MPI moves on only while it is called; but what is not there at once is on its
+      // way, and XLA's threads have a use for the core.
+      if (std::chrono::steady_clock::now() - start < kSoon) {
+        std::this_thread::yield();
+      } else {
+        std::this_thread::sleep_for(kNap);
+      }
       Locked([&] { code = mpi_.test(request, &done, status); });
     }
     return code;

@@ -19,8 +19,10 @@ namespace jaxcomm {
 class Mpi {
  public:
   virtual ~Mpi() = default;
-  // In-place all-reduce of n elements (n <= INT_MAX).
-  virtual int AllReduce(void* data, int n, DType dtype, Op op, uint64_t comm) = 0;
+  // In-place all-reduce of n elements (n <= INT_MAX). `patient`: sleep while waiting, for
+  // others have work for this core.
+  virtual int AllReduce(void* data, int n, DType dtype, Op op, uint64_t comm,
+                        bool patient) = 0;
   virtual int Broadcast(void* bytes, int n, int root, uint64_t comm) = 0;
   // n bytes of every rank to every rank.
   virtual int AllGather(const void* from, void* to, int n, uint64_t comm) = 0;

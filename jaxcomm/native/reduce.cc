@@ -131,7 +131,8 @@ class Reducer {
       comm_->counters[kBytes] += count * wire_item_;
       const int code =
           comm_->mpi->AllReduce(data + start * wire_item_, static_cast<int>(count),
-                                how_.wire, how_.op, comm_->handle);
+                                how_.wire, how_.op, comm_->handle,
+                                comm_->calls != nullptr);
       if (code != 0) return code;
     }
     return 0;
