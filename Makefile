@@ -9,7 +9,8 @@ EXTRAS ?= dev
 DEMO_ARGS := $(if $(DEMO_STEPS),--steps $(DEMO_STEPS))
 TESTS ?= tests
 
-.PHONY: setup demo examples test test-mpich lint sanitize bench bench-peers bench-horovod clean
+.PHONY: setup demo examples test test-mpich lint sanitize bench bench-peers bench-horovod \
+  bench-overlap clean
 .DEFAULT_GOAL := help
 
 help:
@@ -22,6 +23,7 @@ help:
 	@echo "make bench  measure the gradient reduction beside its peers"
 	@echo "make bench-peers  the same beside torch.distributed, which it installs first"
 	@echo "make bench-horovod  the same beside Horovod too, which it builds first"
+	@echo "make bench-overlap  how much of a slow wire hides behind computation (root)"
 	@echo "make setup  make $(VENV) (the others do it when needed)"
 
 setup: $(STAMP)
@@ -73,6 +75,10 @@ bench-peers: $(STAMP) .venv-peers/bin/python
 
 bench-horovod: $(STAMP) .venv-peers/horovod
 	$(BIN)/python benchmarks/reduction.py
+
+# Two hosts in network namespaces: needs root and iproute2.
+bench-overlap: $(STAMP)
+	$(BIN)/python benchmarks/overlap.py
 
 .venv-peers/bin/python:
 	$(PYTHON) -m venv .venv-peers

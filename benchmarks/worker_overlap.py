@@ -1,6 +1,7 @@
 """One rank of the overlap benchmark: steps of a network with and without reduction.
 
-worker_overlap.py OUT REPEATS; OUT.<rank> gets {way: [milliseconds, ...]}.
+worker_overlap.py OUT REPEATS [WAY]; OUT gets the samples, in milliseconds, of all ways
+or of one.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ class Network(nn.Module):
         return nn.Dense(10)(jnp.mean(x, (1, 2)))
 
 
-def main(out: Path, repeats: int) -> None:
+def main(out: Path, repeats: int, only: str = "") -> None:
     comm = jaxcomm.init()
     network = Network()
     images = jax.random.normal(jax.random.key(comm.rank), (IMAGES, SIDE, SIDE, 3))
@@ -52,21 +53,27 @@ def main(out: Path, repeats: int) -> None:
 
         return jax.grad(loss)(params)
 
-    def step(reduce: Callable[[Any], Any], **options: Any) -> Callable[[], None]:
+    decorated: dict[str, Any] = {}
+
+    def step(
+        name: str, reduce: Callable[[Any], Any], **options: Any
+    ) -> Callable[[], None]:
         run = jaxcomm.data_parallel(lambda p: reduce(gradients(p)), **options)
+        decorated[name] = run
         return lambda: jax.block_until_ready(run(params))
 
     average = lambda grads: lax.pmean(grads, "batch")  # noqa: E731
     alone = jaxcomm.data_parallel(lambda g: average(jax.tree.map(lambda x: 2 * x, g)))
     ways = {
-        "compute": step(lambda grads: grads),
+        "compute": step("compute", lambda grads: grads),
         "communication": lambda: jax.block_until_ready(alone(params)),
-        "ready order": step(average),
-        "reverse leaf order": step(jaxcomm.all_reduce),
-        "one bucket": step(average, groups=1),
-        "256 KiB": step(average, bucket_bytes=1 << 18),
-        "1 MiB": step(average, bucket_bytes=1 << 20),
+        "planner, ready order": step("planner", average),
+        "planner, reverse leaf order": step("reverse", jaxcomm.all_reduce),
+        "one bucket": step("one", average, groups=1),
+        "256 KiB": step("256 KiB", average, bucket_bytes=1 << 18),
+        "1 MiB": step("1 MiB", average, bucket_bytes=1 << 20),
     }
+    ways = {name: way for name, way in ways.items() if only in ("", name)}
     samples: dict[str, list[float]] = {name: [] for name in ways}
     for repeat in range(WARM_UP + repeats):
         for name, way in ways.items():
@@ -78,11 +85,14 @@ def main(out: Path, repeats: int) -> None:
                 samples[name].append(1e3 * seconds)
     if comm.rank == 0:
         nbytes = sum(leaf.nbytes for leaf in jax.tree.leaves(params))
-        hosts = comm.size // comm.local_size
-        out.write_text(
-            json.dumps({"samples": samples, "bytes": nbytes, "hosts": hosts})
-        )
+        buckets = {
+            name: len(run.schedule.buckets)
+            for name, run in decorated.items()
+            if run.schedules
+        }
+        found = {"samples": samples, "bytes": nbytes, "buckets": buckets}
+        out.write_text(json.dumps(found))
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), int(sys.argv[2]))
+    main(Path(sys.argv[1]), int(sys.argv[2]), *sys.argv[3:])

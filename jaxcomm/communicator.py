@@ -276,8 +276,10 @@ class Communicator:
         """Return what the native library counted on this communicator.
 
         `calls` are custom calls, `mpi_all_reduce` and `mpi_broadcast` the MPI calls
-        they made, `bytes` their payload, and `agreements` the schedule checks: the
-        only control messages there are. Empty without MPI.
+        they made, `segments` what went through shared memory instead, `moved` the
+        leaves gathered, scattered, exchanged or permuted, `bytes` the payload, and
+        `agreements` the schedule checks: the only control messages there are. Empty
+        without MPI.
         """
         return {} if self._comms is None else native.counters(self.key)
 
