@@ -10,7 +10,7 @@ DEMO_ARGS := $(if $(DEMO_STEPS),--steps $(DEMO_STEPS))
 TESTS ?= tests
 
 .PHONY: setup demo examples test test-mpich lint sanitize bench bench-peers bench-horovod \
-  bench-overlap clean
+  bench-overlap bench-tracing clean
 .DEFAULT_GOAL := help
 
 help:
@@ -24,6 +24,7 @@ help:
 	@echo "make bench-peers  the same beside torch.distributed, which it installs first"
 	@echo "make bench-horovod  the same beside Horovod too, which it builds first"
 	@echo "make bench-overlap  how much of a slow wire hides behind computation (root)"
+	@echo "make bench-tracing  what the compiler pass adds to tracing ResNet-50"
 	@echo "make setup  make $(VENV) (the others do it when needed)"
 
 setup: $(STAMP)
@@ -79,6 +80,9 @@ bench-horovod: $(STAMP) .venv-peers/horovod
 # Two hosts in network namespaces: needs root and iproute2.
 bench-overlap: $(STAMP)
 	$(BIN)/python benchmarks/overlap.py
+
+bench-tracing: $(STAMP)
+	$(BIN)/python benchmarks/tracing.py
 
 .venv-peers/bin/python:
 	$(PYTHON) -m venv .venv-peers

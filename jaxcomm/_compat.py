@@ -14,6 +14,7 @@ import jax
 from jax._src import core as _core
 from jax._src import effects as _effects
 from jax._src import source_info_util as _source_info
+from jax._src.interpreters import partial_eval as _partial_eval
 from jax._src.lib.mlir.dialects import hlo as _hlo
 from jax.extend.core import Literal, Primitive
 from jax.interpreters import ad, batching, mlir
@@ -79,9 +80,28 @@ def trace_with_axis(
 
 
 def eval_eqn(eqn: Any, values: Sequence[Any]) -> list[Any]:
-    """Bind one equation to new operands under the current trace."""
+    """Evaluate one equation with new operands of the same types.
+
+    Inside a trace the equation is written down again as it stands; to bind its
+    primitive anew would repeat all of JAX's checks, four times as slowly.
+    """
+    stack = _source_info.current_name_stack()
+    trace = _core.trace_ctx.trace
+    if isinstance(trace, _partial_eval.DynamicJaxprTrace) and not eqn.effects:
+        source = eqn.source_info
+        if stack.stack:
+            source = source.replace(name_stack=stack + source.name_stack)
+        return trace.emit_eqn(
+            [trace.to_jaxpr_tracer(value, source) for value in values],
+            [var.aval for var in eqn.outvars],
+            eqn.primitive,
+            eqn.params,
+            eqn.effects,
+            source,
+            eqn.ctx,
+        )
     params = eqn.primitive.get_bind_params(eqn.params)
-    stack = _source_info.current_name_stack() + eqn.source_info.name_stack
+    stack = stack + eqn.source_info.name_stack
     with (
         _source_info.user_context(eqn.source_info.traceback, name_stack=stack),
         eqn.ctx.manager,

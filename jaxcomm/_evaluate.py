@@ -118,7 +118,7 @@ class Evaluator:
         return [*carry, *ys], token
 
     def _while(
-        self, bodies: list[Body], params: Any, values: Sequence[Any], token: Any
+        self, bodies: Sequence[Body], params: Any, values: Sequence[Any], token: Any
     ) -> tuple[list[Any], Any]:
         n_cond, n_body = params["cond_nconsts"], params["body_nconsts"]
         cond_consts = list(values[:n_cond])

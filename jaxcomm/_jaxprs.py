@@ -19,7 +19,7 @@ _INLINED = {"jit", "pjit", "closed_call", "core_call", "custom_jvp_call"}
 _INLINED |= {"custom_vjp_call", "custom_vjp_call_jaxpr", "custom_lin"}
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(slots=True)
 class Unit:
     """What is evaluated at once: an equation, a bucket, or a body with collectives."""
 
@@ -31,7 +31,7 @@ class Unit:
     ready: float = 0.0
     index: int = -1  # number of the bucket in the program's schedule
     function: Callable[..., Any] | None = None  # of the inputs, to the only output
-    bodies: list[Body] = dataclasses.field(default_factory=list)
+    bodies: Sequence[Body] = ()
 
 
 @dataclasses.dataclass

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
+import gc
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, overload
 
 import jax
@@ -165,11 +167,13 @@ class DataParallel:
             self._wire_dtype,
             self._allow_divergent,
         )
-        program = rewrite.program(closed, options, inputs)
+        with _no_garbage():
+            program = rewrite.program(closed, options, inputs)
+            out, token = program.run(values)
         self._schedules.append(program.schedule)
         self._unchecked = comm.transport != "local"
-        log.debug("%s: %s", _name(self._fn), program.schedule.explain())
-        out, token = program.run(values)
+        if log.isEnabledFor(logging.DEBUG):
+            log.debug("%s: %s", _name(self._fn), program.schedule.explain())
         return jax.tree.unflatten(jax.tree.structure(shapes), out), token
 
     def _log_change(self, signature: Signature) -> None:
@@ -178,6 +182,21 @@ class DataParallel:
             change = self._seen.change(signature)
             log.info("%s is traced again: %s", _name(self._fn), change)
         self._seen = signature
+
+
+@contextlib.contextmanager
+def _no_garbage() -> Iterator[None]:
+    """Put off garbage collection: what a pass makes lives as long as the pass.
+
+    A collection would walk all of it, and all of JAX's objects, to free nothing.
+    """
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 @dataclasses.dataclass(frozen=True)
