@@ -88,10 +88,16 @@ def test_split(library: Path) -> None:
 
 
 def test_nonblocking_communicators(library: Path) -> None:
-    # The first all-reduce is in the group, where only GroupEnd's result counts.
+    run_ranks(library, 2, "nonblocking")
+
+
+def test_old_nonblocking_communicators(library: Path) -> None:
+    # The first all-reduce is empty, the second in a group.
     rules = "rank=1,call=ncclGroupEnd,result=inProgress;"
-    rules += "rank=1,call=ncclAllReduce,after=1,result=inProgress"
-    run_ranks(library, 2, "nonblocking", FAKE_NCCL_INJECT=rules)
+    rules += "rank=1,call=ncclAllReduce,after=2,result=inProgress"
+    run_ranks(
+        library, 2, "nonblocking", FAKE_NCCL_INJECT=rules, FAKE_NCCL_VERSION="22203"
+    )
 
 
 @pytest.mark.parametrize("ranks", [2, 4])

@@ -58,7 +58,7 @@ enum NcclOp : int {
 // sees, while the collective runs; or in host memory, before the creating call returns.
 enum NcclResidence : int {
   kNcclScalarDevice = 0,
-  kNcclScalarHost = 1,
+  kNcclScalarHostImmediate = 1,
 };
 
 // Leaves an option to NCCL.

@@ -2,7 +2,7 @@
 //
 // A call checks its arguments and queues what it has to do; the queue runs at once, or
 // in GroupEnd for all calls of a group. It runs in the calling thread; or in one of its
-// own, when a nonblocking communicator is made or finalized, and where that is injected.
+// own for nonblocking communicators, and where that is injected.
 #pragma once
 
 #include <functional>
@@ -151,7 +151,14 @@ inline NcclResult Launch(Group work) {
   const std::vector<NcclComm*> comms = CommsOf(work);
   if (comms.empty()) return kNcclSuccess;
   bool here = work.where == Where::kHere;
-  for (const Founding& founding : work.foundings) here &= founding.comm->blocking;
+  for (const NcclComm* comm : comms) {
+    if (comm->blocking != comms[0]->blocking) {
+      Fail(kNcclInvalidArgument, "blocking and nonblocking communicators in one group");
+    }
+    // What a lone rank does needs no launch.
+    const bool launched = Version() >= 22304 && comm->size > 1;
+    if (!comm->blocking && (launched || !work.foundings.empty())) here = false;
+  }
   if (here) {
     Execute(comms, work);
     return kNcclSuccess;

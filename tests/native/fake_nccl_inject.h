@@ -15,7 +15,9 @@
 //   FAKE_NCCL_RANK     the rank that rules and the log's name mean (default: the one of
 //                      the process's first CommInitRankConfig)
 //   FAKE_NCCL_LOG      PREFIX: one line per finished collective, in PREFIX.RANK
-//   FAKE_NCCL_VERSION  what GetVersion tells (default: 22703)
+//   FAKE_NCCL_VERSION  what GetVersion tells (default: 22703). From 22304 on, NCCL
+//                      launches what a nonblocking communicator does from a thread,
+//                      and so it runs in one here: calls return "in progress"
 #pragma once
 
 #include <fcntl.h>
@@ -38,6 +40,11 @@ struct Injection {
   Kind kind = kNone;
   NcclResult result = kNcclSuccess;
 };
+
+inline int Version() {
+  const char* chosen = std::getenv("FAKE_NCCL_VERSION");
+  return chosen ? std::atoi(chosen) : 22703;
+}
 
 inline std::atomic<int> global_rank{-1};
 

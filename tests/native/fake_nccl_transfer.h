@@ -270,7 +270,7 @@ inline void RunTransfers(const std::vector<Transfer>& transfers) {
   for (const Transfer& t : transfers) {
     if (t.kind == kSend || t.kind == kRecv) {
       passages.emplace_back(t);
-    } else if (t.count > 0) {  // NCCL discards empty ones, without meeting the others
+    } else {
       RunCollective(t);
       LogTransfer(t);
     }
