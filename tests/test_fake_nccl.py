@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
-from fake_nccl_ranks import SUCCESS, UniqueId, load
+from nccl_library import SUCCESS, UniqueId, load
 
 HERE = Path(__file__).resolve().parent
 FLAGS = ["-std=c++17", "-O2", "-shared", "-fPIC", "-fvisibility=hidden"]
