@@ -10,24 +10,30 @@ Writes results/overlap.json and .md, and the timeline of one step as a picture.
 from __future__ import annotations
 
 import datetime
+import functools
 import json
 import os
 import statistics
 import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import click
 from rich.console import Console
 from rich.markdown import Markdown
+from rich.progress import track
 
+import jobs
 import reduction
 import two_hosts
+from jaxcomm import costmodel
 
 HERE = Path(__file__).resolve().parent
 PICTURE = HERE.parent / "docs" / "images" / "timeline.png"
 COMPUTE, COMMUNICATION = "compute", "communication"
+NAMES = {"resnet": "residual network", "stemdl": "STEMDL"}
 
 
 def overlaps(samples: dict[str, list[float]]) -> dict[str, dict[str, float]]:
@@ -48,25 +54,33 @@ def overlaps(samples: dict[str, list[float]]) -> dict[str, dict[str, float]]:
 
 
 def markdown(result: dict[str, Any]) -> str:
-    """The result as a table."""
-    samples = result["samples_ms"]
-    compute = statistics.median(samples[COMPUTE])
-    wire = statistics.median(samples[COMMUNICATION])
+    """The result as tables."""
     lines = [
         f"Two hosts of one core each, {result['megabits']:g} Mbit/s between them, "
-        f"{result['bytes'] / 1e6:.1f} MB of gradients, {result['date']}, medians of "
-        f"{len(samples[COMPUTE])}. Computing alone takes {compute:.0f} ms, "
-        f"communicating alone {wire:.0f} ms: a step takes at least "
-        f"{max(compute, wire):.0f} and, with nothing hidden, {compute + wire:.0f} ms.",
-        "",
-        "| buckets | step, ms | / longer of the two | overlap |",
-        "|---|--:|--:|--:|",
+        f"{result['date']}. Overlap is the part of what could be hidden that was: "
+        "(compute + communication - step) / the shorter of the two."
     ]
-    for way, found in overlaps(samples).items():
-        lines.append(
-            f"| {way} | {found['step_ms']:.0f} | {found['over_longer']:.2f} "
-            f"| {found['overlap']:.2f} |"
+    for name, job in result["jobs"].items():
+        samples = job["samples_ms"]
+        compute, wire = (
+            statistics.median(samples[k]) for k in (COMPUTE, COMMUNICATION)
         )
+        lines += [
+            "",
+            f"**{name}**: {job['bytes'] / 1e6:.1f} MB of gradients; medians of "
+            f"{len(samples[COMPUTE])}; computing alone takes {compute:.0f} ms, "
+            f"communicating alone {wire:.0f} ms: a step takes at least "
+            f"{max(compute, wire):.0f} and, with nothing hidden, "
+            f"{compute + wire:.0f} ms.",
+            "",
+            "| | buckets | step, ms | / longer of the two | overlap |",
+            "|---|--:|--:|--:|--:|",
+        ]
+        for way, found in job["overlaps"].items():
+            lines.append(
+                f"| {way} | {job['buckets'].get(way, '')} | {found['step_ms']:.0f} "
+                f"| {found['over_longer']:.2f} | {found['overlap']:.2f} |"
+            )
     return "\n".join(lines) + "\n"
 
 
@@ -120,37 +134,70 @@ def draw(trace: dict[str, Any], buckets: int, path: Path) -> None:
 
 @click.command()
 @click.option("--megabits", default=400.0, show_default=True, help="Of the wire.")
-@click.option("--repeats", type=click.IntRange(1), default=7, show_default=True)
+@click.option("--rounds", type=click.IntRange(1), default=2, show_default=True)
+@click.option("--repeats", type=click.IntRange(1), default=5, show_default=True)
 @click.option("--out", type=click.Path(path_type=Path), default=HERE / "results")
-def main(megabits: float, repeats: int, out: Path) -> None:
+def main(megabits: float, rounds: int, repeats: int, out: Path) -> None:
     """Measure steps with and without reduction across a slow wire."""
     if why := two_hosts.missing():
         raise click.ClickException(f"two hosts cannot be had here: {why}")
-    script = str(HERE / "worker_overlap.py")
+    found: dict[str, dict[str, Any]] = {}
     with tempfile.TemporaryDirectory() as folder, two_hosts.wire(megabits):
         file, trace = Path(folder) / "samples.json", Path(folder) / "timeline.json"
+        profile = Path(folder) / "profile.json"
         env = {"JAXCOMM_PROFILE": "off"}
-        two_hosts.run([script, str(file), str(repeats)], timeout=600, env=env)
-        found = json.loads(file.read_text())
-        env["JAXCOMM_TIMELINE"] = str(trace)
-        two_hosts.run([script, str(file), "1", "1 MiB"], timeout=600, env=env)
+
+        def ours(network: str, count: int, *way: str, **extra: str) -> dict[str, Any]:
+            command = [str(HERE / "worker_overlap.py"), str(file), network, str(count)]
+            command += [str(profile), *way]
+            two_hosts.run(command, timeout=600, env={**env, **extra})
+            return json.loads(file.read_text())
+
+        def torch() -> dict[str, Any]:
+            script = str(HERE / "worker_torch_overlap.py")
+            command = [str(jobs.PEERS_PYTHON), script, str(file), str(repeats)]
+            two_hosts.run_apart(command, timeout=600)
+            return json.loads(file.read_text())
+
+        two_hosts.run(
+            [str(HERE / "worker_tune.py"), str(profile)], timeout=600, env=env
+        )
+        work: dict[str, Callable[[], dict[str, Any]]] = {
+            name: functools.partial(ours, network, repeats)
+            for network, name in NAMES.items()
+        }
+        if jobs.PEERS_PYTHON.exists():
+            work["residual network, PyTorch DDP over gloo"] = torch
+        for _ in track(range(rounds), "rounds"):
+            for name, run in work.items():
+                part = run()
+                job = found.setdefault(name, {**part, "samples": {}})
+                for way, times in part["samples"].items():
+                    job["samples"].setdefault(way, []).extend(times)
+        shown = ours("resnet", 1, "planner", JAXCOMM_TIMELINE=str(trace))
         timeline = json.loads(trace.read_text())
-        buckets = json.loads(file.read_text())["buckets"]["1 MiB"]
+        tuned = costmodel.summary(costmodel.CostModel.from_json(profile.read_text()))
     result = {
         "date": datetime.date.today().isoformat(),
         "machine": reduction.machine(),
         "versions": reduction.versions(),
         "megabits": megabits,
-        "bytes": found["bytes"],
-        "buckets": found["buckets"],
-        "samples_ms": found["samples"],
-        "overlaps": overlaps(found["samples"]),
+        "tuned": tuned,
+        "jobs": {
+            name: {
+                "bytes": job["bytes"],
+                "buckets": job.get("buckets", {}),
+                "samples_ms": job["samples"],
+                "overlaps": overlaps(job["samples"]),
+            }
+            for name, job in found.items()
+        },
     }
     out.mkdir(parents=True, exist_ok=True)
     (out / "overlap.json").write_text(json.dumps(result, indent=1) + "\n")
     (out / "overlap.md").write_text(markdown(result))
     PICTURE.parent.mkdir(parents=True, exist_ok=True)
-    draw(timeline, buckets, PICTURE)
+    draw(timeline, shown["buckets"]["planner"], PICTURE)
     Console().print(Markdown(markdown(result)))
 
 

@@ -19,6 +19,7 @@ from pathlib import Path
 from jaxcomm.launch import run as launcher
 
 NAMES = ("jaxcomm-a", "jaxcomm-b")
+TOOLS = ("ip", "tc", "unshare", "taskset")
 ADDRESSES = ("10.77.0.1", "10.77.0.2")
 
 
@@ -26,7 +27,7 @@ def missing() -> str:
     """Return what keeps this machine from having two hosts, or ""."""
     if os.geteuid() != 0:
         return "network namespaces need root"
-    tools = [name for name in ("ip", "tc", "unshare") if shutil.which(name) is None]
+    tools = [name for name in TOOLS if shutil.which(name) is None]
     return f"not installed: {', '.join(tools)} (Debian: iproute2)" if tools else ""
 
 
@@ -59,12 +60,15 @@ def run(command: list[str], *, timeout: float, env: dict[str, str]) -> str:
     job = launcher.Job(2, tuple(command))
     added = {**launcher.environment(job), "JAXCOMM_THREADS": "1", **env}
     mpiexec = launcher.find_mpiexec().path
+    # Both ranks are their host's first: without this they would share one core.
+    cores = sorted(os.sched_getaffinity(0))
     with tempfile.TemporaryDirectory() as folder:
         # In place of ssh: the second host's daemon is started in its namespace.
         agent = Path(folder) / "agent"
         inside = f'hostname {NAMES[1]}; shift; exec sh -c "$*"'
         agent.write_text(
-            f"#!/bin/sh\nexec ip netns exec {NAMES[1]} unshare --uts "
+            f"#!/bin/sh\nexec taskset -c {cores[1]} ip netns exec {NAMES[1]} "
+            f"unshare --uts "
             f'sh -c {shlex.quote(inside)} sh "$@"\n'
         )
         agent.chmod(0o755)
@@ -76,9 +80,10 @@ def run(command: list[str], *, timeout: float, env: dict[str, str]) -> str:
         for name in added:
             line += ["-x", name]
         line += [sys.executable, "-m", "jaxcomm.launch.worker", *command]
+        here = ["taskset", "-c", str(cores[0]), "ip", "netns", "exec", NAMES[0]]
         start = f"hostname {NAMES[0]}; exec {shlex.join(line)}"
         done = subprocess.run(
-            ["ip", "netns", "exec", NAMES[0], "unshare", "--uts", "sh", "-c", start],
+            [*here, "unshare", "--uts", "sh", "-c", start],
             env={**os.environ, **added},
             capture_output=True,
             text=True,
@@ -88,6 +93,39 @@ def run(command: list[str], *, timeout: float, env: dict[str, str]) -> str:
     if done.returncode != 0:
         raise RuntimeError(f"exit code {done.returncode}\n{done.stdout}{done.stderr}")
     return done.stdout
+
+
+def run_apart(command: list[str], *, timeout: float) -> None:
+    """Run a command once a host, without MPI; it finds the other as in jobs.py.
+
+    Raises:
+      RuntimeError: it failed; the text holds its output.
+    """
+    processes = []
+    try:
+        for rank, name in enumerate(NAMES):
+            extra = {
+                "BENCH_RANK": str(rank),
+                "BENCH_RANKS": str(len(NAMES)),
+                "BENCH_COORDINATOR": f"{ADDRESSES[0]}:29400",
+                "GLOO_SOCKET_IFNAME": f"wire{rank}",
+            }
+            processes.append(
+                subprocess.Popen(
+                    ["ip", "netns", "exec", name, *command],
+                    env={**os.environ, **launcher.MALLOC, **extra},
+                    stdout=subprocess.PIPE,
+                    stderr=subprocess.STDOUT,
+                    text=True,
+                )
+            )
+        outputs = [process.communicate(timeout=timeout)[0] for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    for process, output in zip(processes, outputs, strict=True):
+        if process.returncode:
+            raise RuntimeError(f"{command}: exit code {process.returncode}\n{output}")
 
 
 def _do(line: str) -> None:

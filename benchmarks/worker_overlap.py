@@ -1,7 +1,7 @@
 """One rank of the overlap benchmark: steps of a network with and without reduction.
 
-worker_overlap.py OUT REPEATS [WAY]; OUT gets the samples, in milliseconds, of all ways
-or of one.
+worker_overlap.py OUT NETWORK REPEATS PROFILE [WAY]; OUT gets the samples, in
+milliseconds, of all ways or of one. PROFILE is what `worker_tune.py` wrote.
 """
 
 from __future__ import annotations
@@ -19,13 +19,18 @@ from flax import linen as nn
 from jax import lax
 
 import jaxcomm
+from jaxcomm.costmodel import CostModel
 
-WARM_UP, IMAGES, SIDE = 2, 16, 32
-WIDTHS, BLOCKS = (32, 64, 128), 4
+sys.path.append(str(Path(__file__).resolve().parent.parent / "examples" / "stemdl"))
+from network import StemNet  # pyright: ignore
+
+AXIS, WARM_UP = "batch", 2
+IMAGES, SIDE, WIDTHS, BLOCKS = 16, 32, (32, 64, 128), 8
+STACKS, SCAN, DETECTOR, GROWTH = 10, 4, 24, 24
 
 
-class Network(nn.Module):
-    """A residual network of 12 blocks; no normalisation, so only gradients travel."""
+class ResNet(nn.Module):
+    """A residual network of 24 blocks; no normalisation, so only gradients travel."""
 
     @nn.compact
     def __call__(self, x: Any) -> Any:
@@ -41,45 +46,80 @@ class Network(nn.Module):
         return nn.Dense(10)(jnp.mean(x, (1, 2)))
 
 
-def main(out: Path, repeats: int, only: str = "") -> None:
+def resnet(rank: int) -> tuple[Any, Callable[[bool], Callable[[Any], Any]]]:
+    """Parameters, and from "whether anything travels" to a loss of parameters."""
+    network = ResNet()
+    images = jax.random.normal(jax.random.key(rank), (IMAGES, SIDE, SIDE, 3))
+
+    def loss(params: Any) -> Any:
+        return jnp.mean(jnp.square(network.apply(params, images)))  # pyright: ignore
+
+    return network.init(jax.random.key(0), images), lambda _: loss
+
+
+def stemdl(rank: int) -> tuple[Any, Callable[[bool], Callable[[Any], Any]]]:
+    """The example's network, three times as wide, with synchronised batch norms."""
+    shape = (STACKS, SCAN, SCAN, DETECTOR, DETECTOR)
+    patterns = jax.random.normal(jax.random.key(rank), shape)
+    variables = StemNet(growth=GROWTH).init(jax.random.key(0), patterns)
+    stats = variables["batch_stats"]
+
+    def loss_with(axis: str | None) -> Callable[[Any], Any]:
+        network = StemNet(growth=GROWTH, axis_name=axis)
+
+        def loss(params: Any) -> Any:
+            tree = {"params": params, "batch_stats": stats}
+            out, _ = network.apply(tree, patterns, train=True, mutable=["batch_stats"])
+            return jnp.mean(jnp.square(out))  # pyright: ignore
+
+        return loss
+
+    return variables["params"], lambda travels: loss_with(AXIS if travels else None)
+
+
+NETWORKS = {"resnet": resnet, "stemdl": stemdl}
+
+
+def main(out: Path, network: str, repeats: int, profile: Path, only: str = "") -> None:
     comm = jaxcomm.init()
-    network = Network()
-    images = jax.random.normal(jax.random.key(comm.rank), (IMAGES, SIDE, SIDE, 3))
-    params = network.init(jax.random.key(0), images)
-
-    def gradients(params: Any) -> Any:
-        def loss(p: Any) -> Any:
-            return jnp.mean(jnp.square(network.apply(p, images)))  # pyright: ignore
-
-        return jax.grad(loss)(params)
-
+    params, loss = NETWORKS[network](comm.rank)
+    # The same ranks again, planned for with what was measured on this wire.
+    tuned = comm.subgroup(range(comm.size))
+    assert tuned is not None
+    tuned.costs = CostModel.from_json(profile.read_text())
     decorated: dict[str, Any] = {}
 
     def step(
-        name: str, reduce: Callable[[Any], Any], **options: Any
+        name: str,
+        reduce: Callable[[Any], Any] | None = None,
+        **options: Any,
     ) -> Callable[[], None]:
-        run = jaxcomm.data_parallel(lambda p: reduce(gradients(p)), **options)
+        gradients = jax.grad(loss(reduce is not None))
+        run = jaxcomm.data_parallel(
+            lambda p: reduce(gradients(p)) if reduce else gradients(p), **options
+        )
         decorated[name] = run
         return lambda: jax.block_until_ready(run(params))
 
-    average = lambda grads: lax.pmean(grads, "batch")  # noqa: E731
+    average = lambda grads: lax.pmean(grads, AXIS)  # noqa: E731
     alone = jaxcomm.data_parallel(lambda g: average(jax.tree.map(lambda x: 2 * x, g)))
     ways = {
-        "compute": step("compute", lambda grads: grads),
-        "communication": lambda: jax.block_until_ready(alone(params)),
-        "planner, ready order": step("planner", average),
-        "planner, reverse leaf order": step("reverse", jaxcomm.all_reduce),
-        "one bucket": step("one", average, groups=1),
-        "256 KiB": step("256 KiB", average, bucket_bytes=1 << 18),
-        "1 MiB": step("1 MiB", average, bucket_bytes=1 << 20),
+        "compute": lambda name: step(name),
+        "communication": lambda _: lambda: jax.block_until_ready(alone(params)),
+        "planner": lambda name: step(name, average),
+        "planner after jaxcomm tune": lambda name: step(name, average, comm=tuned),
+        "planner, reverse leaf order": lambda name: step(name, jaxcomm.all_reduce),
+        "one bucket": lambda name: step(name, average, groups=1),
+        "buckets of 256 KiB": lambda name: step(name, average, bucket_bytes=1 << 18),
+        "buckets of 1 MiB": lambda name: step(name, average, bucket_bytes=1 << 20),
     }
-    ways = {name: way for name, way in ways.items() if only in ("", name)}
-    samples: dict[str, list[float]] = {name: [] for name in ways}
+    runs = {name: make(name) for name, make in ways.items() if only in ("", name)}
+    samples: dict[str, list[float]] = {name: [] for name in runs}
     for repeat in range(WARM_UP + repeats):
-        for name, way in ways.items():
+        for name, run in runs.items():
             comm.barrier()
             start = time.perf_counter()
-            way()
+            run()
             seconds = max(comm.all_gather_object(time.perf_counter() - start))
             if repeat >= WARM_UP:
                 samples[name].append(1e3 * seconds)
@@ -95,4 +135,10 @@ def main(out: Path, repeats: int, only: str = "") -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), int(sys.argv[2]), *sys.argv[3:])
+    main(
+        Path(sys.argv[1]),
+        sys.argv[2],
+        int(sys.argv[3]),
+        Path(sys.argv[4]),
+        *sys.argv[5:],
+    )

@@ -32,6 +32,7 @@ class Unit:
     index: int = -1  # number of the bucket in the program's schedule
     function: Callable[..., Any] | None = None  # of the inputs, to the only output
     bodies: Sequence[Body] = ()
+    urgent: bool = True  # whether other collectives wait for it
 
 
 @dataclasses.dataclass
@@ -160,6 +161,23 @@ def means_of(
                 if scalar and divisor.val == size:
                     found.result[var] = results[0]
                     found.skipped.add(users[0])
+    return found
+
+
+def awaited_by(eqns: Sequence[Any], is_collective: Sequence[bool]) -> set[int]:
+    """Find the equations that a collective waits for, by their positions.
+
+    They are those from whose results a way leads to an operand of a collective.
+    """
+    wanted: set[Any] = set()
+    found = set()
+    for position in range(len(eqns) - 1, -1, -1):
+        _, invars, outvars = eqns[position]
+        awaited = not wanted.isdisjoint(outvars)
+        if awaited:
+            found.add(position)
+        if awaited or is_collective[position]:
+            wanted.update(v for v in invars if is_var(v))
     return found
 
 

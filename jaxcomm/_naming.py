@@ -14,13 +14,14 @@ from jaxcomm.planner import Terms
 
 @dataclasses.dataclass
 class Reduction:
-    """One operand of a psum-like equation."""
+    """One operand of a psum-like equation; urgent if other collectives wait for it."""
 
     op: str
     operand: Any
     result: Any
     ready: int
     stage: int
+    urgent: bool
     where: str
     terms: Terms
     path: str = ""

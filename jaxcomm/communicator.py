@@ -152,7 +152,12 @@ class Communicator:
         found: tuple[Any, ...] = ()
         if self.rank == 0:
             try:
-                costs = costmodel.find_profile(self.topology)
+                costs = costmodel.find_profile(
+                    self.topology,
+                    costmodel.DEFAULT
+                    if self.size == self.local_size
+                    else costmodel.BETWEEN_HOSTS,
+                )
                 shared = os.environ.get(SHARED_MEMORY_VARIABLE, "on") != "off"
                 found = (costs, self.staging_bytes, shared, "")
             except InvalidOptionError as error:
@@ -161,7 +166,7 @@ class Communicator:
         self.costs, self.staging_bytes, self.shared_memory, failure = settings
         if failure:
             raise InvalidOptionError(failure)
-        if self.costs.source != "default" and self.rank == 0:
+        if not self.costs.source.startswith("default") and self.rank == 0:
             log.info("plans follow the profile %s", self.costs.source)
 
     def subgroup(self, ranks: Sequence[int]) -> Communicator | None:

@@ -37,7 +37,8 @@ class CostModel:
       curve: (bytes, seconds) of one in-place all-reduce, by rising bytes.
       copy_bandwidth: bytes per second of packing and unpacking, both counted.
       segment_bytes: large leaves are reduced in messages of this size.
-      source: "default", or the key of the profile it was read from.
+      source: "default", "default between hosts", or the key of the profile it was
+        read from.
     """
 
     call: float
@@ -92,8 +93,21 @@ class CostModel:
     @functools.cached_property
     def bucket_bytes(self) -> int:
         """Smallest bucket in which latency takes at most 2% of the time."""
-        latency = self.call + self.curve[0][1]
-        return int(latency * self.bandwidth * (1 - _LATENCY_SHARE) / _LATENCY_SHARE)
+        return int(self.latency_bytes * (1 - _LATENCY_SHARE) / _LATENCY_SHARE)
+
+    def bucket_bytes_of(self, total: int) -> int:
+        """Size of the buckets that `total` bytes are divided into.
+
+        n buckets cost n latencies, and what cannot hide behind the computation is the
+        last one's transfer, a share 1/n of all: the sum is least where the two are
+        equal. For large totals a latency share of 2% is small enough.
+        """
+        return min(self.bucket_bytes, math.isqrt(total * self.latency_bytes))
+
+    @functools.cached_property
+    def latency_bytes(self) -> int:
+        """Bytes that could travel in a bucket's latency."""
+        return max(int((self.call + self.curve[0][1]) * self.bandwidth), 1)
 
     def to_json(self) -> str:
         """Return JSON with all digits."""
@@ -152,6 +166,17 @@ DEFAULT = CostModel(
     segment_bytes=1 << 20,
 )
 
+# Ranks on several hosts: a round guess at 10 Gbit/s Ethernet over TCP, for want of
+# better; `jaxcomm tune` replaces it. Messages are short: many are on their way at once
+# (native/ring.h), and a slow wire carries short ones better (docs/performance.md).
+BETWEEN_HOSTS = CostModel(
+    call=3e-6,
+    curve=((8, 50e-6), (4096, 54e-6), (8 << 20, 50e-6 + (8 << 20) / 1.1e9)),
+    copy_bandwidth=10e9,
+    segment_bytes=1 << 17,
+    source="default between hosts",
+)
+
 
 def topology(transport: str, library: str, local_sizes: Sequence[int]) -> str:
     """Name what a profile holds for: the same on every rank, without host names.
@@ -196,21 +221,21 @@ def profile_path(key: str) -> Path | None:
     return Path(cache) / "jaxcomm" / "profiles" / f"{key}.json"
 
 
-def find_profile(key: str) -> CostModel:
-    """Return the profile of a topology, or the default where there is none.
+def find_profile(key: str, default: CostModel = DEFAULT) -> CostModel:
+    """Return the profile of a topology, or `default` where there is none.
 
     Raises:
       InvalidOptionError: the file is damaged, or JAXCOMM_PROFILE names none.
     """
     path = profile_path(key)
     if path is None:
-        return DEFAULT
+        return default
     try:
         text = path.read_text()
     except OSError as error:
         if os.environ.get(PROFILE_VARIABLE):
             raise InvalidOptionError(f"{PROFILE_VARIABLE}={path}: {error}") from error
-        return DEFAULT
+        return default
     try:
         return CostModel.from_json(text)
     except InvalidOptionError as error:

@@ -36,6 +36,7 @@ def make_schedule(
     op: str | tuple[str, ...],
     size: int,
     stages: tuple[int, ...] | None = None,
+    urgent: tuple[bool, ...] | None = None,
     groups: Groups = None,
     bucket_bytes: int | None = None,
     terms: Terms | tuple[Terms, ...] = Terms(),
@@ -49,7 +50,9 @@ def make_schedule(
       op: one of `schedule.Bucket.op`, or one per leaf.
       size: number of ranks.
       stages: for each leaf, how many collectives it depends on; leaves of different
-        stages never share a bucket. None: the leaves do not depend on each other.
+        stages never share a bucket if either is urgent. None: the leaves do not depend
+        on each other.
+      urgent: for each leaf, whether another collective waits for it; None: all are.
       groups: None, a number of buckets per dtype, a function from leaf path to
         label, or regular expressions (a leaf belongs to the first that matches).
       bucket_bytes: fill buckets up to this size; None asks the cost model.
@@ -70,7 +73,17 @@ def make_schedule(
     count = groups if isinstance(groups, int) else None
     wire = _wire_dtype(wire_dtype, leaves)
     return _plan(
-        leaves, op, size, stages, labels, count, bucket_bytes, terms, wire, costs
+        leaves,
+        op,
+        size,
+        stages,
+        urgent,
+        labels,
+        count,
+        bucket_bytes,
+        terms,
+        wire,
+        costs,
     )
 
 
@@ -200,6 +213,7 @@ def _plan(
     op: str | tuple[str, ...],
     size: int,
     stages: tuple[int, ...] | None,
+    urgent: tuple[bool, ...] | None,
     labels: tuple[str | None, ...] | None,
     count: int | None,
     bucket_bytes: int | None,
@@ -210,20 +224,22 @@ def _plan(
     ops = (op,) * len(leaves) if isinstance(op, str) else op
     each = (terms,) * len(leaves) if isinstance(terms, Terms) else terms
     stages = stages or (0,) * len(leaves)
+    urgent = urgent or (True,) * len(leaves)
     ready = sorted(range(len(leaves)), key=lambda i: (leaves[i].order, i))
     # Only leaves of one kind may share a bucket.
-    kinds: dict[tuple[int, str, str, Terms], list[int]] = {}
+    kinds: dict[tuple[int | None, str, str, Terms], list[int]] = {}
     for i in ready:
-        kind = (stages[i], ops[i], leaves[i].dtype, each[i])
+        kind = (stages[i] if urgent[i] else None, ops[i], leaves[i].dtype, each[i])
         kinds.setdefault(kind, []).append(i)
 
     pack = costs.pack_bytes
     buckets: list[Bucket] = []
-    for (stage, kind_op, dtype, term), members in kinds.items():
+    for (_, kind_op, dtype, term), members in kinds.items():
         encoded = wire if dtype == "float32" and kind_op in REDUCTIONS else ""
         rest = (term.root, encoded, term.permutation, term.groups)
         for label, part in _split(leaves, members, labels, count, bucket_bytes, costs):
             name = label or term.label
+            stage = max(stages[i] for i in part)
             buckets.append(
                 Bucket(kind_op, dtype, tuple(part), pack, name, stage, *rest)
             )
@@ -275,11 +291,13 @@ def _fill(
 ) -> list[list[int]]:
     """Fill buckets in ready order; the planner keeps the first one small.
 
-    A small first bucket lets communication start early. A leaf larger than the
-    limit travels alone or closes its bucket: leaves are never split.
+    A small first bucket lets communication start early, unless it is so small that
+    latency takes most of its time. A leaf larger than the limit travels alone or closes
+    its bucket: leaves are never split.
     """
-    limit = bucket_bytes or costs.bucket_bytes
-    room = limit if bucket_bytes else limit // 8
+    total = sum(leaves[i].nbytes for i in members)
+    limit = bucket_bytes or costs.bucket_bytes_of(total)
+    room = limit if bucket_bytes else max(limit // 8, costs.latency_bytes)
     parts: list[list[int]] = []
     used = 0
     for i in members:

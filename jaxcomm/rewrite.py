@@ -6,7 +6,8 @@ of an equation: the largest number of collectives on any path that leads to it. 
 reductions of the same stage cannot depend on each other, not even transitively, so
 they may share a bucket, and ordering buckets by stage can never make a cycle. Mind
 synchronised batch normalisation: its sums lie between the gradients, and stages keep
-them apart.
+them apart. Nor can reductions that no collective waits for depend on each other:
+gradients of different stages may share a bucket, and go after its stage's others.
 
 All collectives of the function are strung on one token, in the order of the plan.
 The token goes in and out of `scan`, `while_loop`, `cond` and `checkpoint` bodies that
@@ -26,7 +27,16 @@ import jax
 
 from jaxcomm import _compat, planner
 from jaxcomm._evaluate import Evaluator
-from jaxcomm._jaxprs import Body, Unit, Var, bodies_of, flatten, is_var, means_of
+from jaxcomm._jaxprs import (
+    Body,
+    Unit,
+    Var,
+    awaited_by,
+    bodies_of,
+    flatten,
+    is_var,
+    means_of,
+)
 from jaxcomm._named import COLLECTIVES, Meaning, axes_of, meaning_of
 from jaxcomm._naming import Reduction, name_leaves
 from jaxcomm._uniform import Checker
@@ -115,6 +125,8 @@ class _Planner:
         means = means_of(
             eqns, jaxpr, rename, self.options.axis_name, self.options.comm.size
         )
+        kinds = [self._kind(eqn) for eqn, _, _ in eqns]
+        awaited = awaited_by(eqns, [k not in (None, "rank") for k in kinds])
         stage: dict[Any, int] = {}
         ready: dict[Any, int] = {}
         units: list[Unit] = []
@@ -124,7 +136,7 @@ class _Planner:
         for position, (eqn, invars, outvars) in enumerate(eqns):
             level = max([stage.get(v, 0) for v in invars if is_var(v)], default=0)
             when = max([ready.get(v, 0) for v in invars if is_var(v)], default=0)
-            collective = self._kind(eqn)
+            collective = kinds[position]
             for var in outvars:
                 stage[var] = level + (collective not in (None, "rank"))
                 ready[var] = position + 1
@@ -158,6 +170,7 @@ class _Planner:
                             given,
                             at,
                             level,
+                            position in awaited,
                             _compat.source_line(eqn),
                             meaning.terms,
                         )
@@ -167,6 +180,7 @@ class _Planner:
                 units.append(_function(self._rank, [], outvars[0], level, position))
                 continue
             unit = Unit("equation", eqn, invars, outvars, level, position)
+            unit.urgent = position in awaited
             if collective == "bucket":
                 unit.kind, unit.ready = "bucket", when
                 unit.index = self._adopt(eqn, level)
@@ -177,7 +191,14 @@ class _Planner:
             units.append(unit)
 
         buckets = self._plan(reductions)
-        chain = sorted([*chain, *buckets], key=lambda u: (u.stage, u.ready))
+        # Where synchronised batch statistics wait behind gradients, the computation
+        # waits with them, while gradients can travel as it goes on: those that were
+        # not ready long before let them pass.
+        patience = len(eqns) // 20
+        chain = sorted(
+            [*chain, *buckets],
+            key=lambda u: (u.stage, u.ready + (0 if u.urgent else patience)),
+        )
         for unit in chain:
             if unit.kind == "body":
                 unit.bodies = [self.body(j) for j in bodies_of(unit.eqn)]
@@ -327,6 +348,7 @@ class _Planner:
             op=tuple(r.op for r in reductions),
             terms=tuple(r.terms for r in reductions),
             stages=tuple(r.stage for r in reductions),
+            urgent=tuple(r.urgent for r in reductions),
             size=self.options.comm.size,
             groups=self.options.groups,
             bucket_bytes=self.options.bucket_bytes,
@@ -349,6 +371,7 @@ class _Planner:
                     bucket.stage,
                     max(m.ready for m in members),
                     len(self.buckets) - 1,
+                    urgent=any(m.urgent for m in members),
                 )
             )
         return units

@@ -13,6 +13,7 @@
 #include <unordered_set>
 
 #include "mpi_binding.h"
+#include "ring.h"
 #include "worker.h"
 
 namespace jaxcomm {
@@ -83,6 +84,7 @@ class Communicator {
   // comes next in the program then runs on that thread.
   std::unique_ptr<Worker> answers;
   std::unique_ptr<Worker> calls;
+  std::unique_ptr<Ring> ring;   // likewise, for large leaves
   std::unique_ptr<Node> node;   // set where all ranks are on one host
   std::mutex mutex;  // held for the whole of a call: one collective at a time
   std::atomic<int64_t> counters[kCounters] = {};

@@ -404,6 +404,7 @@ JAXCOMM_API void jaxcomm_create_communicator(int64_t id, uint64_t handle, int ra
   if (own_thread != 0) {
     comm->answers = std::make_unique<Worker>();
     comm->calls = std::make_unique<Worker>();  // ends before what it answers through
+    comm->ring = std::make_unique<Ring>(mpi.get(), handle, rank, size, segment_bytes);
   }
   std::lock_guard<std::mutex> lock(registry_mutex);
   communicators[id] = std::move(comm);

@@ -2,9 +2,7 @@
 
 #include <dlfcn.h>
 
-#include <chrono>
 #include <mutex>
-#include <thread>
 
 #include "kernels.h"
 
@@ -12,8 +10,6 @@ namespace jaxcomm {
 namespace {
 
 std::mutex turn;
-
-constexpr std::chrono::microseconds kSoon{50}, kNap{50};
 
 template <typename Handle>
 Handle Narrow(uint64_t word) {
@@ -126,17 +122,19 @@ class MpiOf final : public Mpi {
     return 0;
   }
 
-  int AllReduce(void* data, int n, DType dtype, Op op, uint64_t comm,
-                bool patient) override {
-    void* in_place = reinterpret_cast<void*>(handles_.in_place);
-    const Handle type = Narrow<Handle>(handles_.dtype[dtype]);
-    const Handle mpi_op = Narrow<Handle>(ops_[dtype][op]);
-    const Handle on = Narrow<Handle>(comm);
-    if (!handles_.serialized && !patient) {
-      return mpi_.all_reduce(in_place, data, n, type, mpi_op, on);
+  int AllReduce(void* data, int n, DType dtype, Op op, uint64_t comm) override {
+    if (!handles_.serialized) {
+      return mpi_.all_reduce(InPlace(), data, n, Narrow<Handle>(handles_.dtype[dtype]),
+                             Narrow<Handle>(ops_[dtype][op]), Narrow<Handle>(comm));
     }
+    return PatientAllReduce(data, n, dtype, op, comm);
+  }
+
+  int PatientAllReduce(void* data, int n, DType dtype, Op op, uint64_t comm) override {
     return TakeTurns([&](Handle* request) {
-      return mpi_.i_all_reduce(in_place, data, n, type, mpi_op, on, request);
+      return mpi_.i_all_reduce(InPlace(), data, n, Narrow<Handle>(handles_.dtype[dtype]),
+                               Narrow<Handle>(ops_[dtype][op]), Narrow<Handle>(comm),
+                               request);
     });
   }
 
@@ -187,6 +185,31 @@ class MpiOf final : public Mpi {
     return code;
   }
 
+  int StartExchange(const void* from, int n, int target, void* to, int m, int source,
+                    int tag, uint64_t comm, uint64_t* requests) override {
+    const Handle byte = Narrow<Handle>(handles_.byte);
+    const Handle on = Narrow<Handle>(comm);
+    Handle received, sent;
+    int code = 0;
+    Locked([&] {
+      code = mpi_.i_receive(to, m, byte, source, tag, on, &received);
+      if (code == 0) code = mpi_.i_send(from, n, byte, target, tag, on, &sent);
+    });
+    if (code != 0) return code;
+    requests[0] = Widen(received);
+    requests[1] = Widen(sent);
+    return 0;
+  }
+
+  int Test(uint64_t* request, bool* done) override {
+    Handle handle = Narrow<Handle>(*request);
+    int flag = 0;
+    const int code = TestLocked(&handle, &flag);
+    *request = Widen(handle);
+    *done = flag != 0;
+    return code;
+  }
+
   uint64_t OpHandle(DType dtype, Op op) override { return ops_[dtype][op]; }
 
   std::string ErrorText(int code) override {
@@ -199,6 +222,8 @@ class MpiOf final : public Mpi {
   }
 
  private:
+  void* InPlace() const { return reinterpret_cast<void*>(handles_.in_place); }
+
   template <typename Call>
   void Locked(Call call) {
     if (handles_.serialized) LockMpi();
@@ -217,20 +242,20 @@ class MpiOf final : public Mpi {
   }
 
   int Finish(Handle* request) {
+    Patience patience;
+    int code = 0, done = 0;
+    while (true) {
+      code = TestLocked(request, &done);
+      if (code != 0 || done) return code;
+      patience.Wait();
+    }
+  }
+
+  int TestLocked(Handle* request, int* done) {
     // MPI_STATUS_IGNORE has no portable value; no MPI has a status this large.
     alignas(16) char status[256];
     int code = 0;
-    const auto start = std::chrono::steady_clock::now();
-    for (int done = 0; code == 0 && !done;) {
-      // MPI moves on only while it is called; but what is not there at once is on its
-      // way, and XLA's threads have a use for the core.
-      if (std::chrono::steady_clock::now() - start < kSoon) {
-        std::this_thread::yield();
-      } else {
-        std::this_thread::sleep_for(kNap);
-      }
-      Locked([&] { code = mpi_.test(request, &done, status); });
-    }
+    Locked([&] { code = mpi_.test(request, done, status); });
     return code;
   }
 

@@ -6,23 +6,43 @@
 // here as 64-bit words and narrowed at the call by a template on the handle type.
 #pragma once
 
+#include <chrono>
 #include <cstdint>
 #include <memory>
 #include <string>
+#include <thread>
 
 #include "types.h"
 
 namespace jaxcomm {
+
+// How a thread waits for what MPI brings. MPI moves on only while it is called; but what
+// is not there at once is on its way, and XLA's threads have a use for the core.
+class Patience {
+ public:
+  void Renew() { start_ = std::chrono::steady_clock::now(); }
+  void Wait() {
+    if (std::chrono::steady_clock::now() - start_ < kSoon) {
+      std::this_thread::yield();
+    } else {
+      std::this_thread::sleep_for(kNap);
+    }
+  }
+
+ private:
+  static constexpr std::chrono::microseconds kSoon{50}, kNap{50};
+  std::chrono::steady_clock::time_point start_ = std::chrono::steady_clock::now();
+};
 
 // The collectives the handlers need, whatever the MPI behind them. All return MPI
 // error codes.
 class Mpi {
  public:
   virtual ~Mpi() = default;
-  // In-place all-reduce of n elements (n <= INT_MAX). `patient`: sleep while waiting, for
-  // others have work for this core.
-  virtual int AllReduce(void* data, int n, DType dtype, Op op, uint64_t comm,
-                        bool patient) = 0;
+  // In-place all-reduce of n elements (n <= INT_MAX).
+  virtual int AllReduce(void* data, int n, DType dtype, Op op, uint64_t comm) = 0;
+  // The same with sleep while waiting, for others have work for this core.
+  virtual int PatientAllReduce(void* data, int n, DType dtype, Op op, uint64_t comm) = 0;
   virtual int Broadcast(void* bytes, int n, int root, uint64_t comm) = 0;
   // n bytes of every rank to every rank.
   virtual int AllGather(const void* from, void* to, int n, uint64_t comm) = 0;
@@ -34,6 +54,10 @@ class Mpi {
   // Sends n bytes to `target` and receives n from `source`; -1 for neither.
   virtual int Exchange(const void* from, int target, void* to, int source, int n,
                        uint64_t comm) = 0;
+  // Starts to send n bytes to `target` and to receive m from `source`; gives two requests.
+  virtual int StartExchange(const void* from, int n, int target, void* to, int m,
+                            int source, int tag, uint64_t comm, uint64_t* requests) = 0;
+  virtual int Test(uint64_t* request, bool* done) = 0;
   virtual std::string ErrorText(int code) = 0;
   // The MPI_Op that reduces this type: MPI's own, or one of ours.
   virtual uint64_t OpHandle(DType dtype, Op op) = 0;

@@ -49,6 +49,15 @@ class Reducer {
     return pack ? Pack(leaf) : InPlace(leaf.data, leaf.count);
   }
 
+  // Reduces all that was added and has not been reduced yet.
+  int Finish() {
+    if (const int code = Flush(); code != 0 || queued_.empty()) return code;
+    comm_->counters[kSegments] += static_cast<int64_t>(queued_.size());
+    return comm_->ring->AllReduce(queued_, how_.dtype, how_.op,
+                                  [this](const Leaf& segment) { Settle(segment); });
+  }
+
+ private:
   // Reduces what waits in the staging buffer and puts it back where it came from.
   int Flush() {
     if (used_ == 0) return 0;
@@ -64,23 +73,43 @@ class Reducer {
     return 0;
   }
 
- private:
   // Reduces n elements where they lie, a cache-sized segment at a time, so that MPI's
   // passes over memory and ours meet in cache.
   int InPlace(char* data, int64_t n) {
+    if (comm_->ring != nullptr && comm_->ring->Worth(n * item_)) return Enqueue(data, n);
     const int64_t step = Elements(comm_->segment_bytes, item_);
     for (int64_t start = 0; start < n; start += step) {
-      const int64_t count = std::min(step, n - start);
-      char* segment = data + start * item_;
-      if (reserve_ > 1) kernels_.scale[how_.dtype](segment, count, 1.0f / reserve_);
-      if (const int code = Send(segment, count); code != 0) return code;
+      const Leaf segment{data + start * item_, std::min(step, n - start)};
       if (reserve_ > 1) {
-        kernels_.scale[how_.dtype](segment, count, Rest());
-      } else if (how_.divisor > 1) {
-        kernels_.divide[how_.dtype](segment, count, how_.divisor);
+        kernels_.scale[how_.dtype](segment.data, segment.count, 1.0f / reserve_);
       }
+      if (const int code = Send(segment.data, segment.count); code != 0) return code;
+      Settle(segment);
     }
     return 0;
+  }
+
+  // Leaves n elements to the ring.
+  int Enqueue(char* data, int64_t n) {
+    const int64_t step = comm_->ring->SegmentCount(item_);
+    for (int64_t start = 0; start < n; start += step) {
+      queued_.push_back({data + start * item_, std::min(step, n - start)});
+      if (reserve_ > 1) {
+        const Leaf& last = queued_.back();
+        kernels_.scale[how_.dtype](last.data, last.count, 1.0f / reserve_);
+      }
+    }
+    comm_->counters[kBytes] += n * item_;
+    return 0;
+  }
+
+  // Makes the sum of a segment what was asked for.
+  void Settle(const Leaf& segment) {
+    if (reserve_ > 1) {
+      kernels_.scale[how_.dtype](segment.data, segment.count, Rest());
+    } else if (how_.divisor > 1) {
+      kernels_.divide[how_.dtype](segment.data, segment.count, how_.divisor);
+    }
   }
 
   int Pack(const Leaf& leaf) {
@@ -127,15 +156,23 @@ class Reducer {
     const int64_t step = Elements(comm_->segment_bytes, wire_item_);
     for (int64_t start = 0; start < n; start += step) {
       const int64_t count = std::min(step, n - start);
-      comm_->counters[kMpiAllReduce]++;
-      comm_->counters[kBytes] += count * wire_item_;
-      const int code =
-          comm_->mpi->AllReduce(data + start * wire_item_, static_cast<int>(count),
-                                how_.wire, how_.op, comm_->handle,
-                                comm_->calls != nullptr);
+      Count(count);
+      const int code = Call(data + start * wire_item_, static_cast<int>(count));
       if (code != 0) return code;
     }
     return 0;
+  }
+
+  int Call(char* data, int count) {
+    if (comm_->calls == nullptr) {
+      return comm_->mpi->AllReduce(data, count, how_.wire, how_.op, comm_->handle);
+    }
+    return comm_->mpi->PatientAllReduce(data, count, how_.wire, how_.op, comm_->handle);
+  }
+
+  void Count(int64_t elements) {
+    comm_->counters[kMpiAllReduce]++;
+    comm_->counters[kBytes] += elements * wire_item_;
   }
 
   // MPI counts elements in a C int.
@@ -155,6 +192,7 @@ class Reducer {
   int reserve_ = 1;
   int64_t used_ = 0;
   std::vector<Leaf> parts_;
+  std::vector<Leaf> queued_;
 };
 
 }  // namespace
@@ -179,7 +217,7 @@ int AllReduce(Communicator* comm, const Reduction& reduction,
   for (const Leaf& leaf : leaves) {
     if (const int code = reducer.Add(leaf); code != 0) return code;
   }
-  return reducer.Flush();
+  return reducer.Finish();
 }
 
 namespace {

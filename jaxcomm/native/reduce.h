@@ -8,11 +8,6 @@
 
 namespace jaxcomm {
 
-struct Leaf {
-  char* data;
-  int64_t count;
-};
-
 // How the leaves of a bucket are reduced.
 struct Reduction {
   DType dtype;

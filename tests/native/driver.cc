@@ -169,8 +169,8 @@ int main(int argc, char** argv) {
   handles.byte = Word(MPI_BYTE);
   handles.in_place = reinterpret_cast<uint64_t>(MPI_IN_PLACE);
   int failures = level < MPI_THREAD_MULTIPLE;
-  enum Way : int { kBlocking, kSerialized, kShared };
-  for (const Way way : {kBlocking, kSerialized, kShared}) {
+  enum Way : int { kBlocking, kSerialized, kRing, kShared };
+  for (const Way way : {kBlocking, kSerialized, kRing, kShared}) {
     handles.serialized = way == kSerialized;
     std::string error;
     auto mpi = OpenMpi(info.dli_fname, sizeof(MPI_Comm), handles, &error);
@@ -189,6 +189,10 @@ int main(int argc, char** argv) {
       MPI_Comm_dup(MPI_COMM_WORLD, &comms[k]);
       ours.push_back(std::make_unique<Communicator>(k, mpi.get(), Word(comms[k]), rank,
                                                     size, 65536, 32768));
+      if (way == kRing) {
+        ours.back()->ring =
+            std::make_unique<Ring>(mpi.get(), Word(comms[k]), rank, size, 8192);
+      }
       if (way == kShared) ours.back()->node = ShareMemory(comms[k], rank, size);
     }
     for (int k = 0; k < 2; ++k) {

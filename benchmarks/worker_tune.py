@@ -1,0 +1,16 @@
+"""One rank of `jaxcomm tune` where the launcher cannot start it: between two hosts.
+
+worker_tune.py PROFILE
+"""
+
+import sys
+from pathlib import Path
+
+import jaxcomm
+from jaxcomm import costmodel, tuning
+
+if __name__ == "__main__":
+    comm = jaxcomm.init()
+    found = tuning.measure(comm)
+    if comm.rank == 0:
+        costmodel.save_profile(found.model, Path(sys.argv[1]))
