@@ -10,23 +10,13 @@
 #include <mutex>
 #include <new>
 #include <string>
-#include <unordered_set>
 
+#include "callbacks.h"
 #include "mpi_binding.h"
 #include "ring.h"
 #include "worker.h"
 
 namespace jaxcomm {
-
-// Asks Python to compare schedule `digest` across the ranks of communicator `id`.
-// Returns 0 when all agree; otherwise writes a NUL-terminated text to `error`.
-using AgreeFn = int (*)(int64_t id, int64_t digest, char* error, int64_t capacity);
-
-// Asks Python to create communicator `partition`: for this rank, the group among
-// `groups` (each its size, then its ranks within communicator `id`) that it is in.
-// Returns as AgreeFn.
-using PartitionFn = int (*)(int64_t id, int64_t partition, const int64_t* groups,
-                         int64_t length, char* error, int64_t capacity);
 
 // Counters that Python reads; order shared with jaxcomm/native/__init__.py.
 enum Counter : int {
@@ -60,18 +50,6 @@ class Communicator {
     return staging_;
   }
 
-  // Empty when the ranks agree on `digest`; asks at most once per digest.
-  std::string Agree(int64_t digest, AgreeFn agree) {
-    if (digest == 0 || agreed_.count(digest)) return {};
-    char text[8192] = {};
-    counters[kAgreements]++;
-    if (agree == nullptr || agree(id, digest, text, sizeof text) != 0) {
-      return text[0] ? text : "the cross-rank schedule check failed";
-    }
-    agreed_.insert(digest);
-    return {};
-  }
-
   const int64_t id;
   Mpi* const mpi;
   const uint64_t handle;
@@ -86,12 +64,12 @@ class Communicator {
   std::unique_ptr<Worker> calls;
   std::unique_ptr<Ring> ring;   // likewise, for large leaves
   std::unique_ptr<Node> node;   // set where all ranks are on one host
+  Agreement agreement;
   std::mutex mutex;  // held for the whole of a call: one collective at a time
   std::atomic<int64_t> counters[kCounters] = {};
 
  private:
   char* staging_ = nullptr;
-  std::unordered_set<int64_t> agreed_;
 };
 
 }  // namespace jaxcomm

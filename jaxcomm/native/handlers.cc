@@ -28,13 +28,15 @@ namespace {
 std::mutex registry_mutex;
 std::unique_ptr<Mpi> mpi;
 std::map<int64_t, std::unique_ptr<Communicator>> communicators;
-AgreeFn agree_callback = nullptr;
-PartitionFn partition_callback = nullptr;
 
 Communicator* FindCommunicator(int64_t id) {
   std::lock_guard<std::mutex> lock(registry_mutex);
   auto found = communicators.find(id);
   return found == communicators.end() ? nullptr : found->second.get();
+}
+
+std::string Agree(Communicator* comm, int64_t digest) {
+  return comm->agreement.Ask(comm->id, digest, &comm->counters[kAgreements]);
 }
 
 ffi::Error NoCommunicator() {
@@ -123,7 +125,7 @@ class Turn {
     }
     lock_ = std::unique_lock<std::mutex>(comm_->mutex);
     comm_->counters[kCalls]++;
-    std::string text = comm_->Agree(place.schedule, agree_callback);
+    std::string text = Agree(comm_, place.schedule);
     if (text.empty() && place.partition != 0) text = Enter(place);
     if (!text.empty()) error_ = ffi::Error(ffi::ErrorCode::kFailedPrecondition, text);
   }
@@ -136,13 +138,10 @@ class Turn {
   std::string Enter(const Place& place) {
     Communicator* part = FindCommunicator(place.partition);
     if (part == nullptr) {
-      char text[8192] = {};
-      if (partition_callback == nullptr ||
-          partition_callback(comm_->id, place.partition, place.groups.data(),
-                             static_cast<int64_t>(place.groups.size()), text,
-                             sizeof text) != 0) {
-        return text[0] ? text : "jaxcomm: a subgroup could not be created";
-      }
+      std::string text =
+          AskForPartition(comm_->id, place.partition, place.groups.data(),
+                          static_cast<int64_t>(place.groups.size()));
+      if (!text.empty()) return text;
       part = FindCommunicator(place.partition);
     }
     comm_ = part;
@@ -313,7 +312,7 @@ ffi::Error Gate(ffi::RemainingArgs args, ffi::RemainingRets rets, int64_t comm_i
   Communicator* comm = FindCommunicator(comm_id);
   if (comm == nullptr) return NoCommunicator();
   std::lock_guard<std::mutex> lock(comm->mutex);
-  if (std::string error = comm->Agree(schedule, agree_callback); !error.empty()) {
+  if (std::string error = Agree(comm, schedule); !error.empty()) {
     return ffi::Error(ffi::ErrorCode::kFailedPrecondition, error);
   }
   return ffi::Error::Success();

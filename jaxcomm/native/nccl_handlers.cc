@@ -1,0 +1,351 @@
+// XLA FFI handlers over NCCL: for platform "CUDA" on XLA's stream, and for platform "cpu"
+// on host memory, where a library that reduces there stands in for NCCL.
+//
+// As in handlers.cc, every handler takes the leaves of one bucket and, last, a token.
+
+#include <condition_variable>
+#include <cstring>
+#include <map>
+#include <thread>
+
+#include "callbacks.h"
+#include "nccl.h"
+#include "xla/ffi/api/c_api.h"
+#include "xla/ffi/api/ffi.h"
+
+#define JAXCOMM_API extern "C" __attribute__((visibility("default")))
+
+namespace ffi = xla::ffi;
+
+namespace jaxcomm {
+namespace {
+
+std::mutex registry_mutex;
+std::unique_ptr<Nccl> nccl;
+std::unique_ptr<Device> device;
+
+struct Member {
+  NcclCommunicator comm;
+  Agreement agreement;
+};
+std::map<int64_t, std::unique_ptr<Member>> members;
+
+Member* Find(int64_t id) {
+  std::lock_guard<std::mutex> lock(registry_mutex);
+  auto found = members.find(id);
+  return found == members.end() ? nullptr : found->second.get();
+}
+
+// Looks after all communicators, for errors that no call reports.
+class Monitor {
+ public:
+  void Start() {
+    std::lock_guard<std::mutex> lock(mutex_);
+    if (!thread_.joinable()) thread_ = std::thread([this] { Run(); });
+  }
+  void Stop() {
+    {
+      std::lock_guard<std::mutex> lock(mutex_);
+      stop_ = true;
+    }
+    wake_.notify_one();
+    if (thread_.joinable()) thread_.join();
+  }
+  ~Monitor() { Stop(); }
+
+ private:
+  void Run() {
+    std::unique_lock<std::mutex> lock(mutex_);
+    while (!wake_.wait_for(lock, std::chrono::milliseconds(100), [this] { return stop_; })) {
+      std::lock_guard<std::mutex> all(registry_mutex);
+      for (auto& entry : members) entry.second->comm.Check();
+    }
+  }
+
+  std::mutex mutex_;
+  std::condition_variable wake_;
+  bool stop_ = false;
+  std::thread thread_;
+} monitor;
+
+using Numbers = ffi::Span<const int64_t>;
+
+ffi::Error Failure(const std::string& text, int64_t bucket) {
+  return ffi::Error(ffi::ErrorCode::kInternal,
+                    "jaxcomm, bucket " + std::to_string(bucket) + ": " + text);
+}
+
+// NCCL's type for XLA's, and how many of them an element is. Types that are only moved
+// travel as bytes.
+bool ToNccl(ffi::DataType type, NcclDType* out, int64_t* times) {
+  *times = 1;
+  switch (type) {
+    case ffi::F16: *out = kNcclFloat16; return true;
+    case ffi::BF16: *out = kNcclBfloat16; return true;
+    case ffi::F32: *out = kNcclFloat32; return true;
+    case ffi::F64: *out = kNcclFloat64; return true;
+    case ffi::S8: *out = kNcclInt8; return true;
+    case ffi::U8: *out = kNcclUint8; return true;
+    case ffi::PRED: *out = kNcclUint8; return true;
+    case ffi::S32: *out = kNcclInt32; return true;
+    case ffi::U32: *out = kNcclUint32; return true;
+    case ffi::S64: *out = kNcclInt64; return true;
+    case ffi::U64: *out = kNcclUint64; return true;
+    case ffi::C64: *out = kNcclFloat32; *times = 2; return true;
+    case ffi::C128: *out = kNcclFloat64; *times = 2; return true;
+    default: return false;
+  }
+}
+
+// What a collective's call says besides its leaves.
+struct Place {
+  int64_t comm;
+  int64_t schedule;
+  int64_t bucket;
+  int64_t partition;
+  Numbers groups;
+};
+
+// Takes a turn on the communicator, or on this rank's group of a partition, and does
+// `work(member)`, which returns what went wrong, or "".
+template <typename Work>
+ffi::Error InTurn(const Place& place, Work work) {
+  Member* member = Find(place.comm);
+  if (member == nullptr) {
+    return ffi::Error(ffi::ErrorCode::kFailedPrecondition,
+                      "jaxcomm: this program names a communicator that this process has "
+                      "not created; call jaxcomm.init(\"nccl\") before running it");
+  }
+  std::lock_guard<std::mutex> lock(member->comm.mutex);
+  std::string text = member->agreement.Ask(place.comm, place.schedule,
+                                           &member->comm.counters[kNcclAgreements]);
+  if (text.empty() && place.partition != 0 && Find(place.partition) == nullptr) {
+    text = AskForPartition(place.comm, place.partition, place.groups.begin(),
+                           static_cast<int64_t>(place.groups.size()));
+  }
+  if (!text.empty()) return ffi::Error(ffi::ErrorCode::kFailedPrecondition, text);
+  if (place.partition != 0) member = Find(place.partition);
+  text = work(&member->comm);
+  return text.empty() ? ffi::Error::Success() : Failure(text, place.bucket);
+}
+
+// The leaves of a call. `share`: of how many ranks' parts a leaf's operand (or, where it
+// is larger, its result) consists.
+ffi::Error Operands(ffi::RemainingArgs args, ffi::RemainingRets rets, bool bytes,
+                    int64_t share, std::vector<Operand>* out) {
+  if (args.size() != rets.size() || args.size() == 0) {
+    return ffi::Error(ffi::ErrorCode::kInvalidArgument,
+                      "jaxcomm: operands and results differ in number");
+  }
+  for (size_t i = 0; i + 1 < args.size(); ++i) {
+    auto arg = args.get<ffi::AnyBuffer>(i);
+    auto ret = rets.get<ffi::AnyBuffer>(i);
+    if (arg.has_error()) return arg.error();
+    if (ret.has_error()) return ret.error();
+    NcclDType dtype = kNcclInt8;
+    int64_t times = 1;
+    if (!bytes && !ToNccl(arg->element_type(), &dtype, &times)) {
+      return ffi::Error(ffi::ErrorCode::kUnimplemented, "jaxcomm: dtype not known to NCCL");
+    }
+    const auto whole = static_cast<int64_t>(
+        bytes ? arg->size_bytes() : arg->element_count() * static_cast<size_t>(times));
+    out->push_back({arg->untyped_data(), (*ret)->untyped_data(), whole / share, dtype});
+  }
+  return ffi::Error::Success();
+}
+
+ffi::Error AllReduceCall(CudaStream stream, ffi::RemainingArgs args,
+                         ffi::RemainingRets rets, int64_t comm, int64_t schedule,
+                         int64_t bucket, int64_t partition, Numbers groups, int64_t op) {
+  std::vector<Operand> leaves;
+  if (auto error = Operands(args, rets, false, 1, &leaves); error.failure()) return error;
+  return InTurn({comm, schedule, bucket, partition, groups}, [&](NcclCommunicator* on) {
+    return on->AllReduce(leaves, static_cast<NcclOp>(op), stream);
+  });
+}
+
+ffi::Error BroadcastCall(CudaStream stream, ffi::RemainingArgs args,
+                         ffi::RemainingRets rets, int64_t comm, int64_t schedule,
+                         int64_t bucket, int64_t partition, Numbers groups, int64_t root) {
+  std::vector<Operand> leaves;
+  if (auto error = Operands(args, rets, true, 1, &leaves); error.failure()) return error;
+  return InTurn({comm, schedule, bucket, partition, groups}, [&](NcclCommunicator* on) {
+    return on->Broadcast(leaves, static_cast<int>(root), stream);
+  });
+}
+
+enum Move : int { kAllGather, kReduceScatter, kAllToAll, kPermute };  // native.MOVES
+
+ffi::Error MoveCall(CudaStream stream, ffi::RemainingArgs args, ffi::RemainingRets rets,
+                    int64_t comm, int64_t schedule, int64_t bucket, int64_t partition,
+                    Numbers groups, int64_t move, int64_t ranks, Numbers permutation) {
+  std::vector<Operand> leaves;
+  const bool parts = move == kReduceScatter || move == kAllToAll;
+  auto error = Operands(args, rets, move != kReduceScatter, parts ? ranks : 1, &leaves);
+  if (error.failure()) return error;
+  return InTurn({comm, schedule, bucket, partition, groups}, [&](NcclCommunicator* on) {
+    if (move == kAllGather) return on->AllGather(leaves, stream);
+    if (move == kReduceScatter) return on->ReduceScatter(leaves, stream);
+    if (move == kAllToAll) return on->AllToAll(leaves, stream);
+    int target = -1, source = -1;
+    for (size_t i = 0; i + 1 < permutation.size(); i += 2) {
+      if (permutation[i] == on->rank) target = static_cast<int>(permutation[i + 1]);
+      if (permutation[i + 1] == on->rank) source = static_cast<int>(permutation[i]);
+    }
+    return on->Permute(leaves, target, source, device.get(), stream);
+  });
+}
+
+// This rank's number. The program must not hold it: it is the same on every rank.
+ffi::Error RankCall(CudaStream stream, ffi::Result<ffi::BufferR0<ffi::S32>> out,
+                    int64_t comm) {
+  Member* member = Find(comm);
+  if (member == nullptr || device == nullptr ||
+      !device->Set(out->untyped_data(), static_cast<uint32_t>(member->comm.rank), stream)) {
+    return ffi::Error(ffi::ErrorCode::kFailedPrecondition,
+                      "jaxcomm: this rank's number could not be written");
+  }
+  return ffi::Error::Success();
+}
+
+// The same on host memory: there is no stream.
+template <auto kCall, typename... Arguments>
+ffi::Error OnHost(Arguments... arguments) {
+  return kCall(nullptr, arguments...);
+}
+
+#define JAXCOMM_COLLECTIVE(binding) \
+  binding                           \
+      .RemainingArgs()              \
+      .RemainingRets()              \
+      .Attr<int64_t>("comm")        \
+      .Attr<int64_t>("schedule")    \
+      .Attr<int64_t>("bucket")      \
+      .Attr<int64_t>("partition")   \
+      .Attr<Numbers>("groups")
+
+#define JAXCOMM_GPU ffi::Ffi::Bind().Ctx<ffi::PlatformStream<CudaStream>>()
+
+}  // namespace
+
+JAXCOMM_API XLA_FFI_Error* jaxcomm_nccl_all_reduce(XLA_FFI_CallFrame*);
+JAXCOMM_API XLA_FFI_Error* jaxcomm_nccl_broadcast(XLA_FFI_CallFrame*);
+JAXCOMM_API XLA_FFI_Error* jaxcomm_nccl_move(XLA_FFI_CallFrame*);
+JAXCOMM_API XLA_FFI_Error* jaxcomm_nccl_rank(XLA_FFI_CallFrame*);
+JAXCOMM_API XLA_FFI_Error* jaxcomm_nccl_host_all_reduce(XLA_FFI_CallFrame*);
+JAXCOMM_API XLA_FFI_Error* jaxcomm_nccl_host_broadcast(XLA_FFI_CallFrame*);
+JAXCOMM_API XLA_FFI_Error* jaxcomm_nccl_host_move(XLA_FFI_CallFrame*);
+JAXCOMM_API XLA_FFI_Error* jaxcomm_nccl_host_rank(XLA_FFI_CallFrame*);
+
+// Each pair differs in where it runs. On a GPU a call only puts NCCL's kernels on the
+// stream, so it may stand in a CUDA graph: XLA records it once and replays the kernels.
+#define JAXCOMM_DEFINE(name, call, attributes, ...)                                    \
+  XLA_FFI_DEFINE_HANDLER_SYMBOL(jaxcomm_nccl_##name, call,                             \
+                                JAXCOMM_COLLECTIVE(JAXCOMM_GPU) attributes,            \
+                                {ffi::Traits::kCmdBufferCompatible});                  \
+  XLA_FFI_DEFINE_HANDLER_SYMBOL(                                                       \
+      jaxcomm_nccl_host_##name,                                                        \
+      (OnHost<call, ffi::RemainingArgs, ffi::RemainingRets, int64_t, int64_t, int64_t, \
+              int64_t, Numbers, __VA_ARGS__>),                                         \
+      JAXCOMM_COLLECTIVE(ffi::Ffi::Bind()) attributes)
+
+JAXCOMM_DEFINE(all_reduce, AllReduceCall, .Attr<int64_t>("op"), int64_t);
+JAXCOMM_DEFINE(broadcast, BroadcastCall, .Attr<int64_t>("root"), int64_t);
+JAXCOMM_DEFINE(move, MoveCall, .Attr<int64_t>("move").Attr<int64_t>("ranks").Attr<Numbers>("permutation"), int64_t, int64_t, Numbers);
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(jaxcomm_nccl_rank, RankCall,
+                              JAXCOMM_GPU.Ret<ffi::BufferR0<ffi::S32>>()
+                                  .Attr<int64_t>("comm"),
+                              {ffi::Traits::kCmdBufferCompatible});
+XLA_FFI_DEFINE_HANDLER_SYMBOL(
+    jaxcomm_nccl_host_rank,
+    (OnHost<RankCall, ffi::Result<ffi::BufferR0<ffi::S32>>, int64_t>),
+    ffi::Ffi::Bind().Ret<ffi::BufferR0<ffi::S32>>().Attr<int64_t>("comm"));
+
+namespace {
+
+int Told(const std::string& text, char* error, int64_t capacity) {
+  if (text.empty()) return 0;
+  if (capacity > 0) {
+    std::strncpy(error, text.c_str(), static_cast<size_t>(capacity - 1));
+    error[capacity - 1] = '\0';
+  }
+  return 1;
+}
+
+}  // namespace
+
+// These return 0, or 1 with a text in `error`.
+
+JAXCOMM_API int jaxcomm_nccl_open(const char* path, int host_memory, char* error,
+                                  int64_t capacity) {
+  std::lock_guard<std::mutex> lock(registry_mutex);
+  if (nccl != nullptr) return 0;
+  std::string text;
+  auto opened = Nccl::Open(path, &text);
+  if (opened) {
+    device = host_memory ? HostMemory() : OpenGpu(&text);
+    if (device) nccl = std::move(opened);
+  }
+  return Told(text, error, capacity);
+}
+
+JAXCOMM_API int jaxcomm_nccl_version() {
+  int version = 0;
+  if (nccl) nccl->calls().GetVersion(&version);
+  return version;
+}
+
+JAXCOMM_API int jaxcomm_nccl_unique_id(NcclUniqueId* out, char* error, int64_t capacity) {
+  const NcclResult result = nccl->calls().GetUniqueId(out);
+  if (result == kNcclSuccess) return 0;
+  return Told(std::string("ncclGetUniqueId: ") + nccl->calls().GetErrorString(result),
+              error, capacity);
+}
+
+JAXCOMM_API int jaxcomm_nccl_join(int64_t id, const NcclUniqueId* unique, int rank,
+                                  int size, double timeout, char* error,
+                                  int64_t capacity) {
+  auto member = std::unique_ptr<Member>(
+      new Member{{nccl.get(), id, rank, size, timeout}, {}});
+  std::string text = member->comm.Join(*unique);
+  if (text.empty()) {
+    std::lock_guard<std::mutex> lock(registry_mutex);
+    members[id] = std::move(member);
+  }
+  if (text.empty()) monitor.Start();
+  return Told(text, error, capacity);
+}
+
+// Makes communicator `part` of the ranks of `id` that give the same `color`; `rank` and
+// `size` are this one's place among them.
+JAXCOMM_API int jaxcomm_nccl_split(int64_t id, int64_t part, int color, int rank, int size,
+                                   double timeout, char* error, int64_t capacity) {
+  auto member = std::unique_ptr<Member>(
+      new Member{{nccl.get(), part, rank, size, timeout}, {}});
+  std::string text = Find(id)->comm.Split(color, &member->comm);
+  if (text.empty()) {
+    std::lock_guard<std::mutex> lock(registry_mutex);
+    members[part] = std::move(member);
+  }
+  return Told(text, error, capacity);
+}
+
+JAXCOMM_API int jaxcomm_nccl_counters(int64_t id, int64_t* out) {
+  Member* member = Find(id);
+  if (member == nullptr) return 1;
+  for (int i = 0; i < kNcclCounters; ++i) out[i] = member->comm.counters[i];
+  return 0;
+}
+
+// Ends all communicators; nothing may be under way.
+JAXCOMM_API void jaxcomm_nccl_close() {
+  monitor.Stop();
+  std::map<int64_t, std::unique_ptr<Member>> all;
+  {
+    std::lock_guard<std::mutex> lock(registry_mutex);
+    all.swap(members);
+  }
+}
+
+}  // namespace jaxcomm
