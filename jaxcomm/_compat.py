@@ -12,6 +12,7 @@ import jax
 
 # No public module offers these; each has been at this place from 0.10.2 to 0.12.0.1.
 from jax._src import core as _core
+from jax._src import distributed as _distributed
 from jax._src import effects as _effects
 from jax._src import source_info_util as _source_info
 from jax._src.interpreters import partial_eval as _partial_eval
@@ -28,6 +29,7 @@ __all__ = [
     "ad",
     "batching",
     "create_token",
+    "distributed_client",
     "eval_eqn",
     "failing_call",
     "instantiate_zeros",
@@ -108,6 +110,17 @@ def eval_eqn(eqn: Any, values: Sequence[Any]) -> list[Any]:
     ):
         out = eqn.primitive.bind(*values, **params)
     return list(out) if eqn.primitive.multiple_results else [out]
+
+
+def distributed_client() -> tuple[Any, int, int] | None:
+    """Return jax.distributed's client, this process's index and their number.
+
+    None where jax.distributed is not initialised.
+    """
+    state = _distributed.global_state
+    if state.client is None:
+        return None
+    return state.client, state.process_id, state.num_processes
 
 
 def instantiate_zeros(tangent: Any) -> Any:

@@ -18,7 +18,7 @@ import threading
 import jax
 import numpy as np
 
-from jaxcomm._host import HostChannel
+from jaxcomm._fabric import Channel
 from jaxcomm.errors import JaxcommError, ScheduleMismatchError
 from jaxcomm.schedule import Schedule
 
@@ -38,7 +38,7 @@ class _Entry:
 
 @dataclasses.dataclass(frozen=True)
 class _Channel:
-    host: HostChannel
+    host: Channel
     timeout: float
 
 
@@ -48,7 +48,7 @@ _failures: dict[int, JaxcommError] = {}
 _lock = threading.Lock()
 
 
-def connect(key: int, host: HostChannel, timeout: float) -> None:
+def connect(key: int, host: Channel, timeout: float) -> None:
     """Set the channel over which checks of communicator `key` run."""
     _channels[key] = _Channel(host, timeout)
 
@@ -126,7 +126,7 @@ def _compare(channel: _Channel, entry: _Entry | None, digest: int) -> None:
         raise ScheduleMismatchError(_explain(channel.host, own, entry))
 
 
-def _explain(host: HostChannel, own: bytes, entry: _Entry | None) -> str:
+def _explain(host: Channel, own: bytes, entry: _Entry | None) -> str:
     """Say which ranks agree and where the others first differ; same on all ranks."""
     ranks: dict[bytes, list[int]] = {}
     for rank, digest in enumerate(host.all_gather(own)):

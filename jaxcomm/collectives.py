@@ -26,7 +26,12 @@ import numpy as np
 
 from jaxcomm import _compat, agreement, planner
 from jaxcomm.communicator import Communicator, world
-from jaxcomm.errors import InvalidOptionError, InvalidTreeError, UnsupportedDtypeError
+from jaxcomm.errors import (
+    InvalidOptionError,
+    InvalidTreeError,
+    TransportUnavailableError,
+    UnsupportedDtypeError,
+)
 from jaxcomm.planner import Groups, Terms
 from jaxcomm.schedule import Bucket, LeafSpec, Schedule
 from jaxcomm.transports.base import Call
@@ -401,7 +406,12 @@ def local_result(bucket: Bucket, leaf: Any) -> Any:
     return leaf
 
 
-def _call(comm: Communicator, schedule: Schedule, index: int) -> Call:
+def _call(ctx: Any, comm: Communicator, schedule: Schedule, index: int) -> Call:
+    if "cuda" in ctx.module_context.platforms and comm.transport != "nccl":
+        raise TransportUnavailableError(
+            f"transport {comm.transport!r} moves arrays of the CPU, and this program is "
+            "for a GPU: use jaxcomm.init('nccl'), or set JAX_PLATFORMS=cpu"
+        )
     bucket = schedule.buckets[index]
     groups = bucket.groups
     return Call(
@@ -422,7 +432,7 @@ def _call(comm: Communicator, schedule: Schedule, index: int) -> Call:
 def _chained_lowering(
     ctx: Any, *values: Any, comm: Communicator, schedule: Schedule, index: int
 ) -> Sequence[Any]:
-    return comm.lowering.lower(ctx, _call(comm, schedule, index), values)
+    return comm.lowering.lower(ctx, _call(ctx, comm, schedule, index), values)
 
 
 def _bucket_lowering(
@@ -433,7 +443,7 @@ def _bucket_lowering(
     avals_out = (*ctx.avals_out, _compat.abstract_token)
     *out, token = comm.lowering.lower(
         ctx.replace(avals_in=avals_in, avals_out=avals_out),
-        _call(comm, schedule, index),
+        _call(ctx, comm, schedule, index),
         (*values, token),
     )
     ctx.set_tokens_out(_compat.mlir.TokenSet({_effect: token}))
@@ -552,7 +562,8 @@ def _rank_lowering(ctx: Any, *, comm: Communicator) -> Sequence[Any]:
     if comm.transport == "local":
         rule = _compat.mlir.lower_fun(lambda: jnp.int32(0), multiple_results=False)
         return rule(ctx)
-    rule = jax.ffi.ffi_lowering("jaxcomm_rank")
+    target = "jaxcomm_nccl_rank" if comm.transport == "nccl" else "jaxcomm_rank"
+    rule = jax.ffi.ffi_lowering(target)
     return rule(ctx, comm=np.int64(comm.key))
 
 
@@ -585,12 +596,16 @@ _compat.mlir.register_lowering(mark_p, _mark_lowering, platform="cpu")
 
 rank_p.def_abstract_eval(lambda *, comm: _compat.shaped_array((), np.dtype("int32")))
 rank_p.def_impl(lambda *, comm: jnp.int32(comm.rank))
-_compat.mlir.register_lowering(rank_p, _rank_lowering, platform="cpu")
 bucket_p.def_impl(_bucket_impl)
 bucket_p.def_effectful_abstract_eval(_bucket_abstract_eval)
 chained_p.def_abstract_eval(_chained_abstract_eval)
-_compat.mlir.register_lowering(bucket_p, _bucket_lowering, platform="cpu")
-_compat.mlir.register_lowering(chained_p, _chained_lowering, platform="cpu")
+for _platform in ("cpu", "cuda"):
+    for _primitive, _rule in (
+        (rank_p, _rank_lowering),
+        (bucket_p, _bucket_lowering),
+        (chained_p, _chained_lowering),
+    ):
+        _compat.mlir.register_lowering(_primitive, _rule, platform=_platform)
 _compat.ad.primitive_jvps[bucket_p] = _bucket_jvp
 _compat.ad.primitive_jvps[chained_p] = _chained_jvp
 _compat.ad.primitive_transposes[bucket_p] = _bucket_transpose

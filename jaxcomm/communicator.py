@@ -1,8 +1,7 @@
 """Who the ranks are: `init`, communicators, subgroups and host-side objects.
 
-Over MPI every communicator owns three MPI communicators, so that traffic of
-different kinds never meets: `data` for the custom calls, `control` for the one-time
-schedule check, which runs on XLA's threads, and `host` for Python objects.
+What connects the processes on the host is a *fabric* (`_fabric`); what moves arrays is
+a transport.
 """
 
 from __future__ import annotations
@@ -23,8 +22,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxcomm import agreement, costmodel, native, timeline
-from jaxcomm._host import HostChannel
+from jaxcomm import _compat, agreement, costmodel, native, timeline
+from jaxcomm._fabric import Alone, Fabric, KeyValueFabric, MpiFabric
 from jaxcomm._window import SharedWindow
 from jaxcomm.costmodel import CostModel
 from jaxcomm.errors import InvalidOptionError, TransportUnavailableError
@@ -49,14 +48,6 @@ Groups = Sequence[Sequence[int]]
 
 
 @dataclasses.dataclass(frozen=True)
-class _MpiComms:
-    data: Any
-    control: Any
-    host: Any
-    channel: HostChannel
-
-
-@dataclasses.dataclass(frozen=True)
 class _Settings:
     """What `init` was given and found; the same on every rank, subgroups included."""
 
@@ -74,7 +65,7 @@ class Communicator:
       size: number of ranks.
       local_rank: number among the ranks on this host.
       local_size: number of ranks on this host.
-      transport: "local", "mpi" or "mpi4jax".
+      transport: "local", "mpi", "mpi4jax" or "nccl".
       timeout: seconds that the schedule check waits for the other ranks.
       staging_bytes: size of the buffer that small leaves share.
       topology: what a profile of `jaxcomm tune` holds for; "" without MPI.
@@ -84,11 +75,7 @@ class Communicator:
     """
 
     def __init__(
-        self,
-        lineage: str,
-        transport: str,
-        settings: _Settings,
-        comm: Any | None = None,
+        self, lineage: str, transport: str, settings: _Settings, fabric: Fabric
     ):
         self.transport = transport
         self.timeout = settings.timeout
@@ -100,72 +87,66 @@ class Communicator:
         # The key stands in compiled programs, so it must be equal on all ranks.
         digest = hashlib.sha256(lineage.encode()).digest()
         self.key = int.from_bytes(digest[:8], "big") >> 1
-        self.rank, self.size = 0, 1
-        self.local_rank, self.local_size = 0, 1
+        self.rank, self.size = fabric.rank, fabric.size
+        self.local_rank, self.local_size = fabric.local_rank, fabric.local_size
+        self._fabric = fabric
         self._subgroups: dict[tuple[int, ...], Communicator | None] = {}
-        self._comms: _MpiComms | None = None
         self._others: list[Any] = []
         self._windows: list[Any] = []
         self._own_thread = False
         self.lowering: Transport = Local()
-        if comm is not None:
-            self._connect(comm)
+        if transport != "local":
+            self._connect()
 
-    def _connect(self, comm: Any) -> None:
-        from mpi4py import MPI
-
-        self.rank, self.size = comm.Get_rank(), comm.Get_size()
-        node = comm.Split_type(MPI.COMM_TYPE_SHARED)
-        self.local_rank, self.local_size = node.Get_rank(), node.Get_size()
-        node.Free()
-        host = comm.Dup()
-        self._comms = _MpiComms(comm.Dup(), comm.Dup(), host, HostChannel(host))
-        # An MPI failure becomes a Python exception, never MPI_Abort.
-        self._comms.data.Set_errhandler(MPI.ERRORS_RETURN)
+    def _connect(self) -> None:
         if self.lineage == "world":
             self._find_settings()
         one_host = 1 < self.size == self.local_size
         self.shared_memory &= one_host and self.transport == "mpi"
-        # Where calls wait for a network, XLA's threads have better things to do.
-        default = "off" if self.size == self.local_size else "on"
-        self._own_thread = os.environ.get(OWN_THREAD_VARIABLE, default) == "on"
-        self._create_native(self.key, self._comms.data, self.costs.segment_bytes)
-        agreement.connect(self.key, HostChannel(self._comms.control), self.timeout)
-        _connected[self.key] = self
-        if self.transport == "mpi4jax":
-            from jaxcomm.transports.mpi4jax import Mpi4jax
+        if self.transport == "nccl":
+            from jaxcomm.transports import nccl
 
-            self.lowering = Mpi4jax(self._comms.data)
+            nccl.join(self.key, self._fabric, self.timeout)
+            self.lowering = nccl.Nccl()
         else:
-            from jaxcomm.transports.mpi import Mpi
+            # Where calls wait for a network, XLA's threads have better things to do.
+            default = "off" if self.size == self.local_size else "on"
+            self._own_thread = os.environ.get(OWN_THREAD_VARIABLE, default) == "on"
+            self._create_native(self.key, self._mpi.data, self.costs.segment_bytes)
+            self.lowering = _lowering(self.transport, self._mpi.data)
+        agreement.connect(self.key, self._fabric.check, self.timeout)
+        _connected[self.key] = self
 
-            self.lowering = Mpi()
+    @property
+    def _mpi(self) -> MpiFabric:
+        assert isinstance(self._fabric, MpiFabric)
+        return self._fabric
 
     def _find_settings(self) -> None:
         """Read the profile on rank 0 and give it to all, so that all plan alike."""
-        from mpi4py import MPI
-
-        assert self._comms is not None
-        library = MPI.Get_library_version().splitlines()[0].strip(" \0")
         local_sizes = self.all_gather_object(self.local_size)
-        self.topology = costmodel.topology(self.transport, library, local_sizes)
+        self.topology = costmodel.topology(
+            self.transport, self._fabric.name, local_sizes
+        )
+        default = costmodel.DEFAULT
+        if self.transport == "nccl":
+            default = costmodel.OVER_NCCL
+        elif self.size != self.local_size:
+            default = costmodel.BETWEEN_HOSTS
         found: tuple[Any, ...] = ()
         if self.rank == 0:
             try:
-                costs = costmodel.find_profile(
-                    self.topology,
-                    costmodel.DEFAULT
-                    if self.size == self.local_size
-                    else costmodel.BETWEEN_HOSTS,
-                )
+                costs = costmodel.find_profile(self.topology, default)
                 shared = os.environ.get(SHARED_MEMORY_VARIABLE, "on") != "off"
-                found = (costs, self.staging_bytes, shared, "")
+                found = (costs.to_json(), self.staging_bytes, shared, "")
             except InvalidOptionError as error:
                 found = (None, None, None, str(error))
-        settings = self.broadcast_object(found)
-        self.costs, self.staging_bytes, self.shared_memory, failure = settings
+        costs, self.staging_bytes, self.shared_memory, failure = self.broadcast_object(
+            found
+        )
         if failure:
             raise InvalidOptionError(failure)
+        self.costs = CostModel.from_json(costs)
         if not self.costs.source.startswith("default") and self.rank == 0:
             log.info("plans follow the profile %s", self.costs.source)
 
@@ -200,14 +181,11 @@ class Communicator:
         if self.rank not in members:
             return None
         lineage = f"{self.lineage}/{','.join(map(str, members))}"
-        comm = None
-        if self._comms is not None:
-            # Blocking calls of MPI itself: nothing else of ours may run beside them.
-            _wait_for_pending_work()
-            group = self._comms.host.Get_group().Incl(list(members))
-            comm = self._comms.host.Create_group(group)
+        # Blocking calls: nothing else of ours may run beside them.
+        _wait_for_pending_work()
+        fabric = self._fabric.subgroup(members, lineage)
         settings = _Settings(self.timeout, self.staging_bytes, self.costs)
-        return Communicator(lineage, self.transport, settings, comm)
+        return Communicator(lineage, self.transport, settings, fabric)
 
     def partition(self, groups: Groups) -> int:
         """Return the key of this rank's subgroup in a division of all ranks.
@@ -220,40 +198,41 @@ class Communicator:
 
     def create_partition(self, key: int, groups: Sequence[Sequence[int]]) -> None:
         """Create the native communicator of this rank's subgroup; on XLA's thread."""
-        assert self._comms is not None
-        control = self._comms.control
-        members = next(group for group in groups if self.rank in group)
-        # All members are here, and other threads hold the turn for moments only.
-        with self._comms.channel.turn():
-            part = control.Create_group(control.Get_group().Incl(list(members)))
-            self._others.append(part)
-            self._create_native(key, part, self.costs.segment_bytes)
+        number = next(k for k, group in enumerate(groups) if self.rank in group)
+        members = groups[number]
+        if self.transport == "nccl":
+            from jaxcomm.native import nccl
+
+            place = members.index(self.rank)
+            nccl.split(self.key, key, number, place, len(members), self.timeout)
+            return
+        part = self._mpi.part(members)
+        self._others.append(part)
+        self._create_native(key, part, self.costs.segment_bytes)
 
     def barrier(self) -> None:
         """Wait until every rank is here (host side; not for use inside jit)."""
-        if self._comms is not None:
-            self._comms.channel.barrier()
+        self._fabric.host.barrier()
 
     def broadcast_object(self, obj: Any, root: int = 0) -> Any:
         """Return the root's picklable Python object on every rank."""
         if not 0 <= root < self.size:
             raise InvalidOptionError(f"root={root}; give a rank below {self.size}")
-        return obj if self._comms is None else self._comms.channel.broadcast(obj, root)
+        return self._fabric.host.broadcast(obj, root)
 
     def all_gather_object(self, obj: Any) -> list[Any]:
         """Return every rank's picklable Python object, in rank order."""
-        return [obj] if self._comms is None else self._comms.channel.all_gather(obj)
+        return self._fabric.host.all_gather(obj)
 
     def duplicate(self, segment_bytes: int) -> int:
         """Return the key of a native communicator of the same ranks, for measuring.
 
         It differs in how large leaves are divided. All ranks call it together.
         """
-        assert self._comms is not None
         number = len(self._others)
         digest = hashlib.sha256(f"{self.lineage}#{number}".encode()).digest()
         key = int.from_bytes(digest[:8], "big") >> 1
-        data = self._comms.host.Dup()
+        data = self._mpi.duplicate()
         self._others.append(data)
         self._create_native(key, data, segment_bytes)
         return key
@@ -283,10 +262,16 @@ class Communicator:
         `calls` are custom calls, `mpi_all_reduce` and `mpi_broadcast` the MPI calls
         they made, `segments` what went through shared memory instead, `moved` the
         leaves gathered, scattered, exchanged or permuted, `bytes` the payload, and
-        `agreements` the schedule checks: the only control messages there are. Empty
-        without MPI.
+        `agreements` the schedule checks: the only control messages there are. Over
+        NCCL, `nccl_collectives` are its calls. Empty for one rank alone.
         """
-        return {} if self._comms is None else native.counters(self.key)
+        if self.transport == "local":
+            return {}
+        if self.transport == "nccl":
+            from jaxcomm.native import nccl
+
+            return nccl.counters(self.key)
+        return native.counters(self.key)
 
     def __eq__(self, other: object) -> bool:
         return (
@@ -314,9 +299,11 @@ def init(
     """Connect this process to the other ranks; the first use of anything does it too.
 
     Args:
-      transport: "auto" takes MPI when the process was launched as one of several
-        ranks, else "local"; "local", "mpi" and "mpi4jax" insist. "nccl" and "xla"
-        are refused in this version, with the reason.
+      transport: "auto" takes, when the process was launched as one of several ranks,
+        NCCL if JAX runs on a GPU and MPI if not; else "local". "local", "mpi",
+        "mpi4jax" and "nccl" insist. Under "nccl" the processes find each other by
+        jax.distributed where it is initialised, else by MPI. "xla" is refused in this
+        version, with the reason.
       timeout: seconds that the one-time schedule check waits for the other ranks
         before it raises StallError; 600 unless given.
       staging_bytes: size of the buffer that small leaves share, per communicator; 8 MiB
@@ -419,27 +406,21 @@ def _staging_bytes(given: int | None) -> int:
 def _start(transport: str, settings: _Settings) -> Communicator:
     launched = launched_ranks()
     if transport == "auto":
-        mpi_ready = "mpi4py.MPI" in sys.modules and _mpi_size() > 1
-        transport = "mpi" if launched > 1 or mpi_ready else "local"
+        transport = _automatic(launched, settings)
     if transport == "local":
-        return Communicator("world", "local", settings)
-    if transport in ("nccl", "xla"):
-        importlib.import_module(f"jaxcomm.transports.{transport}").connect()
-
-    mpi = _import_mpi(transport, launched)
-    if launched > 1 and mpi.COMM_WORLD.Get_size() == 1:
-        raise TransportUnavailableError(
-            f"the launcher started {launched} ranks, but each of them is alone in its "
-            "MPI world: the launcher and the MPI library that mpi4py loads do not "
-            "match. Use the mpiexec of that library (`jaxcomm doctor` shows both); "
-            "under Slurm try `srun --mpi=pmix`."
-        )
+        return Communicator("world", "local", settings, Alone())
+    if transport == "xla":
+        importlib.import_module("jaxcomm.transports.xla").connect()
+    fabric = _fabric(transport, launched, settings)
     native.load()
-    native.bind_mpi(mpi)
     native.set_agree(agreement.answer)
     native.set_partition(_answer_partition)
-    comm = Communicator("world", transport, settings, mpi.COMM_WORLD)
-    if comm.size > 1:
+    if transport == "nccl":
+        importlib.import_module("jaxcomm.transports.nccl").prepare(fabric)
+    else:
+        native.bind_mpi(sys.modules["mpi4py.MPI"])
+    comm = Communicator("world", transport, settings, fabric)
+    if comm.size > 1 and isinstance(fabric, MpiFabric):
         from jaxcomm.launch import abort
 
         abort.install_excepthook()
@@ -448,6 +429,46 @@ def _start(transport: str, settings: _Settings) -> Communicator:
         atexit.register(_write_timeline, comm)
     atexit.register(_wait_for_pending_work)  # runs first
     return comm
+
+
+def _automatic(launched: int, settings: _Settings) -> str:
+    """Choose a transport: NCCL on GPUs, MPI elsewhere, none for one rank."""
+    mpi_ready = "mpi4py.MPI" in sys.modules and _mpi_size() > 1
+    distributed = _compat.distributed_client()
+    several = launched > 1 or mpi_ready or (distributed or (None, 0, 1))[2] > 1
+    if several and jax.default_backend() == "gpu":
+        return "nccl"
+    return "mpi" if launched > 1 or mpi_ready else "local"
+
+
+def _fabric(transport: str, launched: int, settings: _Settings) -> Fabric:
+    """Connect the processes: over MPI, or for NCCL also by jax.distributed or alone."""
+    if transport == "nccl":
+        fabric = KeyValueFabric.world(settings.timeout)
+        if fabric is not None:
+            return fabric
+        if launched == 1 and importlib.util.find_spec("mpi4py") is None:
+            return Alone()
+    mpi = _import_mpi(transport, launched)
+    if launched > 1 and mpi.COMM_WORLD.Get_size() == 1:
+        raise TransportUnavailableError(
+            f"the launcher started {launched} ranks, but each of them is alone in its "
+            "MPI world: the launcher and the MPI library that mpi4py loads do not "
+            "match. Use the mpiexec of that library (`jaxcomm doctor` shows both); "
+            "under Slurm try `srun --mpi=pmix`, or on GPUs call "
+            "jax.distributed.initialize() before jaxcomm.init()."
+        )
+    return MpiFabric(mpi.COMM_WORLD)
+
+
+def _lowering(transport: str, data: Any) -> Transport:
+    if transport == "mpi4jax":
+        from jaxcomm.transports.mpi4jax import Mpi4jax
+
+        return Mpi4jax(data)
+    from jaxcomm.transports.mpi import Mpi
+
+    return Mpi()
 
 
 def _answer_partition(key: int, partition: int, groups: list[list[int]]) -> str | None:

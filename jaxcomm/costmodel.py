@@ -37,8 +37,8 @@ class CostModel:
       curve: (bytes, seconds) of one in-place all-reduce, by rising bytes.
       copy_bandwidth: bytes per second of packing and unpacking, both counted.
       segment_bytes: large leaves are reduced in messages of this size.
-      source: "default", "default between hosts", or the key of the profile it was
-        read from.
+      source: "default", "default between hosts", "default over NCCL", or the key of the
+        profile it was read from.
     """
 
     call: float
@@ -175,6 +175,15 @@ BETWEEN_HOSTS = CostModel(
     copy_bandwidth=10e9,
     segment_bytes=1 << 17,
     source="default between hosts",
+)
+
+# GPUs of one host: a round guess, for want of a measurement (docs/gpu.md).
+OVER_NCCL = CostModel(
+    call=5e-6,
+    curve=((8, 15e-6), (1 << 20, 25e-6), (64 << 20, 25e-6 + (63 << 20) / 150e9)),
+    copy_bandwidth=1000e9,
+    segment_bytes=1 << 26,
+    source="default over NCCL",
 )
 
 

@@ -56,6 +56,11 @@ def measure(
             "tuning measures communication between ranks, and this is a job of one: "
             "say `jaxcomm tune -n 2`, or run it under mpiexec or srun"
         )
+    if comm.transport == "nccl":
+        raise TransportUnavailableError(
+            "tuning measures MPI and shared memory; over NCCL set bucket_bytes, or use "
+            "transport='mpi'"
+        )
     report = progress or (lambda phrase, done: None)
     buffer = np.zeros(_LARGE_BYTES // 4, np.float32)
     channels = _Channels(comm)

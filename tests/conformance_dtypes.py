@@ -34,6 +34,8 @@ def check_all_reduce_against_numpy(comm: Communicator) -> None:
                 for dtype in DTYPES
                 for shape in SHAPES
                 if meaningful(op, dtype)
+                # NCCL multiplies no complex numbers.
+                and not (op == "prod" and dtype[0] == "c" and comm.transport == "nccl")
             }
             eager = jaxcomm.all_reduce(tree, op=op)
             jitted = jax.jit(lambda t, op=op: jaxcomm.all_reduce(t, op=op))(tree)
@@ -77,7 +79,7 @@ def check_broadcast_of_every_dtype(comm: Communicator) -> None:
 
 
 def check_min_and_max_do_not_depend_on_the_order(comm: Communicator) -> None:
-    if comm.size == 1:
+    if comm.size == 1 or comm.transport == "nccl":  # NCCL promises nothing here
         return
     # Rank 0 has NaN where others have numbers, and zeros of the other sign.
     own = [np.nan, 0.0, -0.0, 1.0] if comm.rank == 0 else [1.0, -0.0, 0.0, np.nan]

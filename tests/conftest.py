@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import atexit
+import functools
 import os
+import shutil
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
+
+# Of the stand-in for NCCL: see tests/native/fake_nccl.cc.
+FAKE_NCCL = ["-std=c++17", "-O2", "-shared", "-fPIC", "-fvisibility=hidden"]
 
 Launch = Callable[..., "subprocess.CompletedProcess[str]"]
 
@@ -37,6 +44,25 @@ def launch_ranks(
         timeout=timeout + 30,
         check=False,
     )
+
+
+@functools.cache
+def fake_nccl() -> Path:
+    """Compile the stand-in for NCCL (tests/native/fake_nccl.cc), once."""
+    folder = tempfile.mkdtemp(prefix="jaxcomm-fake-nccl-")
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    library = Path(folder) / "libfake_nccl.so"
+    source = ROOT / "tests" / "native" / "fake_nccl.cc"
+    flags = "-std=c++17 -O2 -shared -fPIC -fvisibility=hidden -Wall -Wextra -Werror"
+    line = ["c++", *flags.split(), "-o", library, source, "-lrt", "-pthread"]
+    subprocess.run(line, check=True)
+    return library
+
+
+def on_fake_nccl(**more: str) -> dict[str, str]:
+    """Return the environment in which transport "nccl" runs on the stand-in."""
+    library = {"JAXCOMM_NCCL_LIBRARY": str(fake_nccl())}
+    return {**library, "JAXCOMM_NCCL_HOST_MEMORY": "1", **more}
 
 
 @pytest.fixture

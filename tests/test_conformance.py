@@ -9,7 +9,7 @@ from pathlib import Path
 
 import conformance
 import pytest
-from conftest import launch_ranks
+from conftest import launch_ranks, on_fake_nccl
 
 JOBS = [
     ("local", 1),
@@ -22,6 +22,10 @@ JOBS = [
     ("mpi4jax", 1),
     ("mpi4jax", 2),
     ("mpi4jax", 4),
+    # Over a library of NCCL's interface that reduces host memory.
+    ("nccl", 1),
+    ("nccl", 2),
+    ("nccl", 4),
 ]
 
 
@@ -35,6 +39,8 @@ def outcomes(transport: str, ranks: int) -> dict[str, str]:
         env = {"JAXCOMM_SHARED_MEMORY": "off" if apart else "on"}
         # Ranks on several hosts call MPI on a thread of their own.
         env["JAXCOMM_OWN_THREAD"] = "on" if apart and ranks == 4 else "off"
+        if name == "nccl":
+            env |= on_fake_nccl()
         done = launch_ranks(ranks, [script, results, name], timeout=300, env=env)
         found = json.loads(results.read_text()) if results.exists() else {}
     if done.returncode != 0:

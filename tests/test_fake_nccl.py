@@ -10,21 +10,16 @@ import time
 from pathlib import Path
 
 import pytest
+from conftest import fake_nccl
 from nccl_library import SUCCESS, UniqueId, load
 
 HERE = Path(__file__).resolve().parent
-FLAGS = ["-std=c++17", "-O2", "-shared", "-fPIC", "-fvisibility=hidden"]
-FLAGS += ["-Wall", "-Wextra", "-Werror"]
 
 
 @pytest.fixture(scope="session")
-def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def library() -> Path:
     """Return the fake's library, compiled once."""
-    out = tmp_path_factory.mktemp("fake_nccl") / "libfake_nccl.so"
-    source = HERE / "native" / "fake_nccl.cc"
-    line = ["c++", *FLAGS, "-o", str(out), str(source), "-lrt", "-pthread"]
-    subprocess.run(line, check=True)
-    return out
+    return fake_nccl()
 
 
 def segments() -> set[str]:

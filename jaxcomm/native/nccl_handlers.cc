@@ -10,6 +10,7 @@
 
 #include "callbacks.h"
 #include "nccl.h"
+#include "rounding.h"
 #include "xla/ffi/api/c_api.h"
 #include "xla/ffi/api/ffi.h"
 
@@ -211,6 +212,7 @@ ffi::Error RankCall(CudaStream stream, ffi::Result<ffi::BufferR0<ffi::S32>> out,
 // The same on host memory: there is no stream.
 template <auto kCall, typename... Arguments>
 ffi::Error OnHost(Arguments... arguments) {
+  DefaultRounding scope;
   return kCall(nullptr, arguments...);
 }
 
@@ -251,7 +253,9 @@ JAXCOMM_API XLA_FFI_Error* jaxcomm_nccl_host_rank(XLA_FFI_CallFrame*);
 
 JAXCOMM_DEFINE(all_reduce, AllReduceCall, .Attr<int64_t>("op"), int64_t);
 JAXCOMM_DEFINE(broadcast, BroadcastCall, .Attr<int64_t>("root"), int64_t);
-JAXCOMM_DEFINE(move, MoveCall, .Attr<int64_t>("move").Attr<int64_t>("ranks").Attr<Numbers>("permutation"), int64_t, int64_t, Numbers);
+JAXCOMM_DEFINE(move, MoveCall,
+               .Attr<int64_t>("move").Attr<int64_t>("ranks").Attr<Numbers>("permutation"),
+               int64_t, int64_t, Numbers);
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(jaxcomm_nccl_rank, RankCall,
                               JAXCOMM_GPU.Ret<ffi::BufferR0<ffi::S32>>()

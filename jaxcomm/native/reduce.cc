@@ -1,29 +1,14 @@
 #include "reduce.h"
 
-#include <cfenv>
 #include <algorithm>
 #include <cstring>
 
 #include "kernels.h"
 #include "node.h"
+#include "rounding.h"
 
 namespace jaxcomm {
 namespace {
-
-// XLA's threads may flush subnormal numbers to zero, and the thread that runs a call
-// need not be of the same kind on every rank. Both ranks of a pair compute the same
-// sum, so both must round alike.
-class DefaultRounding {
- public:
-  DefaultRounding() {
-    std::fegetenv(&saved_);
-    std::fesetenv(FE_DFL_ENV);
-  }
-  ~DefaultRounding() { std::fesetenv(&saved_); }
-
- private:
-  std::fenv_t saved_;
-};
 
 class Reducer {
  public:

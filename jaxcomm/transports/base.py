@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, Protocol
+
+import jax
+import numpy as np
 
 from jaxcomm.errors import UnsupportedDtypeError
 
@@ -39,6 +42,38 @@ class Call:
     permutation: tuple[tuple[int, int], ...] = ()
     partition: int = 0
     groups: tuple[tuple[int, ...], ...] = ()
+
+
+def numbers(rows: Iterable[Iterable[int]]) -> np.ndarray:
+    """Return rows of integers as one flat attribute."""
+    return np.array([number for row in rows for number in row], np.int64)
+
+
+def call_attributes(call: Call) -> dict[str, Any]:
+    """Return what every collective's custom call says."""
+    return {
+        "comm": np.int64(call.comm),
+        "schedule": np.int64(call.digest),
+        "bucket": np.int64(call.bucket),
+        "partition": np.int64(call.partition),
+        "groups": numbers((len(group), *group) for group in call.groups),
+    }
+
+
+def emit(
+    target: str,
+    ctx: Any,
+    values: Sequence[Any],
+    attributes: dict[str, Any],
+    aliased: Iterable[int],
+) -> Sequence[Any]:
+    """Emit a custom call, with the results of some numbers in their operands' place."""
+    # A token has no buffer to alias.
+    arrays = [i for i in aliased if hasattr(ctx.avals_in[i], "shape")]
+    rule = jax.ffi.ffi_lowering(
+        target, has_side_effect=True, operand_output_aliases={i: i for i in arrays}
+    )
+    return rule(ctx, *values, **attributes)
 
 
 # Collectives that move bytes, whatever they mean.

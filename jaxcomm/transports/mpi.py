@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
-import jax
 import numpy as np
 
 from jaxcomm import native
-from jaxcomm.transports.base import Call, check_dtype
+from jaxcomm.transports.base import Call, call_attributes, check_dtype, emit, numbers
 
 
 class Mpi:
@@ -23,20 +22,14 @@ class Mpi:
 
     def lower(self, ctx: Any, call: Call, values: Sequence[Any]) -> Sequence[Any]:
         """Emit one custom call; where shapes allow, results alias operands."""
-        attributes: dict[str, Any] = {
-            "comm": np.int64(call.comm),
-            "schedule": np.int64(call.digest),
-            "bucket": np.int64(call.bucket),
-            "partition": np.int64(call.partition),
-            "groups": _numbers((len(group), *group) for group in call.groups),
-        }
+        attributes = call_attributes(call)
         if call.op in native.MOVES:
             # No aliases but the token's: what is received has another shape or order.
             attributes["move"] = np.int64(native.MOVES.index(call.op))
             attributes["divisor"] = np.int64(1)
-            attributes["permutation"] = _numbers(call.permutation)
+            attributes["permutation"] = numbers(call.permutation)
             last = len(values) - 1
-            return _emit("jaxcomm_mpi_move", ctx, values, attributes, [last])
+            return emit("jaxcomm_mpi_move", ctx, values, attributes, [last])
         if call.op == "broadcast":
             attributes["root"] = np.int64(call.root)
             return in_place_call("jaxcomm_mpi_broadcast", ctx, values, attributes)
@@ -49,27 +42,8 @@ class Mpi:
         return in_place_call("jaxcomm_mpi_all_reduce", ctx, values, attributes)
 
 
-def _numbers(rows: Iterable[Iterable[int]]) -> np.ndarray:
-    return np.array([number for row in rows for number in row], np.int64)
-
-
 def in_place_call(
     target: str, ctx: Any, values: Sequence[Any], attributes: dict[str, Any]
 ) -> Sequence[Any]:
     """Emit a custom call on `values` with every result aliased to its operand."""
-    return _emit(target, ctx, values, attributes, range(len(values)))
-
-
-def _emit(
-    target: str,
-    ctx: Any,
-    values: Sequence[Any],
-    attributes: dict[str, Any],
-    aliased: Iterable[int],
-) -> Sequence[Any]:
-    # A token has no buffer to alias.
-    arrays = [i for i in aliased if hasattr(ctx.avals_in[i], "shape")]
-    rule = jax.ffi.ffi_lowering(
-        target, has_side_effect=True, operand_output_aliases={i: i for i in arrays}
-    )
-    return rule(ctx, *values, **attributes)
+    return emit(target, ctx, values, attributes, range(len(values)))

@@ -1,20 +1,41 @@
-"""Transport `nccl`: finds the NCCL that JAX uses. Custom calls are not built yet."""
+"""Transport `nccl`: one custom call per bucket, on XLA's stream."""
 
 from __future__ import annotations
 
+import atexit
 import ctypes
 import dataclasses
+import functools
 import importlib.util
+import os
+import re
+import socket
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NoReturn
+from typing import Any
 
-from jaxcomm.errors import TransportUnavailableError
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from jaxcomm import _compat
+from jaxcomm._fabric import Fabric
+from jaxcomm.errors import TransportUnavailableError, UnsupportedDtypeError
+from jaxcomm.transports.base import Call, call_attributes, check_dtype, emit, numbers
 
 SONAME = "libnccl.so.2"
+OLDEST = 21800
+# Since this version ranks may share a GPU, where it is allowed.
+SHARED_GPU = 23000
+LIBRARY_VARIABLE = "JAXCOMM_NCCL_LIBRARY"
+# For a library that reduces host memory, as the tests' stand-in does.
+HOST_MEMORY_VARIABLE = "JAXCOMM_NCCL_HOST_MEMORY"
+MULTI_RANK_VARIABLE = "NCCL_MULTI_RANK_GPU_ENABLE"
 
 
 @dataclasses.dataclass(frozen=True)
-class Nccl:
+class Library:
     """A NCCL library.
 
     Attributes:
@@ -26,27 +47,44 @@ class Nccl:
     version: str
 
 
-def find() -> Nccl | None:
+def find() -> Library | None:
     """Return the NCCL that JAX's CUDA plugin would load, or None.
 
-    The plugin's wheels bring NCCL as the package `nvidia.nccl`; without it the
-    dynamic linker decides. Loads the library into this process.
+    JAXCOMM_NCCL_LIBRARY comes first. A copy that is loaded already comes next; then the
+    package `nvidia.nccl`, which the plugin's wheels bring; then the dynamic linker's.
+    Loads the library into this process.
     """
-    candidates = [SONAME]
-    if importlib.util.find_spec("nvidia") is not None:
-        spec = importlib.util.find_spec("nvidia.nccl")
-        folders = spec.submodule_search_locations if spec else None
-        wheel = [Path(folder) / "lib" / SONAME for folder in folders or []]
-        candidates = [str(path) for path in wheel if path.exists()] + candidates
-    for path in candidates:
+    for path in _candidates():
         try:
             library = ctypes.CDLL(path)
         except OSError:
             continue
         number = ctypes.c_int()
         if library.ncclGetVersion(ctypes.byref(number)) == 0:
-            return Nccl(path, version_text(number.value))
+            return Library(path, version_text(number.value))
     return None
+
+
+def _candidates() -> list[str]:
+    if chosen := os.environ.get(LIBRARY_VARIABLE):
+        return [chosen]
+    candidates = [*loaded(), SONAME]
+    if importlib.util.find_spec("nvidia") is not None:
+        spec = importlib.util.find_spec("nvidia.nccl")
+        folders = spec.submodule_search_locations if spec else None
+        wheel = [Path(folder) / "lib" / SONAME for folder in folders or []]
+        candidates[-1:-1] = [str(path) for path in wheel if path.exists()]
+    return candidates
+
+
+def loaded() -> list[str]:
+    """Return the paths of the NCCL libraries mapped into this process."""
+    maps = Path("/proc/self/maps")
+    if not maps.exists():
+        return []
+    paths = (line.split(maxsplit=5)[-1] for line in maps.read_text().splitlines())
+    found = (path for path in paths if re.search(r"/libnccl\.so[^/]*$", path))
+    return list(dict.fromkeys(found))
 
 
 def version_text(number: int) -> str:
@@ -54,15 +92,256 @@ def version_text(number: int) -> str:
     return f"{number // 10000}.{number // 100 % 100}.{number % 100}"
 
 
-def connect() -> NoReturn:
-    """Refuse, saying what was found.
+def prepare(fabric: Fabric) -> None:
+    """Load NCCL and see that the ranks' libraries and devices go together.
 
     Raises:
-      TransportUnavailableError: always, in this version.
+      TransportUnavailableError: on every rank, with the cause and the remedy.
     """
-    found = find()
-    where = f"NCCL {found.version} is here ({found.path})" if found else "no NCCL here"
-    raise TransportUnavailableError(
-        f"transport 'nccl' is not built in this version of jaxcomm ({where}). "
-        "Use transport='mpi' with JAX_PLATFORMS=cpu."
+    problem, version = "", 0
+    try:
+        version = _open()
+    except TransportUnavailableError as error:
+        problem = str(error)
+    # All ranks hear of one rank's trouble, or they would wait for it.
+    place = (socket.gethostname(), _device(fabric.local_rank))
+    found = fabric.host.all_gather([problem, version, list(place)])
+    problems = {rank: text for rank, (text, *_) in enumerate(found) if text}
+    if problems:
+        ranks = ", ".join(map(str, problems))
+        first = next(iter(problems.values()))
+        raise TransportUnavailableError(f"rank {ranks} of {fabric.size}: {first}")
+    versions: dict[int, list[int]] = {}
+    for rank, (_, number, _) in enumerate(found):
+        versions.setdefault(number, []).append(rank)
+    if len(versions) > 1:
+        text = "; ".join(
+            f"NCCL {version_text(v)} on ranks {', '.join(map(str, r))}"
+            for v, r in versions.items()
+        )
+        raise TransportUnavailableError(
+            f"the ranks have different versions of NCCL: {text}. Install the same "
+            "nvidia-nccl wheel, or load the same module, on all hosts"
+        )
+    _check_devices([tuple(device) for *_, device in found], version)
+    atexit.register(_close)
+
+
+def _open() -> int:
+    from jaxcomm.native import nccl
+
+    host_memory = os.environ.get(HOST_MEMORY_VARIABLE) == "1"
+    if not host_memory:
+        _check_backend()
+    copies = loaded()
+    if len(copies) > 1:
+        raise TransportUnavailableError(
+            f"two copies of NCCL are loaded: {' and '.join(copies)}; they corrupt each "
+            "other's communicators. Let all packages use one: remove the "
+            "nvidia-nccl-cu12 or -cu13 wheel that JAX does not need, or set "
+            f"{LIBRARY_VARIABLE} to the copy that JAX uses"
+        )
+    library = find()
+    if library is None:
+        where = os.environ.get(LIBRARY_VARIABLE, SONAME)
+        raise TransportUnavailableError(
+            f"transport 'nccl' finds no NCCL ({where}). Install JAX with its CUDA "
+            "plugin (pip install 'jax[cuda13]'), or set "
+            f"{LIBRARY_VARIABLE}=/path/to/{SONAME}"
+        )
+    version = nccl.open_library(library.path, host_memory=host_memory)
+    if version < OLDEST:
+        raise TransportUnavailableError(
+            f"NCCL {library.version} ({library.path}) is too old: jaxcomm needs "
+            f"{version_text(OLDEST)} or newer. Upgrade the nvidia-nccl wheel"
+        )
+    return version
+
+
+def _check_backend() -> None:
+    backend = jax.default_backend()
+    if backend != "gpu":
+        raise TransportUnavailableError(
+            f"transport 'nccl' moves arrays of NVIDIA GPUs, but JAX runs on "
+            f"{backend!r}: install the CUDA plugin (pip install 'jax[cuda13]') and "
+            "leave JAX_PLATFORMS unset, or use transport='mpi'"
+        )
+    devices = jax.local_devices()
+    if len(devices) > 1:
+        raise TransportUnavailableError(
+            f"this process sees {len(devices)} GPUs and jaxcomm drives one per "
+            "process: start as many processes as GPUs with `jaxcomm run`, which gives "
+            "each its own, or set CUDA_VISIBLE_DEVICES for each "
+            "(srun --gpus-per-task=1)"
+        )
+
+
+def _device(local_rank: int) -> str:
+    """Name this rank's device among its host's, as far as can be told."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "")
+    return visible if visible and "," not in visible else f"local rank {local_rank}"
+
+
+def _check_devices(places: Sequence[tuple[Any, ...]], version: int) -> None:
+    ranks: dict[tuple[Any, ...], list[int]] = {}
+    for rank, place in enumerate(places):
+        ranks.setdefault(place, []).append(rank)
+    shared = {place: r for place, r in ranks.items() if len(r) > 1}
+    if not shared:
+        return
+    (host, device), several = next(iter(shared.items()))
+    text = (
+        f"ranks {', '.join(map(str, several))} share GPU {device} of {host}, and NCCL "
+        f"{version_text(version)} "
     )
+    if version < SHARED_GPU:
+        raise TransportUnavailableError(
+            f"{text}allows one rank per GPU. Start as many ranks as GPUs, or use NCCL "
+            f"{version_text(SHARED_GPU)} or newer with {MULTI_RANK_VARIABLE}=1"
+        )
+    if os.environ.get(MULTI_RANK_VARIABLE) != "1":
+        raise TransportUnavailableError(
+            f"{text}allows that only with {MULTI_RANK_VARIABLE}=1. Start as many ranks "
+            "as GPUs, or set it on every rank"
+        )
+
+
+def _close() -> None:
+    from jaxcomm.native import nccl
+
+    nccl.close()
+
+
+def join(key: int, fabric: Fabric, timeout: float) -> None:
+    """Make the NCCL communicator of a fabric's ranks and use it once.
+
+    The first use connects the ranks and takes memory, which must not happen while a
+    CUDA graph is recorded or beside a collective of another communicator.
+    """
+    from jaxcomm.native import nccl
+
+    unique = nccl.unique_id() if fabric.rank == 0 else b""
+    nccl.join(key, fabric.host.broadcast(unique, 0), fabric.rank, fabric.size, timeout)
+    call = Call(key, fabric.size, "sum", 0, 0, 0, -1)
+    jax.block_until_ready(jax.jit(functools.partial(_warm_up, call=call))())
+
+
+def _warm_up(call: Call) -> Any:
+    attributes = {**call_attributes(call), "op": np.int64(0)}
+    leaf, token = jnp.zeros(1, np.float32), jnp.zeros((), np.uint32)
+    kinds = [jax.typeof(leaf), jax.typeof(token)]
+    run = jax.ffi.ffi_call("jaxcomm_nccl_all_reduce", kinds, has_side_effect=True)
+    return run(leaf, token, **attributes)
+
+
+_NARROW = {"int16": "int32", "uint16": "uint32"}
+
+
+class Nccl:
+    """NCCL through jaxcomm's own custom call."""
+
+    name = "nccl"
+
+    def check(self, op: str, dtype: str, path: str) -> None:
+        """Raise UnsupportedDtypeError for a reduction that has no meaning."""
+        check_dtype(self.name, op, dtype, path)
+        if op == "prod" and dtype.startswith("complex"):
+            raise UnsupportedDtypeError(
+                f"leaf {path}: NCCL multiplies no complex numbers; reduce the sum of "
+                "their logarithms, or use transport='mpi'"
+            )
+
+    def lower(self, ctx: Any, call: Call, values: Sequence[Any]) -> Sequence[Any]:
+        """Emit the custom call, between conversions to and from what NCCL knows."""
+        attributes = call_attributes(call)
+        ranks = call.size
+        if call.op in ("broadcast", "all_gather", "all_to_all", "permute"):
+            if call.op == "broadcast":
+                attributes["root"] = np.int64(call.root)
+                target, aliased = "broadcast", range(len(values))
+            else:
+                _describe_move(attributes, call)
+                target, aliased = "move", [len(values) - 1]
+            return emit(f"jaxcomm_nccl_{target}", ctx, values, attributes, aliased)
+
+        leaves = ctx.avals_in[:-1]
+        results = ctx.avals_out[:-1]
+        dtype = str(leaves[0].dtype) if leaves else "float32"
+        travels = call.wire or _NARROW.get(dtype, dtype)
+        mean = call.op == "mean"
+        average = mean and _averages(travels, ranks)
+        if travels != dtype:
+            values = _convert(ctx, leaves, values, lambda x: x.astype(travels))
+            ctx = _retyped(ctx, travels)
+        if call.op == "reduce_scatter":
+            _describe_move(attributes, call)
+            target, aliased = "jaxcomm_nccl_move", [len(values) - 1]
+        else:
+            op = "avg" if average else {"mean": "sum"}.get(call.op, call.op)
+            attributes["op"] = np.int64(_op_number(op))
+            target, aliased = "jaxcomm_nccl_all_reduce", range(len(values))
+        out = emit(target, ctx, values, attributes, aliased)
+        divide = mean and not average
+        if travels == dtype and not divide:
+            return out
+
+        def finish(x: Any) -> Any:
+            x = x.astype(dtype)
+            if not divide:
+                return x
+            by = jnp.asarray(ranks, dtype)
+            # Integers are rounded toward zero.
+            return lax.div(x, by) if jnp.issubdtype(dtype, jnp.integer) else x / by
+
+        got = [_compat.shaped_array(a.shape, np.dtype(travels)) for a in results]
+        return _convert(ctx, got, out, finish)
+
+
+def _averages(dtype: str, ranks: int) -> bool:
+    """Tell whether NCCL's own average is the sum divided by the number of ranks.
+
+    It multiplies by the inverse, rounded to the dtype: exact for powers of two. Sums of
+    float16 might be infinite where their mean is not, so there it is taken anyway.
+    """
+    if dtype == "float16":
+        return True
+    power = ranks & (ranks - 1) == 0
+    return power and dtype in ("bfloat16", "float32", "float64")
+
+
+def _op_number(op: str) -> int:
+    from jaxcomm.native import nccl
+
+    return nccl.OPS[op]
+
+
+def _describe_move(attributes: dict[str, Any], call: Call) -> None:
+    from jaxcomm import native
+
+    attributes["move"] = np.int64(native.MOVES.index(call.op))
+    attributes["ranks"] = np.int64(call.size)
+    attributes["permutation"] = numbers(call.permutation)
+
+
+def _retyped(ctx: Any, dtype: str) -> Any:
+    def change(avals: Sequence[Any]) -> list[Any]:
+        *leaves, token = avals
+        kind = np.dtype(dtype) if dtype != "bfloat16" else jnp.bfloat16
+        return [*(_compat.shaped_array(a.shape, kind) for a in leaves), token]
+
+    return ctx.replace(avals_in=change(ctx.avals_in), avals_out=change(ctx.avals_out))
+
+
+def _convert(
+    ctx: Any, avals: Sequence[Any], values: Sequence[Any], function: Callable[..., Any]
+) -> list[Any]:
+    """Apply a function to every leaf's IR value; the token, last, stays."""
+    out = []
+    for aval, value in zip(avals, values[:-1], strict=True):
+        kind = jax.eval_shape(function, jax.ShapeDtypeStruct(aval.shape, aval.dtype))
+        inner = ctx.replace(
+            avals_in=[aval], avals_out=[_compat.shaped_array(kind.shape, kind.dtype)]
+        )
+        rule = _compat.mlir.lower_fun(function, multiple_results=False)
+        out += list(rule(inner, value))
+    return [*out, values[-1]]

@@ -1,0 +1,222 @@
+"""Transport `nccl` without a GPU: what is lowered for one, and every way to fail.
+
+Numbers are checked by test_conformance.py, over tests/native/fake_nccl.cc.
+"""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+from conftest import Launch, fake_nccl, on_fake_nccl
+
+LOWERED = """
+import re
+import jax, jax.numpy as jnp, jaxcomm
+from jax import lax
+comm = jaxcomm.init("nccl")
+
+@jaxcomm.data_parallel(bucket_bytes=64, donate_argnums=0)
+def step(params, x):
+    grads = {k: v * v + 1 for k, v in params.items()}
+    grads = lax.pmean(grads, "batch")
+    rows = lax.all_gather(x, "batch")
+    place = lax.axis_index("batch")
+    return {k: params[k] - grads[k] for k in params}, rows, place
+
+params = {"a": jnp.ones(16), "b": jnp.ones(16), "c": jnp.ones(3, jnp.int16)}
+text = step.trace(params, jnp.ones(4)).lower(lowering_platforms=("cuda",)).as_text()
+calls = re.findall(r"custom_call @(\\w+)\\((.*?)\\)", text)
+names = [name for name, _ in calls]
+assert sorted(names) == ["jaxcomm_nccl_all_reduce"] * 3 + [
+    "jaxcomm_nccl_move", "jaxcomm_nccl_rank"], names
+# One chain: each call's last operand is the last result of the one before.
+lines = [line for line in text.splitlines() if "@jaxcomm_nccl_" in line]
+chained = [line for line in lines if "nccl_rank" not in line]
+for before, after in zip(chained, chained[1:]):
+    result = re.match(r"\\s*(%\\d+):(\\d+) = ", before)
+    token = f"{result[1]}#{int(result[2]) - 1}"
+    operands = re.search(r"\\((.*?)\\) \\{", after)[1].split(", ")
+    assert operands[-1] == token, (token, after)
+reduced = [line for line in lines if "all_reduce" in line]
+for line in reduced:
+    # In place, the token too, and no pointer: the communicator is a number.
+    assert line.count("output_operand_alias<") == 2, line
+    assert f"comm = {comm.key} : i64" in line, line
+    assert "op = 4" in line or "i32" in line, line  # ncclAvg; integers are summed
+    assert "has_side_effect = true" in line
+buckets = [int(re.search(r"bucket = (\\d+)", line)[1]) for line in chained]
+assert buckets == [0, 1, 2, 3], buckets
+# 16-bit integers travel as 32.
+assert any("tensor<3xi32>" in line for line in reduced), reduced
+assert comm.all_gather_object(text.encode()) == [text.encode()] * comm.size
+"""
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_lowering_for_a_gpu(job: Launch, ranks: int) -> None:
+    done = job(ranks, LOWERED, env=on_fake_nccl(FAKE_NCCL_VERSION="22703"))
+    assert done.returncode == 0, done.stderr
+
+
+OTHERS = """
+import jax, jax.numpy as jnp, jaxcomm
+comm = jaxcomm.init("mpi")
+step = jaxcomm.data_parallel(lambda x: jax.lax.psum(x, "batch"))
+try:
+    step.trace(jnp.ones(3)).lower(lowering_platforms=("cuda",))
+except jaxcomm.errors.TransportUnavailableError as error:
+    assert "jaxcomm.init('nccl')" in str(error)
+else:
+    raise AssertionError("lowered")
+"""
+
+
+def test_other_transports_are_not_for_a_gpu(job: Launch) -> None:
+    done = job(2, OTHERS)
+    assert done.returncode == 0, done.stderr
+
+
+USED = """
+import sys
+import jax, jax.numpy as jnp, jaxcomm
+comm = jaxcomm.init("nccl", timeout=float(sys.argv[1]))
+for k in range(5):
+    jax.block_until_ready(jaxcomm.all_reduce(jnp.ones(7 + k), op="sum"))
+print("no error", flush=True)
+"""
+
+
+@pytest.mark.parametrize(
+    "result",
+    ["unhandledCudaError", "systemError", "internalError", "remoteError"],
+)
+@pytest.mark.parametrize("call", ["ncclAllReduce", "ncclGroupEnd"])
+def test_an_error_of_nccl_names_itself(job: Launch, call: str, result: str) -> None:
+    rule = f"rank=1,call={call},after=3,result={result}"
+    env = on_fake_nccl(FAKE_NCCL_INJECT=rule)
+    done = job(2, USED, "30", env=env, timeout=60)
+    assert done.returncode not in (0, 124), done.stderr
+    assert "ncclAllReduce failed on rank 1 of 2" in done.stderr
+    assert "injected" in done.stderr
+    assert "has been aborted; the job must be started again" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("rule", "says"),
+    [
+        ("rank=0,call=ncclAllReduce,after=3,result=stall", "was not done after 3 s"),
+        ("rank=0,call=ncclGroupEnd,after=3,result=neverDone", "not done after 3 s"),
+        (
+            "rank=0,call=ncclAllReduce,after=2,result=async:remoteError",
+            "failed in the background on rank 0",
+        ),
+        (
+            "rank=1,call=ncclCommInitRankConfig,result=neverDone",
+            "ncclCommInitRankConfig was not done after 3 s",
+        ),
+        (
+            "rank=1,call=ncclCommInitRankConfig,result=systemError",
+            "ncclCommInitRankConfig failed on rank 1 of 2",
+        ),
+    ],
+)
+def test_what_never_ends_is_aborted(job: Launch, rule: str, says: str) -> None:
+    slow = USED.replace("for k", "import time\nfor k").replace(
+        "    jax.block", "    time.sleep(0.3); jax.block"
+    )
+    # Up to NCCL 2.22 a collective comes back at once, and only the monitor asks.
+    old = "22203" if "async" in rule else "22703"
+    env = on_fake_nccl(FAKE_NCCL_INJECT=rule, FAKE_NCCL_VERSION=old)
+    done = job(2, slow, "3", env=env, timeout=60)
+    assert done.returncode not in (0, 124), done.stdout + done.stderr
+    assert says in done.stderr, done.stderr
+
+
+VERSIONS = """
+import os
+rank = os.environ.get("OMPI_COMM_WORLD_RANK", os.environ.get("PMI_RANK"))
+os.environ["FAKE_NCCL_VERSION"] = "22703" if rank == "0" else "23004"
+import jaxcomm
+jaxcomm.init("nccl")
+"""
+
+
+def test_ranks_with_different_versions(job: Launch) -> None:
+    done = job(2, VERSIONS, env=on_fake_nccl())
+    assert done.returncode == 1
+    text = "the ranks have different versions of NCCL: NCCL 2.27.3 on ranks 0; NCCL"
+    assert text in done.stderr
+    assert "2.30.4 on ranks 1" in done.stderr
+
+
+INIT = "import jaxcomm; jaxcomm.init('nccl'); print('connected')"
+
+
+@pytest.mark.parametrize(
+    ("env", "says"),
+    [
+        (
+            {"JAXCOMM_NCCL_LIBRARY": "/nowhere/libnccl.so.2"},
+            ["finds no NCCL (/nowhere"],
+        ),
+        ({"FAKE_NCCL_VERSION": "21703"}, ["2.17.3 (", "is too old"]),
+        ({"JAXCOMM_NCCL_HOST_MEMORY": "0"}, ["JAX runs on 'cpu'"]),
+        (
+            {"CUDA_VISIBLE_DEVICES": "0", "FAKE_NCCL_VERSION": "22703"},
+            ["ranks 0, 1 share GPU 0 of ", "2.27.3 allows one rank per GPU"],
+        ),
+        (
+            {"CUDA_VISIBLE_DEVICES": "0", "FAKE_NCCL_VERSION": "23004"},
+            ["2.30.4 allows that only with NCCL_MULTI_RANK_GPU_ENABLE=1"],
+        ),
+    ],
+)
+def test_what_cannot_be_used_says_why(
+    job: Launch, env: dict[str, str], says: list[str]
+) -> None:
+    done = job(2, INIT, env=on_fake_nccl(**env))
+    assert done.returncode == 1
+    assert "connected" not in done.stdout
+    for text in says:
+        assert text in done.stderr
+
+
+def test_ranks_may_share_a_gpu_where_that_is_allowed(job: Launch) -> None:
+    env = {"CUDA_VISIBLE_DEVICES": "0", "FAKE_NCCL_VERSION": "23004"}
+    env["NCCL_MULTI_RANK_GPU_ENABLE"] = "1"
+    done = job(2, INIT, env=on_fake_nccl(**env))
+    assert done.returncode == 0, done.stderr
+
+
+def test_two_copies_of_nccl(job: Launch, tmp_path: Path) -> None:
+    loads = ["import ctypes"]
+    for folder in ("one", "two"):
+        (tmp_path / folder).mkdir()
+        copy = tmp_path / folder / "libnccl.so.2"
+        shutil.copy(fake_nccl(), copy)
+        loads.append(f"ctypes.CDLL({str(copy)!r})")
+    done = job(2, "\n".join([*loads, INIT]), env=on_fake_nccl())
+    assert done.returncode == 1
+    assert "two copies of NCCL are loaded" in done.stderr
+
+
+MISMATCH = """
+import jax.numpy as jnp, jaxcomm
+comm = jaxcomm.init("nccl")
+try:
+    jaxcomm.all_reduce({"w": jnp.ones(4 + comm.rank)})
+except jaxcomm.errors.ScheduleMismatchError as error:
+    assert "'w'" in str(error) and "float32[5]" in str(error), error
+else:
+    raise AssertionError("no mismatch")
+# Nothing was sent, so everything still works.
+assert float(jaxcomm.all_reduce(jnp.ones(3), op="sum")[0]) == comm.size
+"""
+
+
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_a_mismatch_is_found_before_anything_is_sent(job: Launch, ranks: int) -> None:
+    done = job(ranks, MISMATCH, env=on_fake_nccl())
+    assert done.returncode == 0, done.stderr
