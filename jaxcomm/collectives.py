@@ -409,8 +409,8 @@ def local_result(bucket: Bucket, leaf: Any) -> Any:
 def _call(ctx: Any, comm: Communicator, schedule: Schedule, index: int) -> Call:
     if "cuda" in ctx.module_context.platforms and comm.transport != "nccl":
         raise TransportUnavailableError(
-            f"transport {comm.transport!r} moves arrays of the CPU, and this program is "
-            "for a GPU: use jaxcomm.init('nccl'), or set JAX_PLATFORMS=cpu"
+            f"transport {comm.transport!r} moves arrays of the CPU, and this program "
+            "is for a GPU: use jaxcomm.init('nccl'), or set JAX_PLATFORMS=cpu"
         )
     bucket = schedule.buckets[index]
     groups = bucket.groups
