@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import jax
 import numpy as np
 
 from jaxcomm import _compat, _encoding, watchdog
@@ -52,7 +53,8 @@ class KeyValueChannel:
     never at the same time.
 
     A rank waits for the others at most `timeout` seconds. Reading and writing the store
-    comes on top; where the store is gone, JAX ends the process by itself.
+    comes on top. When the store is gone, that is an error at once, unless JAX ends the
+    process first; JAX also ends it some time after another process has died.
     """
 
     def __init__(self, name: str, members: Sequence[int], timeout: float):
@@ -152,7 +154,15 @@ class KeyValueChannel:
         with self._lock:
             self._number += 1
             turn = _Round(self, call, self._number, timeout, what)
-            return turn.lead(mine, combine) if self.rank == 0 else turn.follow(mine)
+            try:
+                return turn.lead(mine, combine) if self.rank == 0 else turn.follow(mine)
+            except jax.errors.JaxRuntimeError as error:
+                reason = str(error).partition("\n")[0]
+                raise JaxcommError(
+                    f"{self._who} could not {what}: jax.distributed's store failed "
+                    f"({reason}). Process 0, where the store is, has ended, or another "
+                    "program writes there: read that process's output first."
+                ) from error
 
 
 class _Round:
@@ -181,7 +191,7 @@ class _Round:
         self._put("at/0", self._call, b"")  # for the others, should they give up
         found: dict[int, bytes] = {}
         try:
-            self._wait(lambda: self._collect(found), lambda: self._late(found))
+            self._wait(lambda: self._collect(found))
             opened = {rank: self._open(f"at/{rank}", found[rank]) for rank in found}
             self._check(opened)
             answer = combine([mine, *(opened[r][1] for r in range(1, self._size))])
@@ -192,7 +202,8 @@ class _Round:
         self._put("out", "", answer)
         # Every rank has written its key of this round, so each has come back from the
         # round before and reads or writes nothing there any more. At any time there
-        # are the keys of two rounds at most; a channel's last round stays.
+        # are the keys of two rounds at most; the last one's stay, and those of a round
+        # whose successor failed.
         self._client.delete(self._previous)
         return answer
 
@@ -205,14 +216,15 @@ class _Round:
             found.extend([] if value is None else [value])
             return value is not None
 
-        self._wait(answered, lambda: self._late(self._arrived()))
+        self._wait(answered)
         error, answer = self._open("out", found[0])
         if error:
             kind = StallError if error == "StallError" else JaxcommError
             raise kind(answer.decode(errors="replace"))
         return answer
 
-    def _wait(self, done: Callable[[], bool], late: Callable[[], str]) -> None:
+    def _wait(self, done: Callable[[], bool]) -> None:
+        late = self._late
         watchdog.wait(done, self._timeout, who=self._who, what=self._what, late=late)
 
     def _slice(self) -> float:
@@ -234,11 +246,12 @@ class _Round:
         keys = {rank: f"{self._here}/at/{rank}" for rank in range(self._size)}
         return {rank: listed[key] for rank, key in keys.items() if key in listed}
 
-    def _late(self, found: dict[int, bytes]) -> str:
-        here = {self._rank, *found}
+    def _late(self) -> str:
+        here = {self._rank, *self._arrived()}
         late = [rank for rank in range(self._size) if rank not in here]
         if not late:
-            return "All have come, but rank 0 has not answered."
+            # Rank 0 sees this if the last one came in this moment.
+            return "All have come by now, but rank 0 has not answered in time."
         names = watchdog.rank_names(late)
         return f"{names[0].upper()}{names[1:]} did not come."
 
