@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 import os.path
 import traceback
 from collections.abc import Callable, Sequence
@@ -21,6 +22,7 @@ from jax.extend.core import Literal, Primitive
 from jax.interpreters import ad, batching, mlir
 
 __all__ = [
+    "DistributedClient",
     "Effect",
     "Literal",
     "Primitive",
@@ -112,17 +114,6 @@ def eval_eqn(eqn: Any, values: Sequence[Any]) -> list[Any]:
     return list(out) if eqn.primitive.multiple_results else [out]
 
 
-def distributed_client() -> tuple[Any, int, int] | None:
-    """Return jax.distributed's client, this process's index and their number.
-
-    None where jax.distributed is not initialised.
-    """
-    state = _distributed.global_state
-    if state.client is None:
-        return None
-    return state.client, state.process_id, state.num_processes
-
-
 def instantiate_zeros(tangent: Any) -> Any:
     """Return an array of zeros for a symbolic zero, else the tangent itself."""
     return ad.instantiate_zeros(tangent)
@@ -186,3 +177,51 @@ def source_line(eqn: Any) -> str:
     name = os.path.basename(frame.file_name)
     function = frame.function_name.rsplit(".", 1)[-1]
     return f"{name}:{frame.start_line} ({function})"
+
+
+class DistributedClient:
+    """The key-value store that the processes of jax.distributed share.
+
+    A key is a path. JAX's errors pass through, but for the end of the time in `get`.
+
+    Attributes:
+      process_id: this process's number, as given to jax.distributed.initialize.
+      num_processes: how many there are.
+    """
+
+    def __init__(self, client: Any, process_id: int, num_processes: int):
+        self._client = client
+        self.process_id, self.num_processes = process_id, num_processes
+
+    def set(self, key: str, value: bytes) -> None:
+        """Write a key that is not there yet."""
+        self._client.key_value_set_bytes(key, value)
+
+    def get(self, key: str, seconds: float) -> bytes | None:
+        """Wait until a key is there; None when `seconds` have passed."""
+        milliseconds = math.ceil(1e3 * min(max(seconds, 1e-3), 1e6))
+        try:
+            return self._client.blocking_key_value_get_bytes(key, milliseconds)
+        except jax.errors.JaxRuntimeError as error:
+            if str(error).startswith("DEADLINE_EXCEEDED"):
+                return None
+            raise
+
+    def list(self, folder: str) -> dict[str, bytes]:
+        """Return the keys below a folder, in full, with their values."""
+        return dict(self._client.key_value_dir_get_bytes(folder))
+
+    def delete(self, folder: str) -> None:
+        """Delete a key and all below it, if there are any."""
+        self._client.key_value_delete(folder)
+
+
+def distributed_client() -> DistributedClient | None:
+    """Return the client of jax.distributed, or None where that is not initialised.
+
+    Asks for no devices: jax.process_index() would start the backends.
+    """
+    state = _distributed.global_state
+    if state.client is None:
+        return None
+    return DistributedClient(state.client, state.process_id, state.num_processes)

@@ -150,9 +150,9 @@ class KeyValueFabric:
     def world(cls, timeout: float) -> KeyValueFabric | None:
         """Connect all processes; None where jax.distributed does not run."""
         found = _compat.distributed_client()
-        if found is None or found[2] < 2:
+        if found is None or found.num_processes < 2:
             return None
-        return cls(range(found[2]), "world", timeout)
+        return cls(range(found.num_processes), "world", timeout)
 
     def subgroup(self, members: Sequence[int], lineage: str) -> KeyValueFabric:
         chosen = [self._members[rank] for rank in members]

@@ -18,6 +18,7 @@ import threading
 import jax
 import numpy as np
 
+from jaxcomm import watchdog
 from jaxcomm._fabric import Channel
 from jaxcomm.errors import JaxcommError, ScheduleMismatchError
 from jaxcomm.schedule import Schedule
@@ -136,7 +137,7 @@ def _explain(host: Channel, own: bytes, entry: _Entry | None) -> str:
     for digest, members in list(ranks.items())[:_SHOWN_VARIANTS]:
         mine = (entry.schedule.to_json(), entry.terms) if entry else None
         text = host.broadcast(mine if own == digest else None, members[0])
-        who = f"  {_rank_names(members)}: "
+        who = f"  {watchdog.rank_names(members)}: "
         if text is None:
             lines.append(who + "a compiled program that was not traced here")
             continue
@@ -158,14 +159,3 @@ def _explain(host: Channel, own: bytes, entry: _Entry | None) -> str:
         "same options, in the same order."
     )
     return "\n".join(lines)
-
-
-def _rank_names(ranks: list[int]) -> str:
-    runs: list[list[int]] = []
-    for rank in ranks:
-        if runs and rank == runs[-1][1] + 1:
-            runs[-1][1] = rank
-        else:
-            runs.append([rank, rank])
-    text = ", ".join(str(a) if a == b else f"{a}-{b}" for a, b in runs)
-    return f"rank {text}" if len(ranks) == 1 else f"ranks {text}"

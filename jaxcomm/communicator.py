@@ -215,13 +215,17 @@ class Communicator:
         self._fabric.host.barrier()
 
     def broadcast_object(self, obj: Any, root: int = 0) -> Any:
-        """Return the root's picklable Python object on every rank."""
+        """Return the root's Python object on every rank.
+
+        Over MPI anything that can be pickled; where jax.distributed connects the ranks,
+        numbers, texts, bytes, arrays of NumPy, and lists, tuples and dicts of them.
+        """
         if not 0 <= root < self.size:
             raise InvalidOptionError(f"root={root}; give a rank below {self.size}")
         return self._fabric.host.broadcast(obj, root)
 
     def all_gather_object(self, obj: Any) -> list[Any]:
-        """Return every rank's picklable Python object, in rank order."""
+        """Return every rank's Python object, in rank order; as `broadcast_object`."""
         return self._fabric.host.all_gather(obj)
 
     def duplicate(self, segment_bytes: int) -> int:
@@ -435,7 +439,8 @@ def _automatic(launched: int, settings: _Settings) -> str:
     """Choose a transport: NCCL on GPUs, MPI elsewhere, none for one rank."""
     mpi_ready = "mpi4py.MPI" in sys.modules and _mpi_size() > 1
     distributed = _compat.distributed_client()
-    several = launched > 1 or mpi_ready or (distributed or (None, 0, 1))[2] > 1
+    several = launched > 1 or mpi_ready
+    several |= distributed is not None and distributed.num_processes > 1
     if several and jax.default_backend() == "gpu":
         return "nccl"
     return "mpi" if launched > 1 or mpi_ready else "local"
