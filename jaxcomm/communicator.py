@@ -424,7 +424,7 @@ def _start(transport: str, settings: _Settings) -> Communicator:
     else:
         native.bind_mpi(sys.modules["mpi4py.MPI"])
     comm = Communicator("world", transport, settings, fabric)
-    if comm.size > 1 and isinstance(fabric, MpiFabric):
+    if comm.size > 1:
         from jaxcomm.launch import abort
 
         abort.install_excepthook()

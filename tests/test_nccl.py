@@ -5,7 +5,11 @@ Numbers are checked by test_conformance.py, over tests/native/fake_nccl.cc.
 
 from __future__ import annotations
 
+import os
 import shutil
+import socket
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -220,3 +224,74 @@ assert float(jaxcomm.all_reduce(jnp.ones(3), op="sum")[0]) == comm.size
 def test_a_mismatch_is_found_before_anything_is_sent(job: Launch, ranks: int) -> None:
     done = job(ranks, MISMATCH, env=on_fake_nccl())
     assert done.returncode == 0, done.stderr
+
+
+DISTRIBUTED = """
+import sys
+import jax
+port, rank, size, what = sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), sys.argv[4]
+jax.distributed.initialize(f"127.0.0.1:{port}", size, rank)
+import jax.numpy as jnp, numpy as np, jaxcomm
+assert "mpi4py" not in sys.modules
+comm = jaxcomm.init("nccl", timeout=8)
+assert (comm.rank, comm.size, comm.local_rank, comm.local_size) == (rank, size) * 2
+step = jaxcomm.data_parallel(lambda x: jax.lax.pmean(x, "batch"))
+mean = step(jnp.full(3, float(rank)))
+np.testing.assert_array_equal(mean, np.full(3, (size - 1) / 2))
+back = comm.subgroup(range(size)[::-1])
+assert back.rank == size - 1 - rank
+assert float(jaxcomm.all_reduce(jnp.ones(2), op="sum", comm=back)[0]) == size
+pairs = [[k, k + 1] for k in range(0, size, 2)]
+halves = jaxcomm.data_parallel(
+    lambda x: jax.lax.psum(x, "batch", axis_index_groups=pairs))
+assert float(halves(jnp.float32(rank))) == 4 * (rank // 2) + 1
+try:
+    jaxcomm.all_reduce({"w": jnp.ones(4 + rank)})
+except jaxcomm.errors.ScheduleMismatchError as error:
+    assert "float32[5]" in str(error), error
+else:
+    raise AssertionError("no mismatch")
+if what == "raise" and rank == 1:
+    raise ValueError("of this rank")
+assert comm.all_gather_object(("here", rank))[-1] == ("here", size - 1)
+"""
+
+
+def distributed(tmp_path: Path, ranks: int, what: str) -> list[tuple[int, str]]:
+    """Run ranks that only jax.distributed connects; exit codes and stderr."""
+    script = tmp_path / "script.py"
+    script.write_text(DISTRIBUTED)
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    processes = [
+        subprocess.Popen(
+            [sys.executable, script, port, str(rank), str(ranks), what],
+            env={**os.environ, **on_fake_nccl(), "JAX_PLATFORMS": "cpu"},
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(ranks)
+    ]
+    found = []
+    try:
+        for process in processes:
+            _, text = process.communicate(timeout=90)
+            found.append((process.returncode, text))
+    finally:
+        for process in processes:
+            process.kill()
+    return found
+
+
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_ranks_that_jax_distributed_connects(tmp_path: Path, ranks: int) -> None:
+    for code, text in distributed(tmp_path, ranks, "run"):
+        assert code == 0, text
+
+
+def test_an_exception_ends_the_others_in_bounded_time(tmp_path: Path) -> None:
+    (first, of_first), (second, of_second) = distributed(tmp_path, 2, "raise")
+    assert second == 1
+    assert "rank 1 of 2 failed" in of_second and "of this rank" in of_second
+    assert first != 0, of_first

@@ -26,7 +26,7 @@ def install_excepthook() -> None:
     def hook(
         kind: type[BaseException], error: BaseException, tb: TracebackType | None
     ) -> Any:
-        if mpi_running() is None:
+        if mpi_running() is None and _distributed() is None:
             return previous(kind, error, tb)
         report(error, tb)
         end_job(130 if issubclass(kind, KeyboardInterrupt) else 1)
@@ -37,7 +37,10 @@ def install_excepthook() -> None:
 
 def report(error: BaseException, tb: TracebackType | None) -> None:
     """Write one rank's traceback to stderr in one piece, headed by who it is."""
-    who = f"rank {_variable(_RANK_VARIABLES, '0')} of {_variable(_SIZE_VARIABLES, '1')}"
+    rank, size = _variable(_RANK_VARIABLES, "0"), _variable(_SIZE_VARIABLES, "1")
+    if mpi_running() is None and (found := _distributed()) is not None:
+        rank, size = str(found.process_id), str(found.num_processes)
+    who = f"rank {rank} of {size}"
     lines = traceback.format_exception(type(error), error, tb)
     summary = traceback.format_exception_only(type(error), error)[-1].strip()
     head = f"jaxcomm: {who} failed (host {socket.gethostname()}): {summary}\n"
@@ -47,12 +50,31 @@ def report(error: BaseException, tb: TracebackType | None) -> None:
 
 
 def end_job(code: int) -> None:
-    """End all ranks with an exit code; returns only where this process is alone."""
+    """End all ranks with an exit code; returns only where this process is alone.
+
+    Of ranks that jax.distributed connects, only this one ends, and at once: JAX's own
+    exit would wait for the others. They find out when they next wait for it, and srun
+    ends them before if it is told to (--kill-on-bad-exit).
+    """
     mpi = mpi_running()
     if mpi is not None and mpi.COMM_WORLD.Get_size() > 1:
         sys.stdout.flush()
         sys.stderr.flush()
         mpi.COMM_WORLD.Abort(code)
+    elif mpi is None and _distributed() is not None:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+
+
+def _distributed() -> Any | None:
+    """Return jax.distributed's client where it connects several processes."""
+    if "jax" not in sys.modules:
+        return None
+    from jaxcomm import _compat
+
+    found = _compat.distributed_client()
+    return found if found is not None and found.num_processes > 1 else None
 
 
 def mpi_running() -> Any | None:
