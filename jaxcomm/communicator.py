@@ -22,7 +22,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxcomm import _compat, agreement, costmodel, native, timeline
+from jaxcomm import _compat, agreement, costmodel, native, timeline, watchdog
 from jaxcomm._fabric import Alone, Fabric, KeyValueFabric, MpiFabric
 from jaxcomm._window import SharedWindow
 from jaxcomm.costmodel import CostModel
@@ -299,6 +299,8 @@ def init(
     *,
     timeout: float | None = None,
     staging_bytes: int | None = None,
+    warn_after: float | None = None,
+    abort_after: float | None = None,
 ) -> Communicator:
     """Connect this process to the other ranks; the first use of anything does it too.
 
@@ -312,6 +314,11 @@ def init(
         before it raises StallError; 600 unless given.
       staging_bytes: size of the buffer that small leaves share, per communicator; 8 MiB
         or JAXCOMM_STAGING_BYTES unless given. Rank 0's value holds for all.
+      warn_after: seconds after which a rank that waits in a collective over MPI says
+        so in the log; JAXCOMM_WARN_AFTER or 60 unless given, 0 for never.
+      abort_after: seconds after which the job ends, with a report of which ranks wait
+        in which bucket, which have not come and where their Python is, and which do
+        not answer; JAXCOMM_ABORT_AFTER or 600 unless given, 0 for never.
 
     Returns:
       The communicator of all ranks; the same object at every call.
@@ -335,7 +342,11 @@ def init(
             settings = _Settings(
                 timeout or DEFAULT_TIMEOUT, _staging_bytes(staging_bytes)
             )
-            _world = _start(transport, settings)
+            limits = (
+                _seconds("warn_after", warn_after, watchdog.WARN_AFTER),
+                _seconds("abort_after", abort_after, watchdog.ABORT_AFTER),
+            )
+            _world = _start(transport, settings, limits)
             log.debug("%r", _world)
         elif transport not in ("auto", _world.transport):
             raise InvalidOptionError(
@@ -407,7 +418,24 @@ def _staging_bytes(given: int | None) -> int:
     return int(text) // 16 * 16  # whole elements of every dtype
 
 
-def _start(transport: str, settings: _Settings) -> Communicator:
+def _seconds(name: str, given: float | None, default: float) -> float:
+    variable = f"JAXCOMM_{name.upper()}"
+    value: Any = os.environ.get(variable, default) if given is None else given
+    try:
+        seconds = float(value)
+    except (TypeError, ValueError):
+        seconds = -1.0
+    if not seconds >= 0:
+        where = variable if given is None else f"init({name}=...)"
+        raise InvalidOptionError(
+            f"{where}: {value!r}; give a time in seconds, or 0 for never"
+        )
+    return seconds
+
+
+def _start(
+    transport: str, settings: _Settings, limits: tuple[float, float]
+) -> Communicator:
     launched = launched_ranks()
     if transport == "auto":
         transport = _automatic(launched, settings)
@@ -431,6 +459,10 @@ def _start(transport: str, settings: _Settings) -> Communicator:
     if timeline.wanted():
         native.timeline_start()
         atexit.register(_write_timeline, comm)
+    if comm.size > 1 and isinstance(fabric, MpiFabric):
+        turn = fabric.host.turn
+        watch = watchdog.Watchdog(fabric.duplicate(), turn, *limits)
+        atexit.register(watch.stop)
     atexit.register(_wait_for_pending_work)  # runs first
     return comm
 

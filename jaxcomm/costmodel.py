@@ -100,8 +100,11 @@ class CostModel:
 
         n buckets cost n latencies, and what cannot hide behind the computation is the
         last one's transfer, a share 1/n of all: the sum is least where the two are
-        equal. For large totals a latency share of 2% is small enough.
+        equal. Less than two are one; for large totals a latency share of 2% is small
+        enough.
         """
+        if total < 4 * self.latency_bytes:
+            return max(total, 1)
         return min(self.bucket_bytes, math.isqrt(total * self.latency_bytes))
 
     @functools.cached_property

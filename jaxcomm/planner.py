@@ -297,7 +297,8 @@ def _fill(
     """
     total = sum(leaves[i].nbytes for i in members)
     limit = bucket_bytes or costs.bucket_bytes_of(total)
-    room = limit if bucket_bytes else max(limit // 8, costs.latency_bytes)
+    alone = bucket_bytes or total <= limit
+    room = limit if alone else max(limit // 8, costs.latency_bytes)
     parts: list[list[int]] = []
     used = 0
     for i in members:

@@ -13,7 +13,7 @@ import os
 import re
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 
@@ -146,6 +146,7 @@ def load() -> ctypes.CDLL:
     library.jaxcomm_share_memory.restype = None
     library.jaxcomm_set_agree.restype = None
     library.jaxcomm_timeline_start.restype = None
+    library.jaxcomm_progress.restype = ctypes.c_int64
     library.jaxcomm_timeline_take.restype = ctypes.c_int64
     library.jaxcomm_set_partition.restype = None
     library.jaxcomm_op_handle.restype = ctypes.c_uint64
@@ -308,6 +309,31 @@ def counters(key: int) -> dict[str, int]:
     out = (ctypes.c_int64 * len(COUNTERS))()
     load().jaxcomm_counters(ctypes.c_int64(key), out)
     return dict(zip(COUNTERS, out, strict=True))
+
+
+class Progress(NamedTuple):
+    """How far a communicator is.
+
+    Attributes:
+      key: of the communicator.
+      calls: how many custom calls have begun.
+      schedule: digest of the last one's schedule.
+      bucket: its number in that.
+      entered: when it began, in ns of time.monotonic_ns(); 0 where it has ended.
+    """
+
+    key: int
+    calls: int
+    schedule: int
+    bucket: int
+    entered: int
+
+
+def progress() -> list[Progress]:
+    """Return how far every communicator of this process is."""
+    rows = (ctypes.c_int64 * 5 * 256)()
+    count = load().jaxcomm_progress(rows, ctypes.c_int64(len(rows)))
+    return [Progress(*rows[k]) for k in range(count)]
 
 
 def timeline_start() -> None:

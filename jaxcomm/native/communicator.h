@@ -26,6 +26,14 @@ enum Counter : int {
 
 class Node;
 
+// The call under way, for the watchdog: written by the thread that makes it, read by
+// another. A call that has begun and not ended is what a rank waits in.
+struct Progress {
+  std::atomic<int64_t> schedule{0};
+  std::atomic<int64_t> bucket{0};
+  std::atomic<int64_t> entered{0};  // ns of the monotonic clock; 0: no call is under way
+};
+
 class Communicator {
  public:
   Communicator(int64_t id, Mpi* mpi, uint64_t handle, int rank, int size,
@@ -65,6 +73,7 @@ class Communicator {
   std::unique_ptr<Ring> ring;   // likewise, for large leaves
   std::unique_ptr<Node> node;   // set where all ranks are on one host
   Agreement agreement;
+  Progress progress;
   std::mutex mutex;  // held for the whole of a call: one collective at a time
   std::atomic<int64_t> counters[kCounters] = {};
 

@@ -125,10 +125,20 @@ class Turn {
     }
     lock_ = std::unique_lock<std::mutex>(comm_->mutex);
     comm_->counters[kCalls]++;
+    progress_ = &comm_->progress;
+    progress_->schedule = place.schedule;
+    progress_->bucket = place.bucket;
+    progress_->entered = Timeline::Now();
     std::string text = Agree(comm_, place.schedule);
     if (text.empty() && place.partition != 0) text = Enter(place);
     if (!text.empty()) error_ = ffi::Error(ffi::ErrorCode::kFailedPrecondition, text);
   }
+
+  ~Turn() {
+    if (progress_ != nullptr) progress_->entered = 0;
+  }
+  Turn(const Turn&) = delete;
+  Turn& operator=(const Turn&) = delete;
 
   const ffi::Error& error() const { return error_; }
   Communicator* comm() const { return comm_; }
@@ -149,6 +159,7 @@ class Turn {
   }
 
   Communicator* comm_;
+  Progress* progress_ = nullptr;
   std::unique_lock<std::mutex> lock_;
   ffi::Error error_ = ffi::Error::Success();
 };
@@ -450,6 +461,23 @@ JAXCOMM_API void jaxcomm_timeline_start() { Timeline::Get().Start(); }
 // Moves recorded events to `out`, which has room for `capacity`; returns how many.
 JAXCOMM_API int64_t jaxcomm_timeline_take(Event* out, int64_t capacity) {
   return Timeline::Get().Take(out, capacity);
+}
+
+// Writes a row for each communicator: its id, how many calls have begun, and of the call
+// under way the schedule, the bucket and when it began, 0 for none. Returns how many.
+JAXCOMM_API int64_t jaxcomm_progress(int64_t* out, int64_t capacity) {
+  std::lock_guard<std::mutex> lock(registry_mutex);
+  int64_t rows = 0;
+  for (const auto& [id, comm] : communicators) {
+    if (rows == capacity) break;
+    int64_t* row = out + 5 * rows++;
+    row[0] = id;
+    row[1] = comm->counters[kCalls];
+    row[2] = comm->progress.schedule;
+    row[3] = comm->progress.bucket;
+    row[4] = comm->progress.entered;
+  }
+  return rows;
 }
 
 // Copies the counters of a communicator to out[kCounters]. Returns 0 if it exists.

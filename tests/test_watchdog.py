@@ -1,0 +1,126 @@
+"""The watchdog: a job that stops moving ends, and says who waits for whom and where."""
+
+from __future__ import annotations
+
+import time
+
+import pytest
+from conftest import Launch
+
+STEPS = """
+import os, signal, sys, threading, time
+import jax, jax.numpy as jnp, jaxcomm
+comm = jaxcomm.init(sys.argv[1])
+what, culprit = sys.argv[2], int(sys.argv[3])
+
+@jaxcomm.data_parallel
+def train_step(params):
+    grads = jax.tree.map(lambda p: p * 0.5, params)
+    return jax.lax.pmean(grads, "batch")
+
+def wander_off():
+    if what == "sleep":
+        time.sleep(1000)
+    while what == "loop":
+        pass
+    if what == "stop":
+        os.kill(os.getpid(), signal.SIGSTOP)
+    if what == "skip":
+        comm.barrier()
+
+params = {"kernel": jnp.ones((300, 70)), "bias": jnp.ones(7)}
+for step in range(6):
+    if step == 3 and comm.rank == culprit:
+        wander_off()
+    params = jax.block_until_ready(train_step(params))
+print("went on", flush=True)
+"""
+
+WAYS = {
+    "shared memory": {},
+    "MPI calls": {"JAXCOMM_SHARED_MEMORY": "off"},
+    "own thread": {"JAXCOMM_SHARED_MEMORY": "off", "JAXCOMM_OWN_THREAD": "on"},
+}
+
+
+def stalled(job: Launch, ranks: int, what: str, culprit: int, way: str) -> str:
+    """Run a job that stops moving; return its report."""
+    limits = {"JAXCOMM_WARN_AFTER": "1", "JAXCOMM_ABORT_AFTER": "3"}
+    start = time.monotonic()
+    done = job(
+        ranks,
+        STEPS,
+        "mpi",
+        what,
+        str(culprit),
+        env={**WAYS[way], **limits},
+        timeout=60,
+    )
+    assert done.returncode == 70, done.stdout + done.stderr
+    assert time.monotonic() - start < 50
+    assert "went on" not in done.stdout
+    text = done.stderr
+    assert text.count("jaxcomm: no progress for") == 1, text
+    assert "waits in call 4: bucket 0 of 1 (mean of " in text, text
+    assert "[0]['kernel']" in text and "84,028 bytes" in text
+    # A warning came first, from each rank that waits.
+    assert "s for the other ranks in call 4" in text
+    return text
+
+
+@pytest.mark.parametrize("way", sorted(WAYS))
+@pytest.mark.parametrize("what", ["sleep", "loop"])
+def test_a_rank_that_is_stuck_in_python(job: Launch, what: str, way: str) -> None:
+    text = stalled(job, 2, what, 1, way)
+    assert "waiting in this call: rank 0\n" in text
+    assert "not arrived: rank 1 (host " in text
+    assert "its last call was 3" in text
+    assert "in wander_off" in text  # where it is
+
+
+@pytest.mark.parametrize("way", ["shared memory", "own thread"])
+def test_a_rank_that_is_stopped(job: Launch, way: str) -> None:
+    text = stalled(job, 4, "stop", 2, way)
+    assert "waiting in this call: ranks 0-1, 3\n" in text
+    assert "no answer from rank 2: ended, stopped" in text
+
+
+def test_a_rank_that_calls_something_else(job: Launch) -> None:
+    text = stalled(job, 4, "skip", 0, "shared memory")
+    assert "not arrived: rank 0" in text and "comm.barrier()" in text
+
+
+def test_warnings_can_be_off(job: Launch) -> None:
+    limits = {"JAXCOMM_WARN_AFTER": "0", "JAXCOMM_ABORT_AFTER": "2"}
+    done = job(2, STEPS, "mpi", "sleep", "0", env=limits, timeout=60)
+    assert done.returncode == 70
+    assert "has waited" not in done.stderr  # warnings are off
+
+
+SLOW = """
+import time
+import jax.numpy as jnp, jaxcomm
+comm = jaxcomm.init(warn_after=0.5, abort_after=0)
+for _ in range(2):
+    if comm.rank == 1:
+        time.sleep(2)
+    jaxcomm.all_reduce(jnp.ones(3)).block_until_ready()
+for bad in (-1, "soon"):
+    try:
+        jaxcomm.init(warn_after=bad)
+    except jaxcomm.errors.InvalidOptionError as error:
+        assert "warn_after" in str(error)
+"""
+
+
+def test_a_slow_rank_is_only_warned_about(job: Launch) -> None:
+    done = job(2, SLOW, timeout=60)
+    assert done.returncode == 0, done.stderr
+    assert "rank 0 of 2 has waited" in done.stderr
+
+
+def test_unusable_limits(job: Launch) -> None:
+    text = "import jaxcomm; jaxcomm.init()"
+    done = job(2, text, env={"JAXCOMM_ABORT_AFTER": "soon"})
+    assert done.returncode == 1
+    assert "JAXCOMM_ABORT_AFTER: 'soon'; give a time in seconds" in done.stderr
