@@ -99,17 +99,18 @@ def run_section(section: Section, machine: Machine, seconds: float) -> dict[str,
         results = [json.loads(path.read_text()) for path in found]
     row["seconds"] = round(time.monotonic() - start, 1)
     if codes is None:
-        error = f"still ran after {limit:.0f} s\n{output[-3000:]}"
+        error = f"still ran after {limit:.0f} s\n{output}"
         return {**row, "status": "failed", "error": error, "results": results}
-    if section.ends:  # by itself, with an error on the ranks that are left
-        stayed = [code for rank, code in enumerate(codes) if rank != section.leaves]
-        ok = all(code != 0 for code in stayed)
-        row |= {"codes": codes, "error": output[-3000:]}
+    if section.ends:
+        # The one that leaves does so with a code of its own (mpiexec passes it on);
+        # the others must end by themselves, and not as if all were well.
+        ok = codes[-1] == gpu_sections.LEFT and 0 not in codes
+        row |= {"codes": codes, "error": output}
         return {**row, "status": "ok" if ok else "failed", "results": results}
     ok = not any(codes) and len(results) == section.ranks
     ok = ok and all(result.get("ok", True) for result in results)
     if not ok:
-        row["error"] = f"exit codes {codes}\n{output[-3000:]}"
+        row["error"] = f"exit codes {codes}\n{output}"
     # A sample is the same on all ranks, so one rank's report is the section's.
     kept = results[:1] if ok else results
     return {**row, "status": "ok" if ok else "failed", "results": kept}
@@ -120,34 +121,37 @@ def _processes(
 ) -> tuple[list[int] | None, str]:
     """Run a section's processes; exit codes (None: out of time) and what they wrote."""
     commands = gpu_sections.commands(section, machine, out)
-    log = out.parent / "log"
-    with log.open("w") as file:
-        processes = [
-            subprocess.Popen(
-                command,
-                env=env,
-                cwd=out.parent,
-                stdout=file,
-                stderr=subprocess.STDOUT,
-                start_new_session=True,
+    logs = [out.parent / f"log{rank}" for rank in range(len(commands))]
+    processes = []
+    for (command, env), log in zip(commands, logs, strict=True):
+        with log.open("w") as file:
+            processes.append(
+                subprocess.Popen(
+                    command,
+                    env=env,
+                    cwd=out.parent,
+                    stdout=file,
+                    stderr=subprocess.STDOUT,
+                    start_new_session=True,
+                )
             )
-            for command, env in commands
-        ]
-        end = time.monotonic() + limit
-        while any(process.poll() is None for process in processes):
-            late = time.monotonic() > end
-            failed = any(process.returncode for process in processes)
-            if late or (failed and not section.ends):
-                # Those that are left may wait for the one that failed.
-                time.sleep(0 if late else 5)
-                break
-            time.sleep(0.1)
-        left = [process for process in processes if process.poll() is None]
-        for process in left:
-            os.killpg(process.pid, 9)
-        codes = [process.wait() for process in processes]
+    end = time.monotonic() + limit
+    while any(process.poll() is None for process in processes):
+        late = time.monotonic() > end
+        failed = any(process.returncode for process in processes)
+        if late or (failed and not section.ends):
+            # Those that are left may wait for the one that failed.
+            time.sleep(0 if late else 5)
+            break
+        time.sleep(0.1)
+    left = [process for process in processes if process.poll() is None]
+    for process in left:
+        os.killpg(process.pid, 9)
+    codes = [process.wait() for process in processes]
     out_of_time = bool(left) and time.monotonic() > end
-    return None if out_of_time else codes, log.read_text(errors="replace")
+    size = 3000 // len(logs)
+    texts = [log.read_text(errors="replace")[-size:] for log in logs]
+    return None if out_of_time else codes, "\n".join(texts)
 
 
 def main() -> int:

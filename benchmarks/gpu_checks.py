@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+import gpu_sections
 import jaxcomm
 from jaxcomm.communicator import Communicator
 from jaxcomm.errors import (
@@ -25,9 +26,12 @@ from jaxcomm.errors import (
 
 TESTS = Path(__file__).resolve().parent.parent / "tests"
 sys.path.append(str(TESTS))
+import conformance  # pyright: ignore # noqa: E402
 import references  # pyright: ignore # noqa: E402
 
 SMALL = os.environ.get("BENCH_SMALL") == "1"
+# What conformance.py itself asks of `init`.
+CONFORM_TIMEOUT = conformance.SECONDS_PER_CHECK / 2
 OPS = ("mean", "sum", "min", "max", "prod")
 DTYPES = ("float32", "bfloat16", "int32") if SMALL else references.DTYPES
 
@@ -169,7 +173,7 @@ def leave(comm: Communicator) -> None:
         x = jax.block_until_ready(step(x))
     comm.barrier()
     if comm.rank == 1:
-        os._exit(3)
+        os._exit(gpu_sections.LEFT)
     start = time.monotonic()
     try:
         jax.block_until_ready(step(x))
@@ -194,8 +198,6 @@ def refused(connect: Callable[[], Communicator]) -> dict[str, Any]:
 
 def conform(comm: Communicator, results: Path) -> dict[str, Any]:
     """Run what every transport must do: tests/conformance.py."""
-    import conformance  # pyright: ignore
-
     conformance.main(str(results), comm.transport)
     comm.barrier()
     found = json.loads(results.read_text())

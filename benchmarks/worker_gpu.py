@@ -18,7 +18,7 @@ TIMEOUT = 15.0  # seconds that jaxcomm waits for ranks that do not come
 SMALL = os.environ.get("BENCH_SMALL") == "1"
 
 
-def connect() -> Any:
+def connect(timeout: float = TIMEOUT) -> Any:
     """Join the other ranks, and return the communicator."""
     import jax
 
@@ -33,7 +33,7 @@ def connect() -> Any:
             heartbeat_timeout_seconds=20,
             shutdown_timeout_seconds=20,
         )
-    return jaxcomm.init(os.environ["BENCH_TRANSPORT"], timeout=TIMEOUT)
+    return jaxcomm.init(os.environ["BENCH_TRANSPORT"], timeout=timeout)
 
 
 def main(section: str, out: Path) -> None:
@@ -51,7 +51,7 @@ def main(section: str, out: Path) -> None:
     if section == "refused":
         found = gpu_checks.refused(connect)
     else:
-        comm = connect()
+        comm = connect(gpu_checks.CONFORM_TIMEOUT if section == "conform" else TIMEOUT)
         rank = comm.rank
         if section == "leave":
             gpu_checks.leave(comm)
