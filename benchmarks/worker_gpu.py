@@ -53,8 +53,6 @@ def main(section: str, out: Path) -> None:
     else:
         comm = connect(gpu_checks.CONFORM_TIMEOUT if section == "conform" else TIMEOUT)
         rank = comm.rank
-        if section == "leave":
-            gpu_checks.leave(comm)
         works = {
             "exact": gpu_checks.exact,
             "mismatch": gpu_checks.mismatch,
@@ -64,6 +62,9 @@ def main(section: str, out: Path) -> None:
             "memory": gpu_times.memory,
             "overlap": gpu_times.overlap,
         }
+        if section == "leave":
+            gpu_checks.leave(comm, out.with_name(f"{out.name}.{rank}"))
+            return
         found = works[section](comm)
     out.with_name(f"{out.name}.{rank}").write_text(json.dumps(found))
 
