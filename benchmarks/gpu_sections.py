@@ -202,7 +202,7 @@ def _device(rank: int, ranks: int, machine: Machine) -> dict[str, str]:
     mine = devices.own(rank, machine.devices)
     if mine is None:
         return {}
-    found = {devices.VISIBLE_VARIABLE: mine}
+    found = {devices.VISIBLE_VARIABLE: mine, devices.ORDINALS_VARIABLE: "0"}
     together = devices.sharers(rank, ranks, machine.devices)
     if together > 1 and not any(
         name in os.environ for name in devices.MEMORY_VARIABLES

@@ -109,3 +109,11 @@ def test_jax_platforms_decide() -> None:
     for platforms, want in (("", True), ("cuda,cpu", True), ("cpu", False)):
         assert devices.wanted({"JAX_PLATFORMS": platforms}) is want
     assert devices.wanted({})
+
+
+def test_under_srun_the_worker_binds_too() -> None:
+    env = {"JAXCOMM_GPUS": "4", "SLURM_LOCALID": "2"}
+    # jax.distributed would ask for the third of one device.
+    want = {"CUDA_VISIBLE_DEVICES": "2", "JAX_LOCAL_DEVICE_IDS": "0"}
+    assert devices.settings(env) == want
+    assert devices.settings(env | {"JAXCOMM_GPU_BINDING": "off"}) == {}

@@ -14,6 +14,8 @@ from pathlib import Path
 VISIBLE_VARIABLE = "CUDA_VISIBLE_DEVICES"
 COUNT_VARIABLE = "JAXCOMM_GPUS"
 BINDING_VARIABLE = "JAXCOMM_GPU_BINDING"
+# Ordinals among the visible. Left to itself, jax.distributed takes the local rank.
+ORDINALS_VARIABLE = "JAX_LOCAL_DEVICE_IDS"
 # XLA reads either name of this, and refuses both.
 MEMORY_VARIABLE = "XLA_CLIENT_MEM_FRACTION"
 MEMORY_VARIABLES = (MEMORY_VARIABLE, "XLA_PYTHON_CLIENT_MEM_FRACTION")
@@ -100,6 +102,8 @@ def settings(environ: Mapping[str, str] = os.environ) -> dict[str, str]:
     if mine is None:
         return {}
     added = {VISIBLE_VARIABLE: mine}
+    if ORDINALS_VARIABLE not in environ:
+        added[ORDINALS_VARIABLE] = "0"
     together = sharers(local_rank, local_size, devices)
     if together > 1 and not any(name in environ for name in MEMORY_VARIABLES):
         added[MEMORY_VARIABLE] = f"{_MEMORY / together:.3f}"
