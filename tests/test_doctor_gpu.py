@@ -103,8 +103,7 @@ def test_a_second_copy_loaded(
 ) -> None:
     first = library("one", 23000, soname=False)
     second = library("two", 23000)
-    monkeypatch.setenv("LD_PRELOAD", str(first))
-    monkeypatch.setenv("LD_LIBRARY_PATH", str(second.parent))
+    monkeypatch.setenv("LD_PRELOAD", f"{first} {second}")
     found = rows()["NCCL copies"]
     assert found.status == "missing"
     assert str(first) in found.found and str(second) in found.found
