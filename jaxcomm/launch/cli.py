@@ -42,6 +42,15 @@ def main() -> None:
     show_default=True,
     help="Keep each rank to its share of this host's cores.",
 )
+@click.option(
+    "--gpu-binding/--no-gpu-binding",
+    "bind_gpu",
+    default=True,
+    show_default=True,
+    help="Show each rank one GPU of its host: of CUDA_VISIBLE_DEVICES, or of all, the "
+    "one at its local rank. More ranks than GPUs take turns and share their memory. "
+    "Nothing is done without a GPU or with JAX_PLATFORMS=cpu.",
+)
 @click.option("--host", "hosts", help="Hosts, separated by commas, for mpiexec.")
 @click.option("--hostfile", type=click.Path(exists=True), help="Host file for mpiexec.")
 @click.option(
@@ -58,6 +67,7 @@ def run(
     output: str,
     oversubscribe: bool,
     pin: bool,
+    bind_gpu: bool,
     hosts: str | None,
     hostfile: str | None,
     timeout: float | None,
@@ -83,6 +93,7 @@ def run(
         output=output,
         oversubscribe=oversubscribe,
         pin=pin,
+        bind_gpu=bind_gpu,
         hosts=hosts,
         hostfile=hostfile,
         timeout=timeout,

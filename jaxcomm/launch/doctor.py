@@ -11,7 +11,6 @@ import importlib.metadata
 import json
 import os
 import platform
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -20,9 +19,10 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
+from jaxcomm.launch import doctor_gpu
 from jaxcomm.launch import run as launcher
+from jaxcomm.launch.finding import SECONDS, Finding, look
 
-_SECONDS = 60
 _OLDEST_JAX = (0, 10, 2)
 
 _LOOK_AT_JAX = """
@@ -55,36 +55,13 @@ warnings.simplefilter("ignore")
 import mpi4jax
 print(json.dumps({"version": mpi4jax.__version__}))
 """
-_LOOK_AT_NCCL = """
-import dataclasses, json
-from jaxcomm.transports import nccl
-found = nccl.find()
-print(json.dumps(dataclasses.asdict(found) if found else None))
-"""
 _TWO_RANKS = """
 import sys
 import jax.numpy as jnp, jaxcomm
-comm = jaxcomm.init(timeout=30)
+comm = jaxcomm.init("mpi", timeout=30)
 total = float(jaxcomm.all_reduce(jnp.float32(comm.rank + 1), op="sum"))
 sys.exit(0 if (comm.size, total) == (2, 3.0) else 1)
 """
-
-
-@dataclasses.dataclass(frozen=True)
-class Finding:
-    """One row.
-
-    Attributes:
-      what: the part looked at.
-      status: "ok", "warn" (works, could be better), "missing" (cannot be used).
-      found: what was found.
-      remedy: what to do, or "".
-    """
-
-    what: str
-    status: str
-    found: str
-    remedy: str = ""
 
 
 def main(as_json: bool) -> int:
@@ -98,8 +75,7 @@ def main(as_json: bool) -> int:
         _mpiexec(),
         ranks,
         _mpi4jax(),
-        _gpus(),
-        _nccl(),
+        *doctor_gpu.rows(),
         _cores(),
         _malloc(),
         _huge_pages(),
@@ -131,7 +107,7 @@ def _python() -> Finding:
 
 
 def _jax() -> list[Finding]:
-    seen, error = _look(_LOOK_AT_JAX)
+    seen, error = look(_LOOK_AT_JAX)
     if seen is None:
         return [Finding("JAX", "missing", error, "pip install 'jax>=0.10.2'")]
     version = tuple(int(part) for part in seen["jax"].split(".")[:3])
@@ -148,7 +124,7 @@ def _jax() -> list[Finding]:
 
 
 def _native() -> Finding:
-    seen, error = _look(_LOOK_AT_NATIVE)
+    seen, error = look(_LOOK_AT_NATIVE)
     if seen is None:
         return Finding(
             "native library",
@@ -161,7 +137,7 @@ def _native() -> Finding:
 
 def _mpi() -> list[Finding]:
     remedy = "pip install 'jaxcomm[mpi]', or mpi4py against your cluster's MPI"
-    seen, error = _look(_LOOK_AT_MPI)
+    seen, error = look(_LOOK_AT_MPI)
     if seen is None:
         return [Finding("MPI", "missing", error, remedy)]
     enough = seen["threads"] in ("multiple", "serialized")
@@ -195,8 +171,12 @@ def _two_ranks() -> Finding:
         script = Path(folder) / "two_ranks.py"
         script.write_text(_TWO_RANKS)
         line = [sys.executable, "-m", "jaxcomm", "run", "-n", "2"]
-        line += ["--timeout", str(_SECONDS), str(script)]
-        done = subprocess.run(line, capture_output=True, text=True, check=False)
+        line += ["--timeout", str(SECONDS), str(script)]
+        # Over MPI: one GPU may be all there is.
+        env = {**os.environ, "JAX_PLATFORMS": "cpu"}
+        done = subprocess.run(
+            line, env=env, capture_output=True, text=True, check=False
+        )
     if done.returncode == 0:
         return Finding(what, "ok", "1 + 2 = 3, through jaxcomm run")
     lines = [line for line in done.stderr.splitlines() if line.strip()]
@@ -208,35 +188,11 @@ def _two_ranks() -> Finding:
 
 
 def _mpi4jax() -> Finding:
-    seen, error = _look(_LOOK_AT_MPI4JAX)
+    seen, error = look(_LOOK_AT_MPI4JAX)
     if seen is None:
         remedy = "only transport='mpi4jax' needs it; build it against the same MPI"
         return Finding("mpi4jax", "warn", error, remedy)
     return Finding("mpi4jax", "ok", seen["version"])
-
-
-def _gpus() -> Finding:
-    if shutil.which("nvidia-smi") is None:
-        return Finding("GPUs", "ok", "none (no nvidia-smi)")
-    done = subprocess.run(
-        ["nvidia-smi", "-L"],
-        capture_output=True,
-        text=True,
-        timeout=_SECONDS,
-        check=False,
-    )
-    if done.returncode != 0 or not done.stdout.strip():
-        return Finding("GPUs", "ok", "none (nvidia-smi lists none)")
-    remedy = "the NCCL transport is not built yet: gradients travel over MPI on CPU"
-    return Finding("GPUs", "warn", done.stdout.strip(), remedy)
-
-
-def _nccl() -> Finding:
-    seen, _ = _look(_LOOK_AT_NCCL)
-    if seen is None:
-        return Finding("NCCL", "ok", "none; not used in this version")
-    text = f"{seen['version']} ({seen['path']}); not used in this version"
-    return Finding("NCCL", "ok", text)
 
 
 def _cores() -> Finding:
@@ -273,22 +229,3 @@ def _slurm() -> Finding:
         return Finding("Slurm", "ok", "not in a job")
     step = "inside a step" if "SLURM_STEP_ID" in os.environ else "in the batch script"
     return Finding("Slurm", "ok", f"job {job}, {step}")
-
-
-def _look(text: str) -> tuple[dict | None, str]:
-    """Run a piece of Python that prints JSON; return it, or why it failed."""
-    try:
-        done = subprocess.run(
-            [sys.executable, "-c", text],
-            capture_output=True,
-            text=True,
-            timeout=_SECONDS,
-            check=False,
-        )
-    except subprocess.TimeoutExpired:
-        return None, f"no answer within {_SECONDS} s"
-    try:
-        return json.loads(done.stdout.strip().splitlines()[-1]), ""
-    except (IndexError, ValueError):
-        lines = [line for line in done.stderr.splitlines() if line.strip()]
-        return None, (lines or [f"exit code {done.returncode}"])[-1][:300]

@@ -14,6 +14,7 @@ import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from jaxcomm.launch import devices
 from jaxcomm.launch.worker import THREADS_VARIABLE
 
 MPIEXEC_VARIABLE = "JAXCOMM_MPIEXEC"
@@ -64,6 +65,7 @@ class Job:
       output: "merge", "prefix" (each line starts with its rank).
       oversubscribe: whether more ranks than cores are accepted.
       pin: whether each rank is kept to its share of cores.
+      bind_gpu: whether each rank sees one GPU of its host, by local rank.
       hosts: comma-separated hosts, handed to mpiexec.
       hostfile: handed to mpiexec.
       timeout: seconds until the job is ended; None for never.
@@ -75,6 +77,7 @@ class Job:
     output: str = "merge"
     oversubscribe: bool = True
     pin: bool = True
+    bind_gpu: bool = True
     hosts: str | None = None
     hostfile: str | None = None
     timeout: float | None = None
@@ -129,6 +132,8 @@ def environment(job: Job) -> dict[str, str]:
     added["OMP_NUM_THREADS"] = str(threads)
     if job.pin and not (job.hosts or job.hostfile):
         added[THREADS_VARIABLE] = str(threads)
+    if not job.bind_gpu:
+        added[devices.BINDING_VARIABLE] = "off"
     if os.geteuid() == 0:
         # Open MPI refuses root without both; containers often have no one else.
         added["OMPI_ALLOW_RUN_AS_ROOT"] = "1"

@@ -14,20 +14,17 @@ import sys
 from collections.abc import Sequence
 from types import TracebackType
 
-from jaxcomm.launch import abort
+from jaxcomm.launch import abort, devices
 
 THREADS_VARIABLE = "JAXCOMM_THREADS"
-_LOCAL_RANK_VARIABLES = (
-    "OMPI_COMM_WORLD_LOCAL_RANK",
-    "MPI_LOCALRANKID",
-    "SLURM_LOCALID",
-)
 
 
 def main(arguments: Sequence[str]) -> None:
     """Run a script or `-m module` as `__main__`; a failure ends the whole job."""
     faulthandler.register(signal.SIGUSR1, all_threads=True)
     _pin_to_cores()
+    # Before anything in this process starts CUDA.
+    os.environ.update(devices.settings())
     try:
         if arguments[0] == "-m":
             sys.argv = list(arguments[1:])
@@ -61,7 +58,8 @@ def _pin_to_cores() -> None:
     JAX is imported is what bounds it. With more ranks than cores they take turns.
     """
     threads = int(os.environ.get(THREADS_VARIABLE, "0"))
-    local = next((os.environ[v] for v in _LOCAL_RANK_VARIABLES if v in os.environ), "")
+    names = devices.LOCAL_RANK_VARIABLES
+    local = next((os.environ[name] for name in names if name in os.environ), "")
     if threads <= 0 or not local.isdigit():
         return
     cores = sorted(os.sched_getaffinity(0))

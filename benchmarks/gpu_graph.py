@@ -1,0 +1,100 @@
+"""Section of worker_gpu.py: are the calls captured in CUDA graphs, and still right?
+
+Three witnesses. XLA's dump of the thunks says what it put into a command buffer, the
+profiler what was launched, and the numbers are compared at new addresses in each step,
+since a graph has to be updated then.
+"""
+
+from __future__ import annotations
+
+import collections
+import re
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+import jaxcomm
+from jaxcomm.communicator import Communicator
+
+STEPS, LEAVES, EXCERPT = 6, 8, 3000
+CALL = "jaxcomm_"
+
+
+def graph(comm: Communicator, dump: Path) -> dict[str, Any]:
+    """Run a step of several calls; compare with NumPy; look for its graph."""
+
+    @jaxcomm.data_parallel(groups=4)
+    def step(tree: Any) -> Any:
+        tree = jax.tree.map(lambda x: jnp.sin(x) + 1, tree)
+        return jax.tree.map(lambda x: 2 * x, lax.pmean(tree, "batch"))
+
+    def inputs(rank: int, k: int) -> dict[str, np.ndarray]:
+        rng = np.random.default_rng([rank, k])
+        return {
+            f"leaf{j}": rng.normal(size=1000 + j).astype("float32")
+            for j in range(LEAVES)
+        }
+
+    kept, wrong = [], []  # what is kept keeps its address
+    for k in range(STEPS):
+        kept.append(step(inputs(comm.rank, k)))
+        every = [inputs(rank, k) for rank in range(comm.size)]
+        for name, got in kept[-1].items():
+            want = 2 * np.mean([np.sin(tree[name]) + 1 for tree in every], axis=0)
+            if not np.allclose(got, want, atol=1e-5):
+                wrong.append(f"step {k}, {name}")
+    same = inputs(comm.rank, 0)
+    dumped = thunks(dump)
+    launched = launches(lambda: jax.block_until_ready(step(same)))
+    return {
+        "ok": not wrong,
+        "wrong": wrong,
+        "graphs launched": any("GraphLaunch" in name for name in launched),
+        "command buffers dumped": any(
+            n for name, n in dumped["counts"].items() if "command buffers" in name
+        ),
+        "thunks": dumped,
+        "launches": launched,
+        "buckets": len(step.schedule.buckets),
+    }
+
+
+def thunks(dump: Path) -> dict[str, Any]:
+    """Count command buffers and our calls in the dumps of modules that have any."""
+    counts: collections.Counter[str] = collections.Counter()
+    excerpt = ""
+    for file in sorted(path for path in dump.rglob("*") if path.is_file()):
+        text = file.read_text(errors="replace")
+        if CALL not in text:
+            continue
+        kind = re.sub(r"^module_\d+\.|\.txt$", "", file.name)[-60:]
+        counts[f"{kind}: calls"] += text.count(CALL)
+        found = len(re.findall(r"kCommandBuffer|command_buffer", text))
+        counts[f"{kind}: command buffers"] += found
+        if "thunk" in file.name:
+            excerpt = text[:EXCERPT]
+    return {"counts": dict(counts), "excerpt": excerpt}
+
+
+def launches(run: Any) -> dict[str, Any]:
+    """Count what the profiler saw of graphs and of NCCL in three steps."""
+    names: collections.Counter[str] = collections.Counter()
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            with jax.profiler.trace(folder):
+                for _ in range(3):
+                    run()
+            for file in Path(folder).glob("**/*.xplane.pb"):
+                for plane in jax.profiler.ProfileData.from_file(str(file)).planes:
+                    for line in plane.lines:
+                        names.update(event.name for event in line.events)
+    except Exception as error:  # the profiler may be absent or forbidden
+        return {"error": f"{type(error).__name__}: {error}"[:300]}
+    # Names of Python's frames begin with "$".
+    pattern = re.compile(r"^[^$].*(graph|nccl|command)", re.IGNORECASE)
+    return {name[:80]: n for name, n in names.items() if pattern.search(name)}

@@ -1,0 +1,220 @@
+"""The sections of gpu.py: what each runs, with what, and where it can run."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import socket
+import sys
+from pathlib import Path
+from typing import Any
+
+from jaxcomm.launch import devices
+from jaxcomm.launch import run as launcher
+
+WORKER = Path(__file__).resolve().parent / "worker_gpu.py"
+# nccl.h 2.30: src/init.cc, NCCL_MULTI_RANK_GPU_ENABLE.
+SHARED_GPU = (2, 30)
+LEFT = 3  # exit code of a rank that leaves
+NO_GRAPHS = "--xla_gpu_enable_command_buffer="
+ANY_GRAPH = "--xla_gpu_graph_min_graph_size=1"
+
+
+@dataclasses.dataclass(frozen=True)
+class Machine:
+    """What there is to run on.
+
+    Attributes:
+      dry: no GPU is used.
+      transport: for `jaxcomm.init`.
+      launch: how two ranks find each other, "mpi" or "distributed" (jax.distributed).
+      devices: the GPUs, by the names CUDA_VISIBLE_DEVICES takes.
+      nccl: path and version of NCCL, or None.
+      mpi: whether mpiexec and mpi4py are usable.
+    """
+
+    dry: bool
+    transport: str
+    launch: str
+    devices: list[str]
+    nccl: dict[str, Any] | None
+    mpi: bool
+
+
+@dataclasses.dataclass(frozen=True)
+class Section:
+    """One run of worker_gpu.py.
+
+    Attributes:
+      name: unique.
+      work: a function of worker_gpu.py's.
+      ranks: 1 or 2.
+      seconds: its time limit.
+      correctness: whether its failure fails the whole.
+      flags: for XLA_FLAGS, on a GPU.
+      env: further variables.
+      ends: the last rank leaves, and the others must end by themselves, with an error.
+      launch: insists on a way of launching.
+      gpu_only: there is nothing to try without a GPU.
+      shared: there is nothing to try unless two ranks share a GPU.
+    """
+
+    name: str
+    work: str
+    ranks: int = 1
+    seconds: float = 60
+    correctness: bool = False
+    flags: tuple[str, ...] = ()
+    env: tuple[tuple[str, str], ...] = ()
+    ends: bool = False
+    launch: str = ""
+    gpu_only: bool = False
+    shared: bool = False
+
+
+def _leave(when: str) -> Section:
+    return Section(
+        f"leave {when}",
+        "leave",
+        ranks=2,
+        seconds=60,
+        correctness=True,
+        env=(("BENCH_WHEN", when),),
+        ends=True,
+    )
+
+
+def _graph(ranks: int, name: str, *flags: str) -> Section:
+    return Section(
+        f"graph{ranks} {name}", "graph", ranks, correctness=True, flags=flags
+    )
+
+
+def _stream(kind: str) -> Section:
+    env = (("BENCH_STREAM", kind),)
+    return Section(f"overlap2 {kind}", "overlap", 2, 45, flags=(NO_GRAPHS,), env=env)
+
+
+# The most telling first: time may run out.
+SECTIONS = (
+    Section("exact1", "exact", 1, 70, correctness=True),
+    Section("exact2", "exact", 2, 70, correctness=True),
+    Section("mismatch", "mismatch", 2, 45, correctness=True),
+    _graph(1, "default"),
+    _graph(1, "off", NO_GRAPHS),
+    _graph(1, "always", ANY_GRAPH),
+    _graph(2, "always", ANY_GRAPH),
+    _graph(2, "off", NO_GRAPHS),
+    Section("time1", "times", 1, 45),
+    Section("time2", "times", 2, 60),
+    Section("memory1", "memory", 1, 45, correctness=True),
+    _leave("before"),
+    _leave("after"),
+    Section("refused", "refused", 2, 45, correctness=True, gpu_only=True, shared=True),
+    Section("overlap2", "overlap", 2, 45, flags=(NO_GRAPHS,)),
+    Section("overlap2 graphs", "overlap", 2, 45),
+    _stream("gpu_stream:collective"),
+    _stream("gpu_stream:1"),
+    Section("memory2", "memory", 2, 60, correctness=True),
+    Section("mpi2", "exact", 2, 60, correctness=True, launch="mpi", gpu_only=True),
+    Section("conformance1", "conform", 1, 100, correctness=True),
+    Section("conformance2", "conform", 2, 150, correctness=True),
+)
+
+
+def chosen(names: str) -> list[Section]:
+    """Sections by name, or first word of it, separated by commas; "" for all."""
+    wanted = names.split(",")
+    return [
+        section
+        for section in SECTIONS
+        if not names or section.name in wanted or section.name.split()[0] in wanted
+    ]
+
+
+def unfit(section: Section, machine: Machine) -> str:
+    """Say why a section cannot run here; "" if it can."""
+    if machine.dry and section.gpu_only:
+        return "needs a GPU"
+    if section.work == "conform" and machine.transport != "nccl":
+        return "`make test` runs it over MPI"
+    by_mpi = section.ranks > 1 and (section.launch or machine.launch) == "mpi"
+    if by_mpi and not machine.mpi:
+        return "no mpiexec, or mpi4py finds no MPI"
+    if section.shared and not _shared(machine):
+        return "there is a GPU for each rank"
+    if section.ranks > 1 and _shared(machine):
+        text = machine.nccl["version"] if machine.nccl else "0.0"
+        if tuple(int(part) for part in text.split(".")[:2]) < SHARED_GPU:
+            return f"one GPU, and NCCL {text} takes one rank per GPU (2.30 takes more)"
+    return ""
+
+
+def _shared(machine: Machine) -> bool:
+    return len(machine.devices) == 1
+
+
+def commands(
+    section: Section, machine: Machine, out: Path
+) -> list[tuple[list[str], dict[str, str]]]:
+    """The processes to start: each one's command line and environment."""
+    environ = {
+        **os.environ,
+        # Plans must not depend on what was tuned on this machine.
+        "JAXCOMM_PROFILE": "off",
+        "BENCH_TRANSPORT": machine.transport,
+        "BENCH_SMALL": str(int(machine.dry)),
+        "BENCH_DUMP": str(out.parent / "dump"),
+        **dict(section.env),
+    }
+    flags = [os.environ.get("XLA_FLAGS", "")]
+    if machine.dry:
+        environ["JAX_PLATFORMS"] = "cpu"
+    else:
+        flags += section.flags
+        environ.setdefault("NCCL_DEBUG", "WARN")
+    environ["XLA_FLAGS"] = " ".join(filter(None, flags))
+    command = [str(WORKER), section.work, str(out)]
+    launch = section.launch or machine.launch
+    if section.ranks == 1:
+        return [([sys.executable, *command], environ | _device(0, 1, machine))]
+    if _shared(machine):
+        _let_share(section, environ)
+    if launch == "mpi":
+        job = launcher.Job(section.ranks, tuple(command))
+        return [(launcher.command_line(job), environ | launcher.environment(job))]
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        port = listener.getsockname()[1]
+    environ["BENCH_COORDINATOR"] = f"127.0.0.1:{port}"
+    environ["BENCH_RANKS"] = str(section.ranks)
+    return [
+        (
+            [sys.executable, *command],
+            environ | {"BENCH_RANK": str(rank)} | _device(rank, section.ranks, machine),
+        )
+        for rank in range(section.ranks)
+    ]
+
+
+def _device(rank: int, ranks: int, machine: Machine) -> dict[str, str]:
+    """What `jaxcomm run` would show a rank."""
+    mine = devices.own(rank, machine.devices)
+    if mine is None:
+        return {}
+    found = {devices.VISIBLE_VARIABLE: mine, devices.ORDINALS_VARIABLE: "0"}
+    together = devices.sharers(rank, ranks, machine.devices)
+    if together > 1 and not any(
+        name in os.environ for name in devices.MEMORY_VARIABLES
+    ):
+        found[devices.MEMORY_VARIABLE] = f"{0.7 / together:.2f}"
+    return found
+
+
+def _let_share(section: Section, environ: dict[str, str]) -> None:
+    """Let two ranks have one GPU, or make sure that nothing lets them."""
+    if section.shared:
+        environ.pop("NCCL_MULTI_RANK_GPU_ENABLE", None)
+        return
+    environ["NCCL_MULTI_RANK_GPU_ENABLE"] = "1"
+    environ.setdefault("NCCL_MAX_CTAS", "8")

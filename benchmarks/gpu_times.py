@@ -1,0 +1,255 @@
+"""Sections of worker_gpu.py that measure: time per call, memory, overlap."""
+
+from __future__ import annotations
+
+import os
+import resource
+import statistics
+import subprocess
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.experimental.compute_on
+import jax.numpy as jnp
+from jax import lax
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
+import jaxcomm
+import trees
+from jaxcomm.communicator import Communicator
+
+AXIS = "batch"
+SMALL = os.environ.get("BENCH_SMALL") == "1"
+INNER, REPEATS, WARM_UP = (2, 3, 1) if SMALL else (10, 15, 2)
+STEPS, SECONDS = (50, 10) if SMALL else (1000, 35)
+LAYERS, WIDTH = (3, 64) if SMALL else (12, 2048)
+MIB = 1 << 20
+GROWTH_MIB = 16  # of the device's used memory, which others may use too
+LESS = "no reduction"
+PAIRS = (
+    ("jaxcomm", "XLA's psum"),
+    ("jaxcomm, one bucket", "XLA's psum"),
+    ("jaxcomm, one leaf", "XLA's psum, one leaf"),
+)
+Way = Callable[[], Any]
+
+
+def scaled(tree: Any) -> Any:
+    """Stand for the backward pass, whose outputs the reduction reads."""
+    return jax.tree.map(lambda leaf: leaf * leaf.dtype.type(1.5), tree)
+
+
+def mean(tree: Any) -> Any:
+    return lax.pmean(tree, AXIS)
+
+
+def gradients() -> dict[str, jax.Array]:
+    shapes = trees.small_leaves(20, 256) if SMALL else trees.resnet50()
+    return {name: jnp.ones(leaf.shape, leaf.dtype) for name, leaf in shapes.items()}
+
+
+def interleaved(comm: Communicator, ways: dict[str, Way]) -> dict[str, Any]:
+    """Medians of all ways in turn, in milliseconds a call; a sample is the slowest's.
+
+    A way that fails is left out, with its error.
+    """
+    failed: dict[str, str] = {}
+    for name, way in list(ways.items()):
+        try:
+            for _ in range(WARM_UP):
+                jax.block_until_ready(way())
+        except Exception as error:
+            failed[name] = f"{type(error).__name__}: {error}"[:1500]
+    # All ranks go on with the same ways.
+    lost = {name for each in comm.all_gather_object(sorted(failed)) for name in each}
+    samples: dict[str, list[float]] = {name: [] for name in ways if name not in lost}
+    for _ in range(REPEATS):
+        for name, times in samples.items():
+            comm.barrier()
+            start = time.perf_counter()
+            results = [ways[name]() for _ in range(INNER)]
+            jax.block_until_ready(results)
+            mine = 1e3 * (time.perf_counter() - start) / INNER
+            del results
+            times.append(max(comm.all_gather_object(mine)))
+    medians = {name: statistics.median(times) for name, times in samples.items()}
+    return {"ms": medians, "samples_ms": samples, "failed": failed}
+
+
+def by_xla(comm: Communicator, body: Callable[[Any], Any], tree: Any) -> Way:
+    """The same over XLA's own collectives: `shard_map` over all devices."""
+    if len(jax.devices()) != comm.size:
+        text = f"{len(jax.devices())} devices in JAX, {comm.size} ranks"
+
+        def none() -> Any:
+            raise RuntimeError(f"{text}: XLA's collectives need jax.distributed")
+
+        return none
+    mesh = jax.make_mesh((comm.size,), (AXIS,), axis_types=(AxisType.Auto,))
+    everywhere = PartitionSpec()
+    shape = jax.tree.map(lambda x: (x.shape, x.dtype), tree)
+    whole = NamedSharding(mesh, everywhere)
+    filled = jax.jit(
+        lambda: {name: jnp.ones(*of) for name, of in shape.items()},
+        out_shardings=whole,
+    )()
+    step = jax.jit(
+        jax.shard_map(
+            body,
+            mesh=mesh,
+            in_specs=everywhere,
+            out_specs=everywhere,
+            check_vma=False,
+        )
+    )
+    return lambda: step(filled)
+
+
+def times(comm: Communicator) -> dict[str, Any]:
+    """ResNet-50's gradients: grouped, as one leaf, and by XLA's psum."""
+    tree = gradients()
+    flat = {"all": jnp.concatenate([leaf.ravel() for leaf in tree.values()])}
+    apart = jaxcomm.data_parallel(scaled)
+    ours = jaxcomm.data_parallel(lambda tree: mean(scaled(tree)))
+    one = jaxcomm.data_parallel(lambda tree: mean(scaled(tree)), groups=1)
+    packed = jaxcomm.data_parallel(lambda tree: mean(scaled(tree)))
+    found = interleaved(
+        comm,
+        {
+            LESS: lambda: apart(tree),
+            "jaxcomm": lambda: ours(tree),
+            "jaxcomm, one bucket": lambda: one(tree),
+            "no reduction of one leaf": lambda: apart(flat),
+            "jaxcomm, one leaf": lambda: packed(flat),
+            "XLA's psum": by_xla(comm, lambda tree: mean(scaled(tree)), tree),
+            "XLA's psum, one leaf": by_xla(comm, lambda tree: mean(scaled(tree)), flat),
+        },
+    )
+    ms = found["ms"]
+    # What the reduction adds to the step, and how that compares.
+    added = {
+        name: ms[name] - ms["no reduction of one leaf" if "leaf" in name else LESS]
+        for name in ms
+        if not name.startswith(LESS)
+    }
+    steps = {
+        f"{ours_name} / {peer}": ms[ours_name] / ms[peer]
+        for ours_name, peer in PAIRS
+        if ours_name in ms and peer in ms
+    }
+    nbytes = sum(leaf.nbytes for leaf in tree.values())
+    buckets = len(ours.schedule.buckets) if ours.schedules else 0
+    counters = comm.counters()
+    return found | {
+        "bytes": nbytes,
+        "leaves": len(tree),
+        "buckets": buckets,
+        "added_ms": added,
+        "ratio of whole steps": steps,
+        "counters": counters,
+    }
+
+
+def used() -> dict[str, float | None]:
+    """Memory in MiB: in JAX's allocator, on the whole device, of this process."""
+    stats = jax.local_devices()[0].memory_stats() or {}
+    inside = stats.get("bytes_in_use")
+    query = ["nvidia-smi", "--query-gpu=memory.used", "--format=csv,noheader,nounits"]
+    query += ["-i", os.environ.get("CUDA_VISIBLE_DEVICES", "0")]
+    try:
+        done = subprocess.run(query, capture_output=True, text=True, check=False)
+        device = float(done.stdout) if done.returncode == 0 else None
+    except (OSError, ValueError):
+        device = None
+    host = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    return {
+        "JAX": None if inside is None else inside / MIB,
+        "device": device,
+        "host peak": host,
+    }
+
+
+def memory(comm: Communicator) -> dict[str, Any]:
+    """Growth over 1,000 steps (fewer if they take long)."""
+    step = jaxcomm.data_parallel(lambda t: mean(scaled(t)), donate_argnums=0)
+    tree = gradients()
+    for _ in range(min(20, STEPS)):
+        tree = step(tree)
+    jax.block_until_ready(tree)
+    before, start, steps = used(), time.monotonic(), 0
+    while steps < STEPS:
+        for _ in range(50):
+            tree = step(tree)
+        jax.block_until_ready(tree)
+        steps += 50
+        late = time.monotonic() - start > SECONDS
+        if any(comm.all_gather_object(late)):
+            break
+    after = used()
+    growth = {
+        name: None if value is None else (after[name] or 0) - value
+        for name, value in before.items()
+    }
+    ok = (growth["JAX"] or 0) <= 0 and (growth["device"] or 0) <= GROWTH_MIB
+    return {"ok": ok, "steps": steps, "growth_mib": growth, "before_mib": before}
+
+
+def overlap(comm: Communicator) -> dict[str, Any]:
+    """Layers of matrix products, whose gradients are reduced: how much is hidden?"""
+    x = jnp.ones((WIDTH, WIDTH), jnp.float32)
+    weights = {f"layer{k:02}": jnp.eye(WIDTH) for k in range(LAYERS)}
+
+    def loss(weights: Any) -> Any:
+        y = x
+        for name in sorted(weights):
+            y = jnp.tanh(y @ weights[name])
+        return jnp.mean(jnp.square(y))
+
+    gradient = jax.grad(loss)
+    kind = os.environ.get("BENCH_STREAM", "")
+    reduce = on_stream(kind, mean) if kind else mean
+    bare = on_stream(kind, jaxcomm.all_reduce) if kind else jaxcomm.all_reduce
+    alone = jaxcomm.data_parallel(gradient)
+    travel = jaxcomm.data_parallel(lambda grads: mean(scaled(grads)))
+    both = jaxcomm.data_parallel(lambda weights: reduce(gradient(weights)))
+    ways: dict[str, Way] = {
+        "compute": lambda: alone(weights),
+        "communication": lambda: travel(weights),
+        "both": lambda: both(weights),
+    }
+    if kind:
+        jitted = jax.jit(lambda weights: bare(gradient(weights)))
+        ways["both, in a jit"] = lambda: jitted(weights)
+    else:
+        one = jaxcomm.data_parallel(lambda w: mean(gradient(w)), groups=1)
+        ways["both, one bucket"] = lambda: one(weights)
+        ways["both, XLA's psum"] = by_xla(comm, lambda w: mean(gradient(w)), weights)
+    found = interleaved(comm, ways)
+    ms = found["ms"]
+    if {"compute", "communication"} <= set(ms):
+        apart = ms["compute"] + ms["communication"]
+        found["hidden share of the communication"] = {
+            name: (apart - value) / ms["communication"]
+            for name, value in ms.items()
+            if name.startswith("both")
+        }
+    return found | {"stream": kind or "XLA's order", "layers": LAYERS, "width": WIDTH}
+
+
+def on_stream(kind: str, reduce: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    """Ask XLA to run each leaf's reduction on another stream.
+
+    A leaf each, since what is wrapped waits for all that it reads.
+    `compute_on2` of jax 0.10.1 to 0.11.0 became `compute_on` in 0.11.1.
+    """
+    module = jax.experimental.compute_on
+    wrap: Any = getattr(module, "compute_on2", module.compute_on)
+
+    def run(tree: Any) -> Any:
+        space = jax.memory.Space.Device
+        one = wrap(reduce, compute_type=kind, out_memory_spaces=space)
+        return jax.tree.map(one, tree)
+
+    return run
