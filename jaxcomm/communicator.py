@@ -484,7 +484,7 @@ def _fabric(transport: str, launched: int, settings: _Settings) -> Fabric:
         fabric = KeyValueFabric.world(settings.timeout)
         if fabric is not None:
             return fabric
-        if launched == 1 and importlib.util.find_spec("mpi4py") is None:
+        if launched == 1 and "mpi4py.MPI" not in sys.modules:
             return Alone()
     mpi = _import_mpi(transport, launched)
     if launched > 1 and mpi.COMM_WORLD.Get_size() == 1:

@@ -64,6 +64,21 @@ def test_lowering_for_a_gpu(job: Launch, ranks: int) -> None:
     assert done.returncode == 0, done.stderr
 
 
+ALONE = """
+import sys
+import jax, jax.numpy as jnp, jaxcomm
+comm = jaxcomm.init("nccl")
+assert comm.size == 1 and "mpi4py" not in sys.modules
+assert float(jaxcomm.data_parallel(lambda x: jax.lax.psum(x, "batch"))(3.0)) == 3
+assert comm.counters()["nccl_collectives"] == 2  # one warmed it up
+"""
+
+
+def test_one_rank_needs_no_mpi(job: Launch) -> None:
+    done = job(1, ALONE, env=on_fake_nccl())
+    assert done.returncode == 0, done.stderr
+
+
 OTHERS = """
 import jax, jax.numpy as jnp, jaxcomm
 comm = jaxcomm.init("mpi")

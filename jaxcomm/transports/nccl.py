@@ -177,9 +177,31 @@ def _check_backend() -> None:
 
 
 def _device(local_rank: int) -> str:
-    """Name this rank's device among its host's, as far as can be told."""
+    """Name this rank's device, as no other device of its host is named."""
+    if os.environ.get(HOST_MEMORY_VARIABLE) != "1":
+        try:
+            return _uuid()
+        except OSError:
+            return f"local rank {local_rank}"  # NCCL itself will notice
     visible = os.environ.get("CUDA_VISIBLE_DEVICES", "")
     return visible if visible and "," not in visible else f"local rank {local_rank}"
+
+
+def _uuid() -> str:
+    """Ask the driver for the UUID of the only device that this process sees.
+
+    Ordinals would not do: under Slurm every task may see its own GPU as number 0.
+    """
+    driver = ctypes.CDLL("libcuda.so.1")
+    device, uuid = ctypes.c_int(), ctypes.create_string_buffer(16)
+    codes = (
+        driver.cuInit(0),
+        driver.cuDeviceGet(ctypes.byref(device), 0),
+        driver.cuDeviceGetUuid(uuid, device),
+    )
+    if any(codes):
+        raise OSError(f"the CUDA driver gives no device: codes {codes}")
+    return f"GPU-{uuid.raw.hex()}"
 
 
 def _check_devices(places: Sequence[tuple[Any, ...]], version: int) -> None:
