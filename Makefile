@@ -9,13 +9,14 @@ EXTRAS ?= dev
 DEMO_ARGS := $(if $(DEMO_STEPS),--steps $(DEMO_STEPS))
 TESTS ?= tests
 
-.PHONY: setup demo examples test test-mpich lint sanitize bench bench-peers bench-horovod \
+.PHONY: setup demo examples test test-all test-mpich lint sanitize bench bench-peers bench-horovod \
   bench-overlap bench-tracing clean
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make demo   train a small STEMDL network on two MPI ranks; results in out/demo"
 	@echo "make test   run all tests on 1, 2 and 4 ranks"
+	@echo "make test-all  the same on more ranks of more transports"
 	@echo "make examples  train three clients under jax.pmap and under jaxcomm, and compare"
 	@echo "make lint   ruff and pyright"
 	@echo "make test-mpich  the same native library over MPICH"
@@ -49,6 +50,10 @@ examples: $(STAMP)
 test: $(STAMP)
 	$(BIN)/pytest $(TESTS)
 
+# With what make test leaves out: more ranks of more transports.
+test-all: $(STAMP)
+	$(BIN)/pytest -m '' $(TESTS)
+
 lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -62,7 +67,7 @@ test-mpich: $(STAMP)
 	JAXCOMM_NATIVE_LIBRARY=$$($(BIN)/python -c \
 	  'from jaxcomm import native; print(native.library_path())') \
 	  .venv-mpich/bin/pytest tests/test_conformance.py tests/test_native.py \
-	  -k 'not mpi4jax and not 4'
+	  -k '(mpi-2 and conformance) or shared or ring'
 
 sanitize: $(STAMP)
 	tests/native/sanitize.sh $(BIN)

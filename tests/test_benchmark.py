@@ -9,7 +9,9 @@ import pytest
 from conftest import ROOT
 
 import jobs
+import overlap
 import report
+import tracing
 
 RESULTS = ROOT / "benchmarks" / "results"
 
@@ -51,3 +53,12 @@ def test_tables_are_those_of_the_json() -> None:
     assert (RESULTS / "reduction.md").read_text() == report.markdown(result)
     for work, entry in result["workloads"].items():
         assert entry["alone_ms"] == report.alone(entry["samples_ms"]), work
+
+
+def test_overlap_and_tracing_tables_too() -> None:
+    result = json.loads((RESULTS / "overlap.json").read_text())
+    assert (RESULTS / "overlap.md").read_text() == overlap.markdown(result)
+    for job in result["jobs"].values():
+        assert job["overlaps"] == overlap.overlaps(job["samples_ms"])
+    result = json.loads((RESULTS / "tracing.json").read_text())
+    assert (RESULTS / "tracing.md").read_text() == tracing.markdown(result)

@@ -13,15 +13,15 @@ from conftest import launch_ranks, on_fake_nccl
 
 JOBS = [
     ("local", 1),
-    ("mpi", 1),
+    pytest.param("mpi", 1, marks=pytest.mark.thorough),
     ("mpi", 2),
     ("mpi", 4),
     # The ranks of a test share a host; these make the MPI calls of ranks that do not.
     ("mpi apart", 2),
     ("mpi apart", 4),
-    ("mpi4jax", 1),
+    pytest.param("mpi4jax", 1, marks=pytest.mark.thorough),
     ("mpi4jax", 2),
-    ("mpi4jax", 4),
+    pytest.param("mpi4jax", 4, marks=pytest.mark.thorough),
     # Over a library of NCCL's interface that reduces host memory.
     ("nccl", 1),
     ("nccl", 2),

@@ -108,10 +108,15 @@ print("no error", flush=True)
 
 
 @pytest.mark.parametrize(
-    "result",
-    ["unhandledCudaError", "systemError", "internalError", "remoteError"],
+    ("call", "result"),
+    [
+        ("ncclAllReduce", "unhandledCudaError"),
+        ("ncclAllReduce", "invalidUsage"),
+        ("ncclGroupEnd", "systemError"),
+        ("ncclGroupEnd", "internalError"),
+        ("ncclGroupEnd", "remoteError"),
+    ],
 )
-@pytest.mark.parametrize("call", ["ncclAllReduce", "ncclGroupEnd"])
 def test_an_error_of_nccl_names_itself(job: Launch, call: str, result: str) -> None:
     rule = f"rank=1,call={call},after=3,result={result}"
     env = on_fake_nccl(FAKE_NCCL_INJECT=rule)
