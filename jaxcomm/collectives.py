@@ -49,6 +49,7 @@ def all_reduce(
     groups: Groups = None,
     bucket_bytes: int | None = None,
     wire_dtype: str | None = None,
+    weight: Any = None,
 ) -> Tree:
     """Reduce every leaf of a tree over all ranks.
 
@@ -71,6 +72,10 @@ def all_reduce(
         ranks' absolute values, where u is 2^-8 for bfloat16 and 2^-11 for float16; for
         float16 add n * 2^-24, and note that a sum beyond 65,504 is infinite (a mean
         never is). Other leaves travel as they are.
+      weight: a real number, each rank its own, traced or not: with op "mean" the result
+        is sum(weight * leaf) / sum(weight), and zeros where all weights are 0. A rank
+        of weight 0 adds nothing, even if its leaves are NaN. Floating and complex
+        leaves only; 16-bit floats are added in float32.
 
     Returns:
       A tree of the same structure, shapes and dtypes, bitwise equal on all ranks.
@@ -84,6 +89,18 @@ def all_reduce(
         same text.
     """
     comm = comm or world()
+    if weight is not None:
+        return _weighted(
+            tree,
+            weight,
+            op,
+            {
+                "comm": comm,
+                "groups": groups,
+                "bucket_bytes": bucket_bytes,
+                "wire_dtype": wire_dtype,
+            },
+        )
     leaves, treedef = jax.tree.flatten(tree)
     key = _plan_key(leaves, treedef, comm, op, groups, bucket_bytes, wire_dtype)
     schedule = _plans.get(key) if key is not None else None
@@ -105,6 +122,17 @@ def all_reduce(
         if key is not None:
             _plans[key] = schedule
     return jax.tree.unflatten(treedef, run_schedule(leaves, comm, schedule))
+
+
+def _weighted(tree: Any, weight: Any, op: str, options: dict[str, Any]) -> Any:
+    from jaxcomm import weighted
+
+    if op != "mean":
+        raise InvalidOptionError(
+            f"op={op!r} with weight=...: only a mean has weights; multiply the leaves "
+            "yourself, or use op='mean'"
+        )
+    return weighted.mean(tree, weight, **options)
 
 
 def broadcast(tree: Tree, *, root: int = 0, comm: Communicator | None = None) -> Tree:

@@ -11,6 +11,7 @@ ranks compare notes after each check; rank 0 writes one line of outcome per chec
 from __future__ import annotations
 
 import faulthandler
+import functools
 import json
 import sys
 import threading
@@ -561,6 +562,40 @@ def check_subgroups(comm: Communicator) -> None:
         step = jaxcomm.data_parallel(lambda x: lax.psum(x, "batch"), comm=even)
         same(step(jnp.ones(3)), np.full(3, even.size))
     comm.barrier()
+
+
+def check_weighted_means(comm: Communicator) -> None:
+    weight = float(comm.rank)  # rank 0 has run out of data
+    own = comm.rank + 1.0 if comm.rank else np.nan
+    tree = {
+        "w": jnp.full((3, 2), own),
+        "b": jnp.asarray([0.5 * comm.rank], jnp.bfloat16),
+        "c": jnp.asarray(1j * comm.rank),
+    }
+    ranks = np.arange(comm.size)
+    total = max(ranks.sum(), 1)
+    want = {
+        "w": (np.full((3, 2), (ranks * (ranks + 1.0)).sum() / total), 1e-6),
+        "b": ([(ranks * 0.5 * ranks).sum() / total], 1e-2),
+        "c": (1j * (ranks * ranks).sum() / total, 1e-6),
+    }
+    eager = jaxcomm.all_reduce(tree, weight=weight)
+    step = jaxcomm.data_parallel(lambda t, w: jaxcomm.all_reduce(t, weight=w))
+    for out in (eager, step(tree, weight)):
+        for name, leaf in out.items():
+            assert leaf.dtype == tree[name].dtype
+            value, rtol = want[name]
+            got = np.asarray(leaf).astype(complex)
+            np.testing.assert_allclose(got, value, rtol=rtol)
+    same(jaxcomm.all_reduce(jnp.ones(3), weight=0), np.zeros(3))
+    wire = jaxcomm.all_reduce(jnp.full(9, 2.0), weight=1001, wire_dtype="bfloat16")
+    np.testing.assert_allclose(wire, 2, rtol=2e-2)
+    for kind, says, leaf, options in (
+        (InvalidTreeError, r"'n'.*int32", {"n": 1}, {"weight": 1.0}),
+        (InvalidOptionError, "only a mean", 1.0, {"op": "sum", "weight": 1}),
+        (InvalidOptionError, "one real number", 1.0, {"weight": [1, 2]}),
+    ):
+        raises(kind, says, functools.partial(jaxcomm.all_reduce, leaf, **options))
 
 
 def check_no_control_messages_after_the_first_step(comm: Communicator) -> None:

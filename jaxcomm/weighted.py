@@ -1,0 +1,57 @@
+"""Means over ranks that do not count alike: uneven batches, loaders that run dry."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jaxcomm import collectives
+from jaxcomm.errors import InvalidOptionError, InvalidTreeError
+
+
+def mean(tree: Any, weight: Any, *, wire_dtype: str | None, **options: Any) -> Any:
+    """Return sum(weight * leaf) / sum(weight) over ranks; see `all_reduce`."""
+    w = jnp.asarray(weight)
+    if w.shape != () or not jnp.issubdtype(w.dtype, jnp.number) or _complex(w):
+        raise InvalidOptionError(
+            f"weight has shape {w.shape} and dtype {w.dtype}; give one real number per "
+            "rank, such as how many samples its batch has"
+        )
+    paths, leaves, treedef = collectives.flatten(tree)
+    for path, leaf in zip(paths, leaves, strict=True):
+        if not jnp.issubdtype(leaf.dtype, jnp.inexact):
+            raise InvalidTreeError(
+                f"leaf {path} has dtype {leaf.dtype}, and a weighted mean is no "
+                "integer; cast it to float32 first"
+            )
+    w = w.astype(jnp.float64 if w.dtype == jnp.float64 else jnp.float32)
+    # What a rank without data has computed may be NaN; times zero it still would be.
+    parts = [
+        jnp.where(w == 0, 0, _wide(leaf) * w.astype(_wide(leaf).dtype))
+        for leaf in leaves
+    ]
+    everything = jax.tree.unflatten(treedef, parts)
+    if wire_dtype is None:
+        sums, total = collectives.all_reduce((everything, w), op="sum", **options)
+    else:  # which would round the weights
+        total = collectives.all_reduce(w, op="sum", **options)
+        sums = collectives.all_reduce(
+            everything, op="sum", wire_dtype=wire_dtype, **options
+        )
+    divided = [
+        jnp.where(total == 0, 0, part / jnp.where(total == 0, 1, total)).astype(x.dtype)
+        for part, x in zip(jax.tree.leaves(sums), leaves, strict=True)
+    ]
+    return jax.tree.unflatten(treedef, divided)
+
+
+def _wide(leaf: Any) -> Any:
+    """16-bit floats are weighted and added in float32."""
+    half = leaf.dtype in (jnp.bfloat16, jnp.float16)
+    return leaf.astype(jnp.float32) if half else leaf
+
+
+def _complex(x: Any) -> bool:
+    return jnp.issubdtype(x.dtype, jnp.complexfloating)
