@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import pickle
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -27,16 +27,36 @@ class HostChannel:
         from mpi4py import MPI
 
         self._comm = comm
+        # For the watchdog: which exchange this is, of what kind, and since when.
+        self.count, self.what, self.entered = 0, "", 0
         self._turns = MPI.Query_thread() < MPI.THREAD_MULTIPLE
         self.rank, self.size = comm.Get_rank(), comm.Get_size()
 
+    @contextlib.contextmanager
+    def _exchange(self, what: str) -> Iterator[None]:
+        self.count, self.what = self.count + 1, what
+        self.entered = time.monotonic_ns()
+        try:
+            yield
+        finally:
+            self.entered = 0
+
     def barrier(self) -> None:
-        if not self._turns:
-            self._comm.Barrier()
-        else:
-            self._finish(self._comm.Ibarrier)
+        with self._exchange("barrier"):
+            if not self._turns:
+                self._comm.Barrier()
+            else:
+                self._finish(self._comm.Ibarrier)
 
     def broadcast(self, obj: Any, root: int) -> Any:
+        with self._exchange("broadcast of an object"):
+            return self._broadcast(obj, root)
+
+    def all_gather(self, obj: Any) -> list[Any]:
+        with self._exchange("gathering of objects"):
+            return self._all_gather(obj)
+
+    def _broadcast(self, obj: Any, root: int) -> Any:
         if not self._turns:
             return self._comm.bcast(obj, root)
         own = pickle.dumps(obj) if self.rank == root else b""
@@ -48,7 +68,7 @@ class HostChannel:
         self._finish(lambda: self._comm.Ibcast(data, root))
         return pickle.loads(data.tobytes())
 
-    def all_gather(self, obj: Any) -> list[Any]:
+    def _all_gather(self, obj: Any) -> list[Any]:
         if not self._turns:
             return self._comm.allgather(obj)
         from mpi4py import MPI

@@ -12,10 +12,14 @@ import threading
 import time
 import traceback
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from jaxcomm import agreement, native
 
+if TYPE_CHECKING:
+    from jaxcomm._host import HostChannel
+
+_HOST = 0  # in place of a communicator's key
 _FRAMES = 12
 _PATHS = 3
 
@@ -52,19 +56,23 @@ class State:
     stacks: str = ""
 
 
-def look(*, stacks: bool = False) -> State:
-    """Return this rank's state."""
+def look(channel: HostChannel, *, stacks: bool = False) -> State:
+    """Return this rank's state; `channel` is where its objects are exchanged."""
     now = time.monotonic_ns()
-    calls = [
-        Call(
-            row.key,
-            row.calls,
-            describe(row),
-            1e-9 * (now - row.entered) if row.entered else None,
-        )
-        for row in native.progress()
-    ]
-    return State(socket.gethostname(), tuple(calls), _stacks() if stacks else "")
+    entered = channel.entered
+    host = Call(
+        _HOST,
+        channel.count,
+        f"the host-side {channel.what}",
+        1e-9 * (now - entered) if entered else None,
+    )
+    calls = (host, *(_call(row, now) for row in native.progress()))
+    return State(socket.gethostname(), calls, _stacks() if stacks else "")
+
+
+def _call(row: native.Progress, now: int) -> Call:
+    seconds = 1e-9 * (now - row.entered) if row.entered else None
+    return Call(row.key, row.calls, describe(row), seconds)
 
 
 def describe(row: native.Progress) -> str:
@@ -113,8 +121,9 @@ def report(
     lines.append(f"  waiting in this call: {names(there)}")
     for rank, call in away:
         last = f"its last call was {call.number}" if call else "it has called nothing"
-        if call is not None and call.seconds is not None:
-            last = f"it waits in call {call.number}: {call.what}"
+        elsewhere = next((c for c in states[rank].calls if c.seconds is not None), None)
+        if elsewhere is not None:
+            last = f"it waits in call {elsewhere.number}: {elsewhere.what}"
         lines.append(
             f"  not arrived: rank {rank} (host {states[rank].host}), {last}. Its "
             "Python is at"

@@ -460,8 +460,7 @@ def _start(
         native.timeline_start()
         atexit.register(_write_timeline, comm)
     if comm.size > 1 and isinstance(fabric, MpiFabric):
-        turn = fabric.host.turn
-        watch = watchdog.Watchdog(fabric.duplicate(), turn, *limits)
+        watch = watchdog.Watchdog(fabric.duplicate(), fabric.host, *limits)
         atexit.register(watch.stop)
     atexit.register(_wait_for_pending_work)  # runs first
     return comm

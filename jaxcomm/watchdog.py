@@ -29,15 +29,15 @@ _ASK, _ANSWER = 1, 2  # message tags
 
 
 class Watchdog:
-    """Looks after one process's collectives over MPI.
+    """Looks after one process's collectives over MPI, and its host-side exchanges.
 
     Every rank's watchdog answers the others on a communicator of their own, which works
     while all other threads wait. One that does not answer is stopped, has ended, or
     runs code that holds the interpreter.
     """
 
-    def __init__(self, comm: Any, turn: Any, warn_after: float, abort_after: float):
-        self._comm, self._turn = comm, turn
+    def __init__(self, comm: Any, channel: Any, warn_after: float, abort_after: float):
+        self._comm, self._channel, self._turn = comm, channel, channel.turn
         self._rank, self._size = comm.Get_rank(), comm.Get_size()
         self._warn_after, self._abort_after = warn_after, abort_after
         limits = [t for t in (warn_after, abort_after) if t > 0]
@@ -61,7 +61,7 @@ class Watchdog:
             self._look()
 
     def _look(self) -> None:
-        waiting = [c for c in _stall.look().calls if c.seconds is not None]
+        waiting = [c for c in _stall.look(self._channel).calls if c.seconds is not None]
         if not waiting:
             return
         call = max(waiting, key=lambda c: c.seconds or 0.0)
@@ -84,7 +84,7 @@ class Watchdog:
         others = [rank for rank in range(self._size) if rank != self._rank]
         with self._turn():
             asked = [self._comm.isend(None, rank, _ASK) for rank in others]
-        states = {self._rank: _stall.look()}
+        states = {self._rank: _stall.look(self._channel)}
         end = time.monotonic() + _ANSWER_SECONDS
         while len(states) < self._size and time.monotonic() < end:
             for rank, state in self._receive(_ANSWER):
@@ -101,7 +101,7 @@ class Watchdog:
         for rank, _ in self._receive(_ASK):
             # It reports for all, and needs a moment.
             self._held = time.monotonic() + 2 * _ANSWER_SECONDS
-            state = _stall.look(stacks=True)
+            state = _stall.look(self._channel, stacks=True)
             with self._turn():
                 request = self._comm.isend(state, rank, _ANSWER)
             end = time.monotonic() + _ANSWER_SECONDS

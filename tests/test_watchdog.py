@@ -43,6 +43,9 @@ WAYS = {
 }
 
 
+IN_STEP = "waits in call 4: bucket 0 of 1 (mean of [0]['bias'], [0]['kernel']; 84,028"
+
+
 def stalled(job: Launch, ranks: int, what: str, culprit: int, way: str) -> str:
     """Run a job that stops moving; return its report."""
     limits = {"JAXCOMM_WARN_AFTER": "1", "JAXCOMM_ABORT_AFTER": "3"}
@@ -61,8 +64,7 @@ def stalled(job: Launch, ranks: int, what: str, culprit: int, way: str) -> str:
     assert "went on" not in done.stdout
     text = done.stderr
     assert text.count("jaxcomm: no progress for") == 1, text
-    assert "waits in call 4: bucket 0 of 1 (mean of " in text, text
-    assert "[0]['kernel']" in text and "84,028 bytes" in text
+    assert IN_STEP in text, text
     # A warning came first, from each rank that waits.
     assert "s for the other ranks in call 4" in text
     return text
@@ -88,7 +90,27 @@ def test_a_rank_that_is_stopped(job: Launch) -> None:
 
 def test_a_rank_that_calls_something_else(job: Launch) -> None:
     text = stalled(job, 4, "skip", 0, "shared memory")
-    assert "not arrived: rank 0" in text and "comm.barrier()" in text
+    # Whichever of the two waits is reported, the other is told of as well.
+    assert "the host-side barrier" in text
+    assert "not arrived: rank 0" in text or "not arrived: rank 1" in text
+
+
+BARRIER = """
+import time, jaxcomm
+comm = jaxcomm.init()
+comm.barrier()
+if comm.rank == 0:
+    time.sleep(1000)
+comm.all_gather_object("here")
+"""
+
+
+def test_host_side_exchanges_are_watched_too(job: Launch) -> None:
+    done = job(2, BARRIER, env={"JAXCOMM_ABORT_AFTER": "2"}, timeout=60)
+    assert done.returncode == 70, done.stderr
+    assert "the host-side gathering of objects" in done.stderr
+    assert "not arrived: rank 0" in done.stderr
+    assert "time.sleep(1000)" in done.stderr
 
 
 def test_warnings_can_be_off(job: Launch) -> None:
