@@ -25,6 +25,8 @@ def wander_off():
         pass
     if what == "stop":
         os.kill(os.getpid(), signal.SIGSTOP)
+    if what == "kill":
+        os.kill(os.getpid(), signal.SIGKILL)
     if what == "skip":
         comm.barrier()
 
@@ -93,6 +95,37 @@ def test_a_rank_that_calls_something_else(job: Launch) -> None:
     # Whichever of the two waits is reported, the other is told of as well.
     assert "the host-side barrier" in text
     assert "not arrived: rank 0" in text or "not arrived: rank 1" in text
+
+
+@pytest.mark.parametrize(("ranks", "way"), [(2, "own thread"), (4, "shared memory")])
+def test_a_rank_that_is_killed_ends_the_others(
+    job: Launch, ranks: int, way: str
+) -> None:
+    start = time.monotonic()
+    done = job(ranks, STEPS, "mpi", "kill", "1", env=WAYS[way], timeout=60)
+    assert done.returncode not in (0, 70, 124), done.stdout + done.stderr
+    assert time.monotonic() - start < 40
+    assert "went on" not in done.stdout
+
+
+LATE = """
+import time
+import jax.numpy as jnp, jaxcomm
+comm = jaxcomm.init(timeout=2)
+if comm.rank == 1:
+    time.sleep(30)
+try:
+    jaxcomm.all_reduce(jnp.ones(3))
+except jaxcomm.errors.StallError as error:
+    assert "waited 2 s for the other ranks to check a schedule" in str(error)
+    raise
+"""
+
+
+def test_a_rank_that_never_compares_its_schedule(job: Launch) -> None:
+    done = job(2, LATE, timeout=60)
+    assert done.returncode == 1
+    assert "StallError: rank 0 of 2 waited 2 s" in done.stderr, done.stderr
 
 
 BARRIER = """
