@@ -14,14 +14,17 @@ import functools
 import hashlib
 import importlib.metadata
 import threading
+from typing import TYPE_CHECKING
 
 import jax
 import numpy as np
 
 from jaxcomm import watchdog
-from jaxcomm._fabric import Channel
 from jaxcomm.errors import JaxcommError, ScheduleMismatchError
 from jaxcomm.schedule import Schedule
+
+if TYPE_CHECKING:
+    from jaxcomm._fabric import Channel
 
 _SHOWN_VARIANTS = 8
 
