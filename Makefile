@@ -9,8 +9,8 @@ EXTRAS ?= dev
 DEMO_ARGS := $(if $(DEMO_STEPS),--steps $(DEMO_STEPS))
 TESTS ?= tests
 
-.PHONY: setup demo examples test test-all test-mpich lint sanitize bench bench-peers bench-horovod \
-  bench-overlap bench-tracing clean
+.PHONY: setup demo examples test test-all test-mpich nccl-abi lint sanitize bench \
+  bench-peers bench-horovod bench-overlap bench-tracing clean
 .DEFAULT_GOAL := help
 
 help:
@@ -20,6 +20,7 @@ help:
 	@echo "make examples  train three clients under jax.pmap and under jaxcomm, and compare"
 	@echo "make lint   ruff and pyright"
 	@echo "make test-mpich  the same native library over MPICH"
+	@echo "make nccl-abi  our declarations of NCCL against its releases' headers"
 	@echo "make sanitize  run the native code under Address-, UB- and ThreadSanitizer"
 	@echo "make bench  measure the gradient reduction beside its peers"
 	@echo "make bench-peers  the same beside torch.distributed, which it installs first"
@@ -68,6 +69,10 @@ test-mpich: $(STAMP)
 	  'from jaxcomm import native; print(native.library_path())') \
 	  .venv-mpich/bin/pytest tests/test_conformance.py tests/test_native.py \
 	  -k '(mpi-2 and conformance) or shared or ring'
+
+# Our declarations of NCCL against the nccl.h of every release on the package index.
+nccl-abi: $(STAMP)
+	$(BIN)/python tests/native/check_nccl_abi.py
 
 sanitize: $(STAMP)
 	tests/native/sanitize.sh $(BIN)
