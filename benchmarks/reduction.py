@@ -114,7 +114,7 @@ def other_measures(progress: Progress) -> dict[str, Any]:
     task = progress.add_task("calls, memory, planning", total=2 + len(MEMORY_WAYS))
     with tempfile.TemporaryDirectory() as folder:
         shim = jobs.build_shim(Path(folder))
-        with environment(LD_PRELOAD=str(shim)):
+        with environment(LD_PRELOAD=str(shim), **jobs.UNWATCHED):
             count = ("--what", "calls", "--shim", str(shim))
             calls = jobs.run_job("resnet50", "mpi", 2, *count)[0]
             calls |= jobs.run_job("resnet50", "apart", 2, *count)[0]

@@ -318,7 +318,8 @@ def init(
         so in the log; JAXCOMM_WARN_AFTER or 60 unless given, 0 for never.
       abort_after: seconds after which the job ends, with a report of which ranks wait
         in which bucket, which have not come and where their Python is, and which do
-        not answer; JAXCOMM_ABORT_AFTER or 600 unless given, 0 for never.
+        not answer; JAXCOMM_ABORT_AFTER or 600 unless given, 0 for never. Where both
+        are 0, which all ranks must say alike, nothing watches.
 
     Returns:
       The communicator of all ranks; the same object at every call.
@@ -459,7 +460,7 @@ def _start(
     if timeline.wanted():
         native.timeline_start()
         atexit.register(_write_timeline, comm)
-    if comm.size > 1 and isinstance(fabric, MpiFabric):
+    if comm.size > 1 and isinstance(fabric, MpiFabric) and any(limits):
         watch = watchdog.Watchdog(fabric.duplicate(), fabric.host, *limits)
         atexit.register(watch.stop)
     atexit.register(_wait_for_pending_work)  # runs first

@@ -21,6 +21,8 @@ def test_a_step_makes_no_mpi_call_but_its_reductions(
 ) -> None:
     shim = jobs.build_shim(tmp_path)
     monkeypatch.setenv("LD_PRELOAD", str(shim))
+    for name, value in jobs.UNWATCHED.items():
+        monkeypatch.setenv(name, value)
     count = ("--what", "calls", "--shim", str(shim))
     for calls in jobs.run_job("small", "mpi", 2, *count):
         assert calls["no reduction"] == {}
