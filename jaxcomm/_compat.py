@@ -36,6 +36,7 @@ __all__ = [
     "failing_call",
     "instantiate_zeros",
     "is_drop_var",
+    "keeps_its_place",
     "literal",
     "mlir",
     "outside_jit",
@@ -73,6 +74,18 @@ def register_ordered_effect(effect: Effect) -> None:
     _effects.custom_derivatives_allowed_effects.add_type(kind)
     # Recomputing a forward pass repeats its collectives on every rank alike.
     _effects.remat_allowed_effects.add_type(kind)
+
+
+def keeps_its_place(eqn: Any) -> bool:
+    """Tell whether an equation must stay in order with others that have effects.
+
+    Ordered callbacks must, and reads and writes of references.
+    """
+    return any(
+        isinstance(effect, _effects.JaxprInputEffect)
+        or _effects.ordered_effects.contains(effect)
+        for effect in eqn.effects
+    )
 
 
 def trace_with_axis(

@@ -33,6 +33,7 @@ class Unit:
     function: Callable[..., Any] | None = None  # of the inputs, to the only output
     bodies: Sequence[Body] = ()
     urgent: bool = True  # whether other collectives wait for it
+    placed: bool = False  # whether it keeps its place among others with effects
 
 
 @dataclasses.dataclass
@@ -115,6 +116,10 @@ class Var:
         self.aval = aval
 
 
+# Stands for what equations with effects read and write besides their variables.
+EFFECT = Var(None)
+
+
 def _called(eqn: Any) -> Any:
     for key in ("jaxpr", "call_jaxpr", "fun_jaxpr"):
         if key in eqn.params:
@@ -164,7 +169,9 @@ def means_of(
     return found
 
 
-def awaited_by(eqns: Sequence[Any], is_collective: Sequence[bool]) -> set[int]:
+def awaited_by(
+    eqns: Sequence[Any], is_collective: Sequence[bool], placed: Sequence[bool]
+) -> set[int]:
     """Find the equations that a collective waits for, by their positions.
 
     They are those from whose results a way leads to an operand of a collective.
@@ -173,6 +180,8 @@ def awaited_by(eqns: Sequence[Any], is_collective: Sequence[bool]) -> set[int]:
     found = set()
     for position in range(len(eqns) - 1, -1, -1):
         _, invars, outvars = eqns[position]
+        if placed[position]:
+            invars, outvars = [*invars, EFFECT], [*outvars, EFFECT]
         awaited = not wanted.isdisjoint(outvars)
         if awaited:
             found.add(position)

@@ -154,7 +154,8 @@ class Communicator:
         """Return the communicator of some of this one's ranks.
 
         Every member must call it, in the same order as its other subgroups; other
-        ranks may. Asking again for the same ranks returns the same communicator.
+        ranks may. Asking again for the same ranks returns the same communicator. One
+        thread at a time may use a communicator: give each its own.
 
         Args:
           ranks: distinct ranks of this communicator; their order numbers the new

@@ -4,7 +4,8 @@
 current trace with every reduction replaced. In between stands one idea, the *stage*
 of an equation: the largest number of collectives on any path that leads to it. Two
 reductions of the same stage cannot depend on each other, not even transitively, so
-they may share a bucket, and ordering buckets by stage can never make a cycle. Mind
+they may share a bucket, and ordering buckets by stage can never make a cycle. (What has
+effects counts as depending on all such equations before it.) Mind
 synchronised batch normalisation: its sums lie between the gradients, and stages keep
 them apart. Nor can reductions that no collective waits for depend on each other:
 gradients of different stages may share a bucket, and go after its stage's others.
@@ -28,6 +29,7 @@ import jax
 from jaxcomm import _compat, planner
 from jaxcomm._evaluate import Evaluator
 from jaxcomm._jaxprs import (
+    EFFECT,
     Body,
     Unit,
     Var,
@@ -126,7 +128,11 @@ class _Planner:
             eqns, jaxpr, rename, self.options.axis_name, self.options.comm.size
         )
         kinds = [self._kind(eqn) for eqn, _, _ in eqns]
-        awaited = awaited_by(eqns, [k not in (None, "rank") for k in kinds])
+        placed = [
+            kind in (None, "body") and _compat.keeps_its_place(eqn)
+            for kind, (eqn, _, _) in zip(kinds, eqns, strict=True)
+        ]
+        awaited = awaited_by(eqns, [k not in (None, "rank") for k in kinds], placed)
         stage: dict[Any, int] = {}
         ready: dict[Any, int] = {}
         units: list[Unit] = []
@@ -137,6 +143,9 @@ class _Planner:
             level = max([stage.get(v, 0) for v in invars if is_var(v)], default=0)
             when = max([ready.get(v, 0) for v in invars if is_var(v)], default=0)
             collective = kinds[position]
+            if placed[position]:
+                level = max(level, stage.get(EFFECT, 0))
+                stage[EFFECT] = level + (collective == "body")
             for var in outvars:
                 stage[var] = level + (collective not in (None, "rank"))
                 ready[var] = position + 1
@@ -181,6 +190,7 @@ class _Planner:
                 continue
             unit = Unit("equation", eqn, invars, outvars, level, position)
             unit.urgent = position in awaited
+            unit.placed = placed[position]
             if collective == "bucket":
                 unit.kind, unit.ready = "bucket", when
                 unit.index = self._adopt(eqn, level)
@@ -399,7 +409,9 @@ def _in_order(units: list[Unit], chain: list[Unit]) -> list[Unit]:
         before.append(
             {producer[id(v)] for v in unit.inputs if is_var(v) and id(v) in producer}
         )
-    for first, second in itertools.pairwise(chain):
+    # What has effects keeps its order: it may be tied by nothing else.
+    placed = [unit for unit in units if unit.placed]
+    for first, second in [*itertools.pairwise(chain), *itertools.pairwise(placed)]:
         before[number[id(second)]].add(number[id(first)])
     after: list[list[int]] = [[] for _ in units]
     for k, needed in enumerate(before):

@@ -43,7 +43,8 @@ class Watchdog:
         limits = [t for t in (warn_after, abort_after) if t > 0]
         self._period = min([1.0, *(t / 5 for t in limits)])
         self._warned: tuple[int, int] | None = None
-        self._held = 0.0  # until when another rank reports
+        self._held = 0.0  # until when this rank does not report
+        self._asked: list[Any] = []
         self._stop = threading.Event()
         self._thread = threading.Thread(
             target=self._run, name="jaxcomm watchdog", daemon=True
@@ -78,12 +79,36 @@ class Watchdog:
             self._end(call)
 
     def _end(self, call: _stall.Call) -> None:
-        """Ask all ranks where they are, report, and end the job."""
+        """Ask all ranks where they are, twice; if nothing moves, report and end."""
         from jaxcomm.launch import abort
 
+        states = self._ask()
+        if self._stop.wait(min(max(self._abort_after / 10, 0.5), 10.0)):
+            return
+        before, states = states, self._ask()
+        moving = [
+            rank
+            for rank, state in states.items()
+            if rank in before and _calls(state) != _calls(before[rank])
+        ]
+        if moving:
+            self._held = time.monotonic() + self._abort_after
+            log.warning(
+                "rank %d of %d still waits in call %d: %s; %s makes other calls",
+                *(self._rank, self._size, call.number, call.what, rank_names(moving)),
+            )
+            return
+        text = _stall.report(self._rank, self._size, call, states, rank_names)
+        sys.stdout.flush()
+        sys.stderr.write(text)
+        abort.end_job(STALLED)
+
+    def _ask(self) -> dict[int, _stall.State]:
+        """Return the states of all ranks that answer."""
         others = [rank for rank in range(self._size) if rank != self._rank]
         with self._turn():
-            asked = [self._comm.isend(None, rank, _ASK) for rank in others]
+            # Some are perhaps never received; then the job ends.
+            self._asked = [self._comm.isend(None, rank, _ASK) for rank in others]
         states = {self._rank: _stall.look(self._channel)}
         end = time.monotonic() + _ANSWER_SECONDS
         while len(states) < self._size and time.monotonic() < end:
@@ -91,11 +116,7 @@ class Watchdog:
                 states[rank] = state
             self._answer()
             time.sleep(0.01)
-        del asked  # some are never received; the job ends here
-        text = _stall.report(self._rank, self._size, call, states, rank_names)
-        sys.stdout.flush()
-        sys.stderr.write(text)
-        abort.end_job(STALLED)
+        return states
 
     def _answer(self) -> None:
         for rank, _ in self._receive(_ASK):
@@ -124,6 +145,10 @@ class Watchdog:
                     return found
                 source = status.Get_source()
                 found.append((source, self._comm.recv(source=source, tag=tag)))
+
+
+def _calls(state: _stall.State) -> list[tuple[int, int]]:
+    return [(call.comm, call.number) for call in state.calls]
 
 
 def wait(

@@ -13,12 +13,15 @@ from jaxcomm.errors import InvalidOptionError, InvalidTreeError
 
 def mean(tree: Any, weight: Any, *, wire_dtype: str | None, **options: Any) -> Any:
     """Return sum(weight * leaf) / sum(weight) over ranks; see `all_reduce`."""
-    w = jnp.asarray(weight)
+    # Of one dtype on all ranks, whatever kind of number each gives.
+    plain = isinstance(weight, int | float) and not isinstance(weight, bool)
+    w = jnp.asarray(float(weight) if plain else weight)
     if w.shape != () or not jnp.issubdtype(w.dtype, jnp.number) or _complex(w):
         raise InvalidOptionError(
             f"weight has shape {w.shape} and dtype {w.dtype}; give one real number per "
             "rank, such as how many samples its batch has"
         )
+    w = w.astype(jnp.result_type(float))
     paths, leaves, treedef = collectives.flatten(tree)
     for path, leaf in zip(paths, leaves, strict=True):
         if not jnp.issubdtype(leaf.dtype, jnp.inexact):
@@ -26,25 +29,21 @@ def mean(tree: Any, weight: Any, *, wire_dtype: str | None, **options: Any) -> A
                 f"leaf {path} has dtype {leaf.dtype}, and a weighted mean is no "
                 "integer; cast it to float32 first"
             )
-    w = w.astype(jnp.float64 if w.dtype == jnp.float64 else jnp.float32)
+    # Shares, because a sum of weighted leaves may be infinite where their mean is not.
+    total = collectives.all_reduce(w, op="sum", **options)
+    share = jnp.where(total == 0, 0, w / jnp.where(total == 0, 1, total))
     # What a rank without data has computed may be NaN; times zero it still would be.
     parts = [
-        jnp.where(w == 0, 0, _wide(leaf) * w.astype(_wide(leaf).dtype))
+        jnp.where(w == 0, 0, _wide(leaf) * share.astype(_wide(leaf).dtype))
         for leaf in leaves
     ]
-    everything = jax.tree.unflatten(treedef, parts)
-    if wire_dtype is None:
-        sums, total = collectives.all_reduce((everything, w), op="sum", **options)
-    else:  # which would round the weights
-        total = collectives.all_reduce(w, op="sum", **options)
-        sums = collectives.all_reduce(
-            everything, op="sum", wire_dtype=wire_dtype, **options
-        )
-    divided = [
-        jnp.where(total == 0, 0, part / jnp.where(total == 0, 1, total)).astype(x.dtype)
-        for part, x in zip(jax.tree.leaves(sums), leaves, strict=True)
+    sums = collectives.all_reduce(
+        jax.tree.unflatten(treedef, parts), op="sum", wire_dtype=wire_dtype, **options
+    )
+    narrow = [
+        y.astype(x.dtype) for y, x in zip(jax.tree.leaves(sums), leaves, strict=True)
     ]
-    return jax.tree.unflatten(treedef, divided)
+    return jax.tree.unflatten(treedef, narrow)
 
 
 def _wide(leaf: Any) -> Any:

@@ -402,3 +402,53 @@ def test_ways_to_decorate(job: Job, ranks: int) -> None:
     done = job(ranks, WAYS)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("all ways agree") == ranks
+
+
+EFFECTS = """
+import jax, jax.numpy as jnp, numpy as np, jaxcomm
+from jax import lax
+from jax.experimental import io_callback
+comm = jaxcomm.init()
+x = jnp.arange(3.0) + comm.rank
+total = 2 * np.arange(3.0) + 1
+
+@jaxcomm.data_parallel(axis_name="b")
+def references(ref, x):
+    g = lax.psum(x, "b")
+    old = ref[...]
+    ref[...] = g
+    h = x * 2
+    z = ref[...]
+    return old, z, lax.psum(h, "b"), lax.psum(z, "b")
+
+ref = jax.new_ref(x)
+old, z, k, twice = references(ref, x)
+np.testing.assert_array_equal(old, x)
+for got in (z, ref[...]):
+    np.testing.assert_array_equal(got, total)
+for got in (k, twice):
+    np.testing.assert_array_equal(got, 2 * total)
+
+log = []
+
+@jaxcomm.data_parallel(axis_name="b")
+def callbacks(x):
+    def say(what, value):
+        io_callback(lambda _: log.append(what), None, value, ordered=True)
+    g = lax.psum(x, "b")
+    say("first", g)
+    h = jnp.sin(x)
+    say("second", h)
+    k = lax.psum(h, "b")
+    say("third", k)
+    return g, k
+
+jax.block_until_ready(callbacks(x))
+jax.effects_barrier()
+assert log == ["first", "second", "third"], log
+"""
+
+
+def test_what_has_effects_keeps_its_order(job: Job) -> None:
+    done = job(2, EFFECTS)
+    assert done.returncode == 0, done.stderr

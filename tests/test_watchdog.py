@@ -169,6 +169,32 @@ for bad in (-1, "soon"):
 """
 
 
+MOVING = """
+import time
+import jax.numpy as jnp, jaxcomm
+comm = jaxcomm.init(warn_after=0, abort_after=1.5)
+x = jnp.ones(4)
+jaxcomm.all_reduce(x)
+pair = comm.subgroup([0, 1])
+if comm.rank < 2:
+    end = time.monotonic() + 5
+    while time.monotonic() < end:
+        jaxcomm.all_reduce(x, comm=pair, op="sum").block_until_ready()
+        time.sleep(0.05)
+        if comm.rank == 0:
+            done = time.monotonic() >= end
+        if pair.broadcast_object(done if comm.rank == 0 else None):
+            break
+jaxcomm.all_reduce(x).block_until_ready()
+"""
+
+
+def test_a_job_that_moves_goes_on(job: Launch) -> None:
+    done = job(3, MOVING.replace("while time.monotonic() < end", "while True"))
+    assert done.returncode == 0, done.stderr
+    assert "still waits in call 2" in done.stderr
+
+
 def test_a_slow_rank_is_only_warned_about(job: Launch) -> None:
     done = job(2, SLOW, timeout=60)
     assert done.returncode == 0, done.stderr
