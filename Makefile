@@ -68,7 +68,7 @@ test-mpich: $(STAMP)
 	JAXCOMM_NATIVE_LIBRARY=$$($(BIN)/python -c \
 	  'from jaxcomm import native; print(native.library_path())') \
 	  .venv-mpich/bin/pytest tests/test_conformance.py tests/test_native.py \
-	  -k '(mpi-2 and conformance) or shared or ring'
+	  -k '(mpi-2 and conformance) or shared_memory or around_a_ring'
 
 # Our declarations of NCCL against the nccl.h of every release on the package index.
 nccl-abi: $(STAMP)
