@@ -15,7 +15,7 @@ TESTS ?= tests
 
 help:
 	@echo "make demo   train a small STEMDL network on two MPI ranks; results in out/demo"
-	@echo "make test   run all tests on 1, 2 and 4 ranks"
+	@echo "make test   run the tests on 1, 2 and 4 ranks"
 	@echo "make test-all  the same on more ranks of more transports"
 	@echo "make examples  train three clients under jax.pmap and under jaxcomm, and compare"
 	@echo "make lint   ruff and pyright"
