@@ -92,7 +92,7 @@ def _spec(path: str, leaf: Any) -> Spec:
         return ["array", list(leaf.shape), np.dtype(leaf.dtype).name]
     raise CheckpointError(
         f"leaf {path} is {type(leaf).__name__} {leaf!r:.80}, which a checkpoint does "
-        "not hold; give arrays, typed PRNG keys and numbers, and keep the rest in settings"
+        "not hold; give arrays, typed PRNG keys and numbers, the rest in settings"
     )
 
 
@@ -101,8 +101,12 @@ def _leaf(like: Any, spec: Spec, value: np.ndarray | None) -> Any:
     if kind == "number":
         assert value is not None
         return _NUMBERS[dtype](value.item())
-    if value is None:  # without elements
-        value = np.zeros(shape, np.uint32 if kind == "key" else jnp.dtype(dtype))
+    if value is None:  # it has no elements
+        if kind == "key":
+            like = jax.eval_shape(jax.random.key_data, like)
+            value = np.zeros(like.shape, like.dtype)
+        else:
+            value = np.zeros(shape, jnp.dtype(dtype))
     if isinstance(like, np.ndarray):
         return np.require(value, requirements=["W", "C"])
     if isinstance(like, np.generic):
