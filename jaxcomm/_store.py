@@ -241,8 +241,15 @@ def _checkpointer() -> Iterator[tuple[Any, Any]]:
         primary_host=me, active_processes={me}, barrier_sync_key_prefix="jaxcomm"
     )
     handler = ocp.PyTreeCheckpointHandler(multiprocessing_options=alone)
-    with ocp.Checkpointer(handler, multiprocessing_options=alone) as checkpointer:
-        yield ocp, checkpointer
+    # Its threads log every error with pages of their stacks, and then it raises it.
+    absl = logging.getLogger("absl")
+    level = absl.level
+    absl.setLevel(logging.CRITICAL)
+    try:
+        with ocp.Checkpointer(handler, multiprocessing_options=alone) as checkpointer:
+            yield ocp, checkpointer
+    finally:
+        absl.setLevel(level)
 
 
 def _orbax_save(path: Path, arrays: Mapping[str, np.ndarray]) -> None:

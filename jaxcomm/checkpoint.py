@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -136,26 +136,20 @@ def restore(
     plain = _plain(settings)
     directory = Path(directory)
     wanted = _snapshot.specs(like)
-    content, failure = None, ""
-    if comm.rank == 0:
-        try:
-            content = _choose(directory, step, fallback)
-        except Exception as error:
-            failure = f"{error}. {_remedy(directory)}"
-    content, failure = comm.broadcast_object(
-        (
-            None
-            if content is None
-            else (content.step, content.leaves, content.settings),
-            failure,
-        )
-    )
-    if failure:
-        raise CheckpointError(failure)
-    if content is None:
+    chosen: _store.Content | None = None
+
+    def choose() -> tuple[str, int, dict[str, Any], dict[str, Any]] | None:
+        nonlocal chosen
+        chosen = _choose(directory, step, fallback)
+        if chosen is None:
+            return None
+        path = _store.path_of(directory, chosen.step)
+        return str(path), chosen.step, chosen.leaves, chosen.settings
+
+    found = _on_root(comm, directory, choose)
+    if found is None:
         return None
-    found_step, leaves, found_settings = content
-    path = _store.path_of(directory, found_step)
+    path, number, leaves, found_settings = found
     difference = _snapshot.difference(wanted, leaves)
     if settings is not None:
         difference = _changed(plain, found_settings) or difference
@@ -163,8 +157,8 @@ def restore(
     differences = comm.all_gather_object(difference)
     if difference := next(filter(None, differences), ""):
         raise CheckpointError(f"{path} does not fit this job: {difference}")
-    arrays = _receive(directory, _store.Content(*content), comm)
-    return Restored(found_step, _snapshot.put_back(like, leaves, arrays))
+    arrays = _receive(directory, chosen, comm)
+    return Restored(number, _snapshot.put_back(like, leaves, arrays))
 
 
 def steps(directory: str | Path) -> list[int]:
@@ -252,23 +246,32 @@ def _changed(wanted: dict[str, Any], found: dict[str, Any]) -> str:
     return ""
 
 
-def _receive(
-    directory: Path, content: _store.Content, comm: Communicator
-) -> dict[str, np.ndarray]:
-    """Return the checkpoint's arrays on every rank; rank 0 reads them."""
-    arrays: dict[str, np.ndarray] = {}
-    header: list[tuple[str, tuple[int, ...], str]] = []
-    failure = ""
+def _on_root(comm: Communicator, directory: Path, call: Callable[[], Any]) -> Any:
+    """Return on every rank what rank 0's call returns, or raise what it raises."""
+    value, failure = None, ""
     if comm.rank == 0:
         try:
-            arrays = _store.read(directory, content)
-            header = [(name, x.shape, x.dtype.name) for name, x in arrays.items()]
-        except Exception as error:
-            path = _store.path_of(directory, content.step)
-            failure = f"{path} cannot be read: {error}. {_remedy(directory)}"
-    header, failure = comm.broadcast_object((header, failure))
+            value = call()
+        except Exception as error:  # orbax raises whatever its libraries do
+            failure = f"{error}. {_remedy(directory)}"
+    value, failure = comm.broadcast_object((value, failure))
     if failure:
         raise CheckpointError(failure)
+    return value
+
+
+def _receive(
+    directory: Path, chosen: _store.Content | None, comm: Communicator
+) -> dict[str, np.ndarray]:
+    """Return the arrays on every rank; rank 0 reads what it has chosen."""
+    arrays: dict[str, np.ndarray] = {}
+
+    def read() -> list[tuple[str, tuple[int, ...], str]]:
+        assert chosen is not None
+        arrays.update(_store.read(directory, chosen))
+        return [(name, x.shape, x.dtype.name) for name, x in arrays.items()]
+
+    header = _on_root(comm, directory, read)
     if comm.size == 1:
         return arrays
     return {

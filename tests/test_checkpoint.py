@@ -5,11 +5,13 @@ from __future__ import annotations
 import hashlib
 import os
 import shutil
+import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import checkpoint_ranks
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -271,8 +273,25 @@ def test_missing_orbax_says_what_to_install(
     assert os.listdir(tmp_path) == []
 
 
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path | None]:
+    """Return a folder with a small file system of its own, where one may mount it."""
+    folder = tmp_path / "disk"
+    size = f"size={checkpoint_ranks.MEGABYTES}m"
+    line = ["mount", "-t", "tmpfs", "-o", size, "jaxcomm-test", str(folder)]
+    folder.mkdir()
+    if os.geteuid() or not shutil.which("mount") or subprocess.run(line).returncode:
+        folder.rmdir()
+        yield None
+        return
+    yield folder
+    subprocess.run(["umount", "-l", str(folder)], check=True)
+
+
 @pytest.mark.parametrize("ranks", [2, 4])
+@pytest.mark.usefixtures("small_disk")
 def test_on_ranks(launch: Launch, tmp_path: Path, ranks: int) -> None:
+    # Without a small disk, RLIMIT_FSIZE alone stands for a full one.
     done = launch(ranks, [ROOT / "tests" / "checkpoint_ranks.py", tmp_path])
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.count("all checked") == ranks, done.stdout + done.stderr
