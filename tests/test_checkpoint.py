@@ -288,7 +288,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path | None]:
     subprocess.run(["umount", "-l", str(folder)], check=True)
 
 
-@pytest.mark.parametrize("ranks", [2, 4])
+@pytest.mark.parametrize("ranks", [2, pytest.param(4, marks=pytest.mark.thorough)])
 @pytest.mark.usefixtures("small_disk")
 def test_on_ranks(launch: Launch, tmp_path: Path, ranks: int) -> None:
     # Without a small disk, RLIMIT_FSIZE alone stands for a full one.
