@@ -101,19 +101,17 @@ def _leaf(like: Any, spec: Spec, value: np.ndarray | None) -> Any:
     if kind == "number":
         assert value is not None
         return _NUMBERS[dtype](value.item())
-    if value is None:  # it has no elements
-        if kind == "key":
-            like = jax.eval_shape(jax.random.key_data, like)
-            value = np.zeros(like.shape, like.dtype)
-        else:
-            value = np.zeros(shape, jnp.dtype(dtype))
+    if value is None and kind == "key":  # it has no elements
+        data = jax.eval_shape(jax.random.key_data, like)
+        shape, dtype = data.shape, data.dtype
+    array = np.zeros(shape, jnp.dtype(dtype)) if value is None else value
     if isinstance(like, np.ndarray):
-        return np.require(value, requirements=["W", "C"])
+        return np.require(array, requirements=["W", "C"])
     if isinstance(like, np.generic):
-        return value[()]
+        return array[()]
     if kind == "key":
-        return jax.random.wrap_key_data(jnp.asarray(value), impl=spec[3])
-    return jax.device_put(value, getattr(like, "sharding", None))
+        return jax.random.wrap_key_data(jnp.asarray(array), impl=spec[3])
+    return jax.device_put(array, getattr(like, "sharding", None))
 
 
 def _words(spec: Spec) -> str:

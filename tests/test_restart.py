@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -103,7 +104,7 @@ def test_a_failed_job_starts_again_without_what_it_left(
     for number, line in enumerate(lines, 1):
         assert f"restart {number} of 3" in line
         assert f"script.py {tmp_path} ended with exit code" in line
-    assert "exit code 137 after" in lines[0]
+    assert re.search("exit code (137|9) after", lines[0])  # Open MPI's or MPICH's
     assert "exit code 1 after" in lines[2]
     logs = [path.read_text() for path in tmp_path.glob("log*")]
     words = [line.split() for text in logs for line in text.splitlines()]
@@ -160,7 +161,7 @@ for step in range(1, 100_000):
         time.sleep(save_seconds)
         checkpoint.save(folder / "saved", step, {"x": np.full(3, step)})
         break
-print(f"ended {step} {stop.received}", flush=True)
+sys.stdout.write(f"ended {step} {stop.received}\n")  # in one piece
 """
 
 
