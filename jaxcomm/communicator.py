@@ -35,6 +35,8 @@ log = logging.getLogger(__name__)
 STAGING_VARIABLE = "JAXCOMM_STAGING_BYTES"
 SHARED_MEMORY_VARIABLE = "JAXCOMM_SHARED_MEMORY"
 OWN_THREAD_VARIABLE = "JAXCOMM_OWN_THREAD"
+CHECK_VARIABLE = "JAXCOMM_CHECK"
+CHECKS = ("once", "every")
 TRANSPORTS = ("auto", "local", "mpi", "mpi4jax", "nccl", "xla")
 DEFAULT_TIMEOUT = 600.0
 STAGING_BYTES = 8 << 20
@@ -138,14 +140,16 @@ class Communicator:
             try:
                 costs = costmodel.find_profile(self.topology, default)
                 shared = os.environ.get(SHARED_MEMORY_VARIABLE, "on") != "off"
-                found = (costs.to_json(), self.staging_bytes, shared, "")
+                every = _check_every()
+                found = (costs.to_json(), self.staging_bytes, shared, every, "")
             except InvalidOptionError as error:
-                found = (None, None, None, str(error))
-        costs, self.staging_bytes, self.shared_memory, failure = self.broadcast_object(
-            found
+                found = (None, None, None, None, str(error))
+        costs, self.staging_bytes, self.shared_memory, every, failure = (
+            self.broadcast_object(found)
         )
         if failure:
             raise InvalidOptionError(failure)
+        native.check_every_call(every)
         self.costs = CostModel.from_json(costs)
         if not self.costs.source.startswith("default") and self.rank == 0:
             log.info("plans follow the profile %s", self.costs.source)
@@ -166,6 +170,7 @@ class Communicator:
 
         Raises:
           InvalidOptionError: ranks are empty, repeated or out of range.
+          ScheduleMismatchError: members give different ranks (over MPI).
         """
         members = tuple(int(r) for r in ranks)
         bad = [r for r in members if not 0 <= r < self.size]
@@ -420,6 +425,16 @@ def _staging_bytes(given: int | None) -> int:
     return int(text) // 16 * 16  # whole elements of every dtype
 
 
+def _check_every() -> bool:
+    check = os.environ.get(CHECK_VARIABLE, "once")
+    if check not in CHECKS:
+        raise InvalidOptionError(
+            f"{CHECK_VARIABLE}: {check!r}; give 'once' to compare every schedule "
+            "across ranks when it first runs, or 'every' for every call, to debug"
+        )
+    return check == "every"
+
+
 def _seconds(name: str, given: float | None, default: float) -> float:
     variable = f"JAXCOMM_{name.upper()}"
     value: Any = os.environ.get(variable, default) if given is None else given
@@ -447,7 +462,7 @@ def _start(
         importlib.import_module("jaxcomm.transports.xla").connect()
     fabric = _fabric(transport, launched, settings)
     native.load()
-    native.set_agree(agreement.answer)
+    native.set_agree(agreement.answer, agreement.differ)
     native.set_partition(_answer_partition)
     if transport == "nccl":
         importlib.import_module("jaxcomm.transports.nccl").prepare(fabric)
@@ -496,7 +511,7 @@ def _fabric(transport: str, launched: int, settings: _Settings) -> Fabric:
             "under Slurm try `srun --mpi=pmix`, or on GPUs call "
             "jax.distributed.initialize() before jaxcomm.init()."
         )
-    return MpiFabric(mpi.COMM_WORLD)
+    return MpiFabric(mpi.COMM_WORLD, settings.timeout)
 
 
 def _lowering(transport: str, data: Any) -> Transport:

@@ -1,9 +1,9 @@
-"""Waiting with an end: a rank that others do not join says so, then gives up.
+"""The watchdog: a thread beside a rank's collectives that does not let them hang.
 
-Two kinds of waiting are watched. `wait` polls: the one-time schedule check. The
-`Watchdog` is a thread beside a rank's collectives: it reads what the native library
-writes down when a call begins and ends, which costs the call a few stores. It warns,
-and at last ends the job with a report of all ranks.
+It reads what the native library writes down when a call begins and ends, which costs
+the call a few stores. A rank that waits for longer than a second tells rank 0 where;
+if two ranks can never meet, the job ends at once. Otherwise the watchdog warns, and at
+last ends the job with a report of all ranks.
 """
 
 from __future__ import annotations
@@ -12,20 +12,18 @@ import logging
 import sys
 import threading
 import time
-from collections.abc import Callable, Sequence
 from typing import Any
 
 from jaxcomm import _stall
-from jaxcomm.errors import StallError
+from jaxcomm._waiting import rank_names
 
 log = logging.getLogger(__name__)
 
-WARN_SECONDS = 10.0
 WARN_AFTER, ABORT_AFTER = 60.0, 600.0  # of the watchdog, unless said otherwise
 STALLED = 70  # exit code of a job that the watchdog ended
-_POLL_SECONDS = 0.001
+_TELL_AFTER = 1.0
 _ANSWER_SECONDS = 5.0
-_ASK, _ANSWER = 1, 2  # message tags
+_ASK, _ANSWER, _WAITS, _ENDED = 1, 2, 3, 4  # message tags
 
 
 class Watchdog:
@@ -43,6 +41,8 @@ class Watchdog:
         limits = [t for t in (warn_after, abort_after) if t > 0]
         self._period = min([1.0, *(t / 5 for t in limits)])
         self._warned: tuple[int, int] | None = None
+        self._told: tuple[int, int] | None = None
+        self._ledger = _stall.Ledger()  # rank 0's
         self._held = 0.0  # until when this rank does not report
         self._asked: list[Any] = []
         self._stop = threading.Event()
@@ -52,21 +52,82 @@ class Watchdog:
         self._thread.start()
 
     def stop(self) -> None:
-        """End the thread; before MPI ends."""
+        """Wait until all ranks have come to their end; before MPI ends.
+
+        A rank that has made fewer calls than another waits for is found out here.
+        """
         self._stop.set()
         self._thread.join()
 
     def _run(self) -> None:
         while not self._stop.wait(self._period):
+            if _mpi_ended():  # by the user
+                return
             self._answer()
             self._look()
+            self._compare()
+        if _mpi_ended():
+            return
+        self._tell(_ENDED, {c.comm: c.number for c in self._calls()})
+        with self._turn():
+            everyone = self._comm.Ibarrier()
+        done = False
+        while not done:
+            self._answer()
+            self._compare()
+            time.sleep(0.01)
+            with self._turn():
+                done = everyone.Test()
+
+    def _calls(self) -> tuple[_stall.Call, ...]:
+        return _stall.look(self._channel).calls
+
+    def _tell(self, tag: int, what: Any) -> None:
+        """Let rank 0 know."""
+        if self._rank == 0:
+            self._enter(tag, 0, what)
+        else:
+            with self._turn():
+                # Soon received, or the job ends.
+                self._asked.append(self._comm.isend(what, 0, tag))
+                self._asked = [r for r in self._asked if not r.test()[0]]
+
+    def _enter(self, tag: int, rank: int, what: Any) -> None:
+        if tag == _WAITS:
+            self._ledger.waits(rank, what)
+        else:
+            self._ledger.ended(rank, what)
+
+    def _compare(self) -> None:
+        """On rank 0: end the job if two ranks can never meet."""
+        from jaxcomm.launch import abort
+
+        if self._rank != 0:
+            return
+        for tag in (_WAITS, _ENDED):
+            for rank, what in self._receive(tag):
+                self._enter(tag, rank, what)
+        if self._ledger.contradiction() is None:
+            return
+        # Others that wait as well speak up meanwhile.
+        time.sleep(0.3)
+        for rank, call in self._receive(_WAITS):
+            self._ledger.waits(rank, call)
+        text = self._ledger.contradiction()
+        assert text is not None  # it does not go away
+        sys.stdout.flush()
+        sys.stderr.write(text)
+        abort.end_job(STALLED)
 
     def _look(self) -> None:
-        waiting = [c for c in _stall.look(self._channel).calls if c.seconds is not None]
+        waiting = [c for c in self._calls() if c.seconds is not None]
         if not waiting:
             return
         call = max(waiting, key=lambda c: c.seconds or 0.0)
         seconds = call.seconds or 0.0
+        if seconds > _TELL_AFTER and self._told != (call.comm, call.number):
+            self._told = (call.comm, call.number)
+            self._tell(_WAITS, call)
         if 0 < self._warn_after < seconds and self._warned != (call.comm, call.number):
             self._warned = (call.comm, call.number)
             log.warning(
@@ -98,7 +159,7 @@ class Watchdog:
                 *(self._rank, self._size, call.number, call.what, rank_names(moving)),
             )
             return
-        text = _stall.report(self._rank, self._size, call, states, rank_names)
+        text = _stall.report(self._rank, self._size, call, states)
         sys.stdout.flush()
         sys.stderr.write(text)
         abort.end_job(STALLED)
@@ -108,7 +169,7 @@ class Watchdog:
         others = [rank for rank in range(self._size) if rank != self._rank]
         with self._turn():
             # Some are perhaps never received; then the job ends.
-            self._asked = [self._comm.isend(None, rank, _ASK) for rank in others]
+            self._asked += [self._comm.isend(None, rank, _ASK) for rank in others]
         states = {self._rank: _stall.look(self._channel)}
         end = time.monotonic() + _ANSWER_SECONDS
         while len(states) < self._size and time.monotonic() < end:
@@ -151,52 +212,7 @@ def _calls(state: _stall.State) -> list[tuple[int, int]]:
     return [(call.comm, call.number) for call in state.calls]
 
 
-def wait(
-    done: Callable[[], bool],
-    timeout: float,
-    *,
-    who: str,
-    what: str,
-    late: Callable[[], str] | None = None,
-) -> None:
-    """Poll until `done()`; log after 10 s, give up after `timeout`.
+def _mpi_ended() -> bool:
+    from mpi4py import MPI
 
-    Args:
-      done: tells whether the awaited thing has happened; called every millisecond,
-        or as often as it returns.
-      timeout: seconds.
-      who: the waiting rank, as the message's subject.
-      what: what it waits for, to follow "the other ranks to".
-      late: asked at the end for a sentence about who has not come, where that is known.
-
-    Raises:
-      StallError: `timeout` seconds went by.
-    """
-    start = time.monotonic()
-    warned = False
-    while not done():
-        waited = time.monotonic() - start
-        if waited > WARN_SECONDS and not warned:
-            warned = True
-            log.warning("%s waits for the other ranks to %s", who, what)
-        if waited > timeout:
-            known = f" {late()}" if late else ""
-            raise StallError(
-                f"{who} waited {timeout:g} s for the other ranks to {what}.{known} A "
-                "rank ended, runs another program or has not got here; every rank must "
-                "call the same collectives in the same order. init(timeout=...) sets "
-                "the time."
-            )
-        time.sleep(_POLL_SECONDS)
-
-
-def rank_names(ranks: Sequence[int]) -> str:
-    """Return "rank 3" or "ranks 0-2, 5" for ranks in rising order."""
-    runs: list[list[int]] = []
-    for rank in ranks:
-        if runs and rank == runs[-1][1] + 1:
-            runs[-1][1] = rank
-        else:
-            runs.append([rank, rank])
-    text = ", ".join(str(a) if a == b else f"{a}-{b}" for a, b in runs)
-    return f"rank {text}" if len(ranks) == 1 else f"ranks {text}"
+    return MPI.Is_finalized()

@@ -13,6 +13,7 @@
 
 #include "callbacks.h"
 #include "mpi_binding.h"
+#include "progress.h"
 #include "ring.h"
 #include "worker.h"
 
@@ -20,19 +21,10 @@ namespace jaxcomm {
 
 // Counters that Python reads; order shared with jaxcomm/native/__init__.py.
 enum Counter : int {
-  kCalls, kMpiAllReduce, kMpiBroadcast, kBytes, kAgreements, kSegments, kMoved,
-  kCounters
+  kMpiAllReduce, kMpiBroadcast, kBytes, kAgreements, kSegments, kMoved, kCounters
 };
 
 class Node;
-
-// The call under way, for the watchdog: written by the thread that makes it, read by
-// another. A call that has begun and not ended is what a rank waits in.
-struct Progress {
-  std::atomic<int64_t> schedule{0};
-  std::atomic<int64_t> bucket{0};
-  std::atomic<int64_t> entered{0};  // ns of the monotonic clock; 0: no call is under way
-};
 
 class Communicator {
  public:
@@ -75,6 +67,8 @@ class Communicator {
   Agreement agreement;
   Progress progress;
   std::mutex mutex;  // held for the whole of a call: one collective at a time
+  // Why nothing can be sent any more: the ranks have lost each other. Guarded by `mutex`.
+  std::string broken;
   std::atomic<int64_t> counters[kCounters] = {};
 
  private:
