@@ -14,6 +14,7 @@ import importlib.util
 import json
 import logging
 import os
+import socket
 import sys
 import threading
 from collections.abc import Sequence
@@ -460,8 +461,20 @@ def _start(
         return Communicator("world", "local", settings, Alone())
     if transport == "xla":
         importlib.import_module("jaxcomm.transports.xla").connect()
+    late = (
+        f"jaxcomm: this process (host {socket.gethostname()}) has waited "
+        f"{limits[1]:g} s in init for the other ranks, so the job ends: one of them "
+        "has not started, was stopped, or is stuck before init. JAXCOMM_ABORT_AFTER "
+        "sets the time.\n"
+    )
+    with native.deadline(limits[1], late, watchdog.STALLED):
+        return _connect(transport, launched, settings, limits)
+
+
+def _connect(
+    transport: str, launched: int, settings: _Settings, limits: tuple[float, float]
+) -> Communicator:
     fabric = _fabric(transport, launched, settings)
-    native.load()
     native.set_agree(agreement.answer, agreement.differ)
     native.set_partition(_answer_partition)
     if transport == "nccl":

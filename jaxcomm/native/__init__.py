@@ -162,6 +162,8 @@ def load() -> ctypes.CDLL:
     library.jaxcomm_set_agree.restype = None
     library.jaxcomm_timeline_start.restype = None
     library.jaxcomm_check_every_call.restype = None
+    library.jaxcomm_set_deadline.restype = None
+    library.jaxcomm_lift_deadline.restype = None
     library.jaxcomm_progress.restype = ctypes.c_int64
     library.jaxcomm_nccl_progress.restype = ctypes.c_int64
     library.jaxcomm_timeline_take.restype = ctypes.c_int64
@@ -345,6 +347,25 @@ def counters(key: int) -> dict[str, int]:
     out = (ctypes.c_int64 * len(COUNTERS))()
     load().jaxcomm_counters(ctypes.c_int64(key), out)
     return dict(zip(COUNTERS, out, strict=True))
+
+
+@contextlib.contextmanager
+def deadline(seconds: float, text: str, code: int) -> Iterator[None]:
+    """End this process unless the block is left in time; 0 seconds for never.
+
+    Also where the interpreter is held, as it is during MPI_Init.
+
+    Args:
+      seconds: from now.
+      text: for standard error.
+      code: the process's exit code.
+    """
+    if seconds > 0:
+        load().jaxcomm_set_deadline(ctypes.c_double(seconds), text.encode(), code)
+    try:
+        yield
+    finally:
+        load().jaxcomm_lift_deadline()
 
 
 class Progress(NamedTuple):
