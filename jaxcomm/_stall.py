@@ -103,7 +103,7 @@ class Ledger:
             del self._calls[next(iter(self._calls))]
 
     def ended(self, rank: int, calls: Mapping[int, int]) -> None:
-        """Note that a rank has come to its end, and after how many calls."""
+        """Note that a rank has come to its end, and after how many calls of each."""
         self._ended[rank] = calls
 
     def contradiction(self) -> str | None:
@@ -115,23 +115,27 @@ class Ledger:
                     for where, ranks in places.items()
                 ]
                 what = "the ranks are in different calls where all must be in call"
-                return _refusal(f"{what} {number}", sorted(lines))
+                return refusal(f"{what} {number}", sorted(lines))
         for comm, (number, rank, what) in self._last.items():
-            counts = {r: calls.get(comm, number) for r, calls in self._ended.items()}
-            gone = sorted(r for r, count in counts.items() if count < number)
+            gone = sorted(
+                r
+                for r, calls in self._ended.items()
+                if calls.get(comm, number) < number
+            )
             if gone:
                 line = f"  rank {rank} waits in call {number}: {what}"
-                return _refusal(f"{rank_names(gone)} ended without a call", [line])
+                return refusal(f"{rank_names(gone)} ended without a call", [line])
         return None
 
 
-def _refusal(what: str, lines: Sequence[str]) -> str:
+def refusal(what: str, lines: Sequence[str]) -> str:
+    """Return the report of ranks that did not do the same."""
     return "\n".join(
         [
             f"jaxcomm: ScheduleMismatchError: {what}, so the job ends.",
             *lines,
             "Every rank must run the same programs, the same number of times, in the "
-            "same order.\n",
+            "same order. JAXCOMM_CHECK=every names the first call that differs.\n",
         ]
     )
 

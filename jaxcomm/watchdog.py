@@ -2,7 +2,8 @@
 
 It reads what the native library writes down when a call begins and ends, which costs
 the call a few stores. A rank that waits for longer than a second tells rank 0 where;
-if two ranks can never meet, the job ends at once. Otherwise the watchdog warns, and at
+if two ranks can never meet, the job ends at once. So it does when two ranks have made
+different calls and met nevertheless. Otherwise the watchdog warns of what lasts, and at
 last ends the job with a report of all ranks.
 """
 
@@ -15,6 +16,7 @@ import time
 from typing import Any
 
 from jaxcomm import _stall
+from jaxcomm._history import History
 from jaxcomm._waiting import rank_names
 
 log = logging.getLogger(__name__)
@@ -23,7 +25,7 @@ WARN_AFTER, ABORT_AFTER = 60.0, 600.0  # of the watchdog, unless said otherwise
 STALLED = 70  # exit code of a job that the watchdog ended
 _TELL_AFTER = 1.0
 _ANSWER_SECONDS = 5.0
-_ASK, _ANSWER, _WAITS, _ENDED = 1, 2, 3, 4  # message tags
+_ASK, _ANSWER, _WAITS, _ENDED, _MARKS, _LAST = range(1, 7)  # message tags
 
 
 class Watchdog:
@@ -43,6 +45,8 @@ class Watchdog:
         self._warned: tuple[int, int] | None = None
         self._told: tuple[int, int] | None = None
         self._ledger = _stall.Ledger()  # rank 0's
+        self._history = History()
+        self._before = 0
         self._held = 0.0  # until when this rank does not report
         self._asked: list[Any] = []
         self._stop = threading.Event()
@@ -54,7 +58,8 @@ class Watchdog:
     def stop(self) -> None:
         """Wait until all ranks have come to their end; before MPI ends.
 
-        A rank that has made fewer calls than another waits for is found out here.
+        A rank that has made fewer calls than another waits for, or other ones, is found
+        out here.
         """
         self._stop.set()
         self._thread.join()
@@ -69,15 +74,19 @@ class Watchdog:
         if _mpi_ended():
             return
         self._tell(_ENDED, {c.comm: c.number for c in self._calls()})
+        self._send(_LAST, (self._rank + 1) % self._size, self._history.news())
         with self._turn():
             everyone = self._comm.Ibarrier()
-        done = False
-        while not done:
+        ended = heard = False
+        while not (ended and heard):
             self._answer()
+            for before, marks in self._receive(_LAST):
+                heard = True
+                self._hear(before, marks)
             self._compare()
             time.sleep(0.01)
             with self._turn():
-                done = everyone.Test()
+                ended = ended or everyone.Test()
 
     def _calls(self) -> tuple[_stall.Call, ...]:
         return _stall.look(self._channel).calls
@@ -87,10 +96,13 @@ class Watchdog:
         if self._rank == 0:
             self._enter(tag, 0, what)
         else:
-            with self._turn():
-                # Soon received, or the job ends.
-                self._asked.append(self._comm.isend(what, 0, tag))
-                self._asked = [r for r in self._asked if not r.test()[0]]
+            self._send(tag, 0, what)
+
+    def _send(self, tag: int, rank: int, what: Any) -> None:
+        with self._turn():
+            # Soon received, or the job ends.
+            self._asked = [r for r in self._asked if not r.test()[0]]
+            self._asked.append(self._comm.isend(what, rank, tag))
 
     def _enter(self, tag: int, rank: int, what: Any) -> None:
         if tag == _WAITS:
@@ -99,11 +111,23 @@ class Watchdog:
             self._ledger.ended(rank, what)
 
     def _compare(self) -> None:
-        """On rank 0: end the job if two ranks can never meet."""
-        from jaxcomm.launch import abort
+        """End the job if two ranks can never meet, or have met by mistake."""
+        if news := self._history.news():
+            self._send(_MARKS, (self._rank + 1) % self._size, news)
+        for before, marks in self._receive(_MARKS):
+            self._hear(before, marks)
+        parted = self._history.difference()
+        if parted is not None:
+            pair = sorted([self._before, self._rank])
+            self._refuse(_stall.refusal(f"{rank_names(pair)} part {parted}", []))
+        if self._rank == 0:
+            self._compare_waits()
 
-        if self._rank != 0:
-            return
+    def _hear(self, before: int, marks: Any) -> None:
+        self._history.hear(marks)
+        self._before = before
+
+    def _compare_waits(self) -> None:
         for tag in (_WAITS, _ENDED):
             for rank, what in self._receive(tag):
                 self._enter(tag, rank, what)
@@ -115,6 +139,11 @@ class Watchdog:
             self._ledger.waits(rank, call)
         text = self._ledger.contradiction()
         assert text is not None  # it does not go away
+        self._refuse(text)
+
+    def _refuse(self, text: str) -> None:
+        from jaxcomm.launch import abort
+
         sys.stdout.flush()
         sys.stderr.write(text)
         abort.end_job(STALLED)
@@ -141,8 +170,6 @@ class Watchdog:
 
     def _end(self, call: _stall.Call) -> None:
         """Ask all ranks where they are, twice; if nothing moves, report and end."""
-        from jaxcomm.launch import abort
-
         states = self._ask()
         if self._stop.wait(min(max(self._abort_after / 10, 0.5), 10.0)):
             return
@@ -160,9 +187,7 @@ class Watchdog:
             )
             return
         text = _stall.report(self._rank, self._size, call, states)
-        sys.stdout.flush()
-        sys.stderr.write(text)
-        abort.end_job(STALLED)
+        self._refuse(text)
 
     def _ask(self) -> dict[int, _stall.State]:
         """Return the states of all ranks that answer."""

@@ -52,6 +52,12 @@ elif what == "order":
     first, second = (evaluate, train_step) if odd else (train_step, evaluate)
     first(small).block_until_ready()
     second(small).block_until_ready()
+elif what == "same size":
+    # MPI itself does not see that these do not belong together.
+    largest = jaxcomm.data_parallel(lambda x: lax.pmax(x, "batch"))
+    largest(small)
+    for step in (largest, evaluate) if odd else (evaluate, largest):
+        jax.block_until_ready(step(small))
 print("went on", flush=True)
 """
 
@@ -61,6 +67,7 @@ REPORTS = {
     "skip": "ended without a call",
     "lower": "ended without a call",
     "order": "came to the same call from different places of their programs",
+    "same size": " part after call 0 and by call ",
 }
 
 
@@ -75,6 +82,8 @@ REPORTS = {
         ("lower", 4, 1, {}),
         ("order", 2, 0, {}),
         ("order", 4, 1, {}),
+        ("same size", 2, 1, {"JAXCOMM_SHARED_MEMORY": "off"}),
+        ("same size", 4, 2, {"JAXCOMM_SHARED_MEMORY": "off"}),
     ],
 )
 def test_the_job_ends(

@@ -67,6 +67,7 @@ COUNTERS = (
 CONTROL_BYTES = 4096
 SLOTS = 3
 MAX_SLOT_BYTES = 512 << 10
+_PROGRESS_COLUMNS = 5 + 2 * 4  # of native/progress.h
 
 # The MPI type of the same size; 16-bit floats and booleans travel as integers, under
 # operations that know better.
@@ -165,7 +166,6 @@ def load() -> ctypes.CDLL:
     library.jaxcomm_set_deadline.restype = None
     library.jaxcomm_lift_deadline.restype = None
     library.jaxcomm_progress.restype = ctypes.c_int64
-    library.jaxcomm_nccl_progress.restype = ctypes.c_int64
     library.jaxcomm_timeline_take.restype = ctypes.c_int64
     library.jaxcomm_set_partition.restype = None
     library.jaxcomm_op_handle.restype = ctypes.c_uint64
@@ -377,6 +377,7 @@ class Progress(NamedTuple):
       schedule: digest of the last one's schedule.
       bucket: its number in that.
       entered: when it began, in ns of time.monotonic_ns(); 0 where it has ended.
+      marks: (number, hash of the calls up to it) of some calls, the last one first.
     """
 
     key: int
@@ -384,16 +385,26 @@ class Progress(NamedTuple):
     schedule: int
     bucket: int
     entered: int
+    marks: tuple[tuple[int, int], ...]
 
 
 def progress() -> list[Progress]:
     """Return how far every communicator of this process is."""
-    rows = (ctypes.c_int64 * 5 * 256)()
-    found = []
-    for ask in (load().jaxcomm_progress, load().jaxcomm_nccl_progress):
-        count = ask(rows, ctypes.c_int64(len(rows)))
-        found += [Progress(*rows[k]) for k in range(count)]
-    return found
+    rows = (ctypes.c_int64 * _PROGRESS_COLUMNS * 256)()
+    count = load().jaxcomm_progress(rows, ctypes.c_int64(len(rows)))
+    return [
+        Progress(*row[:5], tuple(zip(row[5::2], row[6::2], strict=True)))
+        for row in map(list, rows[:count])
+    ]
+
+
+def hash_at(key: int, number: int) -> int | None:
+    """Return the hash of a communicator's calls up to one; None if it is not known."""
+    found = ctypes.c_int64()
+    known = load().jaxcomm_hash_at(
+        ctypes.c_int64(key), ctypes.c_int64(number), ctypes.byref(found)
+    )
+    return found.value if known else None
 
 
 def timeline_start() -> None:

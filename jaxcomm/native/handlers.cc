@@ -40,8 +40,10 @@ Communicator* FindCommunicator(int64_t id) {
 std::string Begin(Communicator* comm, int64_t schedule, int64_t bucket) {
   const int64_t number = comm->progress.Begin(schedule, bucket);
   if (!comm->broken.empty()) return comm->broken;
-  return comm->agreement.Ask(comm->id, schedule, bucket, number,
-                             &comm->counters[kAgreements]);
+  std::string text = comm->agreement.Ask(comm->id, schedule, bucket, number,
+                                         &comm->counters[kAgreements]);
+  if (text.empty()) comm->progress.Remember(number, schedule, bucket);
+  return text;
 }
 
 ffi::Error NoCommunicator() {
@@ -442,17 +444,6 @@ JAXCOMM_API void jaxcomm_timeline_start() { Timeline::Get().Start(); }
 // Moves recorded events to `out`, which has room for `capacity`; returns how many.
 JAXCOMM_API int64_t jaxcomm_timeline_take(Event* out, int64_t capacity) {
   return Timeline::Get().Take(out, capacity);
-}
-
-// Writes a row for each communicator (Progress::Write). Returns how many.
-JAXCOMM_API int64_t jaxcomm_progress(int64_t* out, int64_t capacity) {
-  std::lock_guard<std::mutex> lock(registry_mutex);
-  int64_t rows = 0;
-  for (const auto& [id, comm] : communicators) {
-    if (rows == capacity) break;
-    comm->progress.Write(id, out + Progress::kColumns * rows++);
-  }
-  return rows;
 }
 
 // Writes how many calls of a communicator have begun, and its counters, to

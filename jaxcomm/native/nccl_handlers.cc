@@ -30,7 +30,7 @@ std::unique_ptr<Device> device;
 struct Member {
   NcclCommunicator comm;
   Agreement agreement;
-  Progress progress;
+  Progress* progress;
 };
 std::map<int64_t, std::unique_ptr<Member>> members;
 
@@ -110,11 +110,11 @@ ffi::Error InTurn(const Place& place, Work work) {
         "call jaxcomm.init(\"nccl\") before running it");
   }
   std::lock_guard<std::mutex> lock(member->comm.mutex);
-  const int64_t number = member->progress.Begin(place.schedule, place.bucket);
+  const int64_t number = member->progress->Begin(place.schedule, place.bucket);
   struct Ended {
     Progress* progress;
     ~Ended() { progress->End(); }
-  } ended{&member->progress};
+  } ended{member->progress};
   std::string text =
       member->agreement.Ask(place.comm, place.schedule, place.bucket, number,
                             &member->comm.counters[kNcclAgreements]);
@@ -123,6 +123,7 @@ ffi::Error InTurn(const Place& place, Work work) {
                            static_cast<int64_t>(place.groups.size()));
   }
   if (!text.empty()) return Refused(text);
+  member->progress->Remember(number, place.schedule, place.bucket);
   if (place.partition != 0) member = Find(place.partition);
   text = work(&member->comm);
   return text.empty() ? ffi::Error::Success() : Failure(text, place.bucket);
@@ -286,7 +287,7 @@ JAXCOMM_API int jaxcomm_nccl_join(int64_t id, const NcclUniqueId* unique, int ra
                                   int size, double timeout, char* error,
                                   int64_t capacity) {
   auto member = std::unique_ptr<Member>(
-      new Member{{nccl.get(), id, rank, size, timeout}, {}, {}});
+      new Member{{nccl.get(), id, rank, size, timeout}, {}, ProgressOf(id)});
   std::string text = member->comm.Join(*unique);
   if (text.empty()) {
     std::lock_guard<std::mutex> lock(registry_mutex);
@@ -301,7 +302,7 @@ JAXCOMM_API int jaxcomm_nccl_join(int64_t id, const NcclUniqueId* unique, int ra
 JAXCOMM_API int jaxcomm_nccl_split(int64_t id, int64_t part, int color, int rank, int size,
                                    double timeout, char* error, int64_t capacity) {
   auto member = std::unique_ptr<Member>(
-      new Member{{nccl.get(), part, rank, size, timeout}, {}, {}});
+      new Member{{nccl.get(), part, rank, size, timeout}, {}, ProgressOf(part)});
   std::string text = Find(id)->comm.Split(color, &member->comm);
   if (text.empty()) {
     std::lock_guard<std::mutex> lock(registry_mutex);
@@ -313,20 +314,9 @@ JAXCOMM_API int jaxcomm_nccl_split(int64_t id, int64_t part, int color, int rank
 JAXCOMM_API int jaxcomm_nccl_counters(int64_t id, int64_t* out) {
   Member* member = Find(id);
   if (member == nullptr) return 1;
-  out[0] = member->progress.calls();
+  out[0] = member->progress->calls();
   for (int i = 0; i < kNcclCounters; ++i) out[1 + i] = member->comm.counters[i];
   return 0;
-}
-
-// Writes a row for each communicator (Progress::Write). Returns how many.
-JAXCOMM_API int64_t jaxcomm_nccl_progress(int64_t* out, int64_t capacity) {
-  std::lock_guard<std::mutex> lock(registry_mutex);
-  int64_t rows = 0;
-  for (const auto& [id, member] : members) {
-    if (rows == capacity) break;
-    member->progress.Write(id, out + Progress::kColumns * rows++);
-  }
-  return rows;
 }
 
 // Ends all communicators; nothing may be under way.
