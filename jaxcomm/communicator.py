@@ -17,7 +17,7 @@ import os
 import socket
 import sys
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -45,6 +45,8 @@ _MIN_STAGING = 4096
 
 _lock = threading.RLock()
 _world: Communicator | None = None
+_forked = False
+_at_exit: list[Callable[[], None]] = []
 _connected: dict[int, Communicator] = {}
 
 Groups = Sequence[Sequence[int]]
@@ -346,6 +348,12 @@ def init(
             f"timeout={timeout!r}; give a positive time in seconds"
         )
     with _lock:
+        if _forked:
+            raise TransportUnavailableError(
+                "this process was forked from one that uses jaxcomm; it has no MPI "
+                "and no rank of its own. Reduce in the parent, or start processes that "
+                "do with multiprocessing's 'spawn' or 'forkserver'."
+            )
         if _world is None:
             settings = _Settings(
                 timeout or DEFAULT_TIMEOUT, _staging_bytes(staging_bytes)
@@ -492,8 +500,18 @@ def _connect(
     if comm.size > 1 and isinstance(fabric, MpiFabric) and any(limits):
         watch = watchdog.Watchdog(fabric.duplicate(), fabric.host, *limits)
         atexit.register(watch.stop)
+        _at_exit.append(watch.stop)
     atexit.register(_wait_for_pending_work)  # runs first
+    os.register_at_fork(after_in_child=_leave_to_parent)
     return comm
+
+
+def _leave_to_parent() -> None:
+    """In a forked process: neither MPI nor XLA's threads are its own."""
+    global _world, _forked
+    _world, _forked = None, True
+    for call in (_wait_for_pending_work, _write_timeline, *_at_exit):
+        atexit.unregister(call)
 
 
 def _automatic(launched: int, settings: _Settings) -> str:

@@ -13,6 +13,7 @@ import logging
 import sys
 import threading
 import time
+from collections.abc import Callable
 from typing import Any
 
 from jaxcomm import _stall
@@ -24,7 +25,7 @@ log = logging.getLogger(__name__)
 WARN_AFTER, ABORT_AFTER = 60.0, 600.0  # of the watchdog, unless said otherwise
 STALLED = 70  # exit code of a job that the watchdog ended
 _TELL_AFTER = 1.0
-_ANSWER_SECONDS = 5.0
+_ANSWER_SECONDS = 5.0  # at most
 _ASK, _ANSWER, _WAITS, _ENDED, _MARKS, _LAST = range(1, 7)  # message tags
 
 
@@ -42,6 +43,7 @@ class Watchdog:
         self._warn_after, self._abort_after = warn_after, abort_after
         limits = [t for t in (warn_after, abort_after) if t > 0]
         self._period = min([1.0, *(t / 5 for t in limits)])
+        self._answer_seconds = min(_ANSWER_SECONDS, max(abort_after / 3, 1.0))
         self._warned: tuple[int, int] | None = None
         self._told: tuple[int, int] | None = None
         self._ledger = _stall.Ledger()  # rank 0's
@@ -50,6 +52,7 @@ class Watchdog:
         self._held = 0.0  # until when this rank does not report
         self._asked: list[Any] = []
         self._stop = threading.Event()
+        _before_finalize(self.stop)
         self._thread = threading.Thread(
             target=self._run, name="jaxcomm watchdog", daemon=True
         )
@@ -66,13 +69,9 @@ class Watchdog:
 
     def _run(self) -> None:
         while not self._stop.wait(self._period):
-            if _mpi_ended():  # by the user
-                return
             self._answer()
             self._look()
             self._compare()
-        if _mpi_ended():
-            return
         self._tell(_ENDED, {c.comm: c.number for c in self._calls()})
         self._send(_LAST, (self._rank + 1) % self._size, self._history.news())
         with self._turn():
@@ -196,7 +195,7 @@ class Watchdog:
             # Some are perhaps never received; then the job ends.
             self._asked += [self._comm.isend(None, rank, _ASK) for rank in others]
         states = {self._rank: _stall.look(self._channel)}
-        end = time.monotonic() + _ANSWER_SECONDS
+        end = time.monotonic() + self._answer_seconds
         while len(states) < self._size and time.monotonic() < end:
             for rank, state in self._receive(_ANSWER):
                 states[rank] = state
@@ -211,7 +210,7 @@ class Watchdog:
             state = _stall.look(self._channel, stacks=True)
             with self._turn():
                 request = self._comm.isend(state, rank, _ANSWER)
-            end = time.monotonic() + _ANSWER_SECONDS
+            end = time.monotonic() + self._answer_seconds
             while time.monotonic() < end:
                 with self._turn():
                     done, _ = request.test()
@@ -237,7 +236,12 @@ def _calls(state: _stall.State) -> list[tuple[int, int]]:
     return [(call.comm, call.number) for call in state.calls]
 
 
-def _mpi_ended() -> bool:
+def _before_finalize(call: Callable[[], None]) -> None:
+    """Let MPI_Finalize, whoever calls it, begin with a call."""
     from mpi4py import MPI
 
-    return MPI.Is_finalized()
+    def deleted(comm: Any, keyval: int, value: Any) -> None:
+        call()
+
+    # What is attached to COMM_SELF is what MPI_Finalize frees first.
+    MPI.COMM_SELF.Set_attr(MPI.Comm.Create_keyval(delete_fn=deleted), None)

@@ -393,7 +393,7 @@ def progress() -> list[Progress]:
     rows = (ctypes.c_int64 * _PROGRESS_COLUMNS * 256)()
     count = load().jaxcomm_progress(rows, ctypes.c_int64(len(rows)))
     return [
-        Progress(*row[:5], tuple(zip(row[5::2], row[6::2], strict=True)))
+        Progress(*row[:5], marks=tuple(zip(row[5::2], row[6::2], strict=True)))
         for row in map(list, rows[:count])
     ]
 

@@ -75,11 +75,16 @@ bool ToDType(ffi::DataType type, DType* out) {
 
 ffi::Error MpiFailure(const Communicator& comm, int code, int64_t bucket,
                       const char* call) {
-  return ffi::Error(ffi::ErrorCode::kInternal,
-                    std::string("jaxcomm: ") + call + " failed on rank " +
-                        std::to_string(comm.rank) + " of " + std::to_string(comm.size) +
-                        " in bucket " + std::to_string(bucket) + ": " +
-                        comm.mpi->ErrorText(code));
+  std::string text = std::string("jaxcomm: ") + call + " failed on rank " +
+                     std::to_string(comm.rank) + " of " + std::to_string(comm.size) +
+                     " in bucket " + std::to_string(bucket) + ": " +
+                     comm.mpi->ErrorText(code);
+  if (text.find("runcate") != std::string::npos) {
+    text +=
+        ". A rank came with another size: it runs another program here. "
+        "JAXCOMM_CHECK=every names the first call that differs";
+  }
+  return ffi::Error(ffi::ErrorCode::kInternal, text);
 }
 
 // The leaves of one call: results, holding the operands' values. XLA honours the
