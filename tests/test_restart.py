@@ -161,7 +161,7 @@ for step in range(1, 100_000):
         time.sleep(save_seconds)
         checkpoint.save(folder / "saved", step, {"x": np.full(3, step)})
         break
-sys.stdout.write(f"ended {step} {stop.received}\n")  # in one piece
+sys.stdout.write(f"ended {step} {stop.received}\\n")  # in one piece
 """
 
 
