@@ -275,16 +275,6 @@ def test_stop_in_one_process() -> None:
     assert "main thread" in str(caught[0])
 
 
-# The example with a network that compiles in seconds.
-STEMDL = f"""
-import functools, sys
-sys.path.insert(0, {str(ROOT / "examples" / "stemdl")!r})
-import network, train
-train.StemNet = functools.partial(network.StemNet, growth=2, layers=(1, 1, 1))
-train.main()
-"""
-
-
 @pytest.mark.timeout(300)
 def test_stemdl_killed_and_asked_to_end_trains_as_without_a_break(
     tmp_path: Path,
@@ -297,9 +287,8 @@ def test_stemdl_killed_and_asked_to_end_trains_as_without_a_break(
     names = np.array([config.material(k) for k in range(config.samples)])
     arrays = {"amplitudes": x, "labels": y, "material": names}
     dataset.save(config, arrays, tmp_path)
-    script = tmp_path / "train_small.py"
-    script.write_text(STEMDL)
-    command = [script, "--data", tmp_path]
+    script = ROOT / "examples" / "stemdl" / "train.py"
+    command = [script, "--network", "toy", "--data", tmp_path]
     command += ["--samples", 8, "--batch", 2, "--steps", 80, "--checkpoint-every", 4]
 
     def train(out: Path, *options: str, ranks: int = 2) -> subprocess.Popen[str]:

@@ -101,7 +101,14 @@ def test_nrmse_is_one_for_the_mean() -> None:
 def test_demo(tmp_path: Path) -> None:
     steps = 40
     command = [sys.executable, "-m", "jaxcomm", "demo", "--steps", str(steps)]
-    command += ["--out", tmp_path / "out", "--data", tmp_path / "data"]
+    command += [
+        "--network",
+        "toy",
+        "--out",
+        tmp_path / "out",
+        "--data",
+        tmp_path / "data",
+    ]
     done = subprocess.run(
         command, cwd=ROOT, capture_output=True, text=True, timeout=480, check=False
     )

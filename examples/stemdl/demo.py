@@ -23,6 +23,7 @@ import checkpoint
 from baselines import baselines
 from dataset import load
 from evaluate import evaluate
+from network import NETWORKS
 from simulate import data_config, data_option, simulate
 
 RANKS = 2
@@ -103,11 +104,14 @@ def show(console: Console, report: dict[str, Any]) -> None:
 @click.option(
     "--steps", type=click.IntRange(COMPARE_STEPS + 4), default=STEPS, show_default=True
 )
+@click.option(
+    "--network", type=click.Choice(list(NETWORKS)), default="tiny", show_default=True
+)
 @data_option
 @click.option(
     "--out", type=click.Path(path_type=Path), default="out/demo", show_default=True
 )
-def main(steps: int, data_dir: Path, out: Path) -> None:
+def main(steps: int, network: str, data_dir: Path, out: Path) -> None:
     """Train a small STEMDL network on two MPI ranks and show what it learned."""
     console = Console(stderr=True)
     runs = out / "runs"
@@ -122,6 +126,7 @@ def main(steps: int, data_dir: Path, out: Path) -> None:
     simulate(config, data_dir, os.cpu_count() or 1, console)
     console.print(f"{config.samples} samples in {config.path(data_dir)}")
     common = ("--samples", str(samples), "--data", str(data_dir))
+    common += ("--network", network)
     common += ("--compare-steps", str(COMPARE_STEPS), "--steps", str(steps))
 
     console.rule(f"2  train on {RANKS} MPI ranks: jaxcomm")

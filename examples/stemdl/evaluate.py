@@ -17,24 +17,24 @@ import checkpoint
 import figures
 from baselines import baselines
 from dataset import Dataset, load
-from network import StemNet
+from network import NETWORKS, StemNet
 from scores import nrmse, pearson
 from simulate import data_config, data_option
 
 BATCH = 40
 
 
-def reconstruct(params_file: Path, patterns: np.ndarray) -> np.ndarray:
+def reconstruct(model: StemNet, params_file: Path, patterns: np.ndarray) -> np.ndarray:
     """Run a trained network.
 
     Args:
+      model: the network.
       params_file: as `train.py` writes it.
       patterns: (n, scan, scan, detector, detector) standardised amplitudes.
 
     Returns:
       (n, pixels, pixels) float32 potentials.
     """
-    model = StemNet()
     shapes = jax.eval_shape(model.init, jax.random.key(0), patterns[:1])
     variables = checkpoint.load(params_file, shapes)
     apply = jax.jit(model.apply)
@@ -57,10 +57,11 @@ def evaluate(dataset: Dataset, run: Path, out: Path) -> dict[str, float]:
     Returns:
       "nrmse" and "pearson", means over held-out samples.
     """
-    predicted = reconstruct(run / "params.npz", dataset.test_x)
-    losses = json.loads((run / "train.json").read_text())["losses"]
+    trained = json.loads((run / "train.json").read_text())
+    model = NETWORKS[trained["network"]]
+    predicted = reconstruct(model, run / "params.npz", dataset.test_x)
     figures.draw_reconstructions(out / "reconstruction.png", dataset, predicted)
-    figures.draw_losses(out / "loss.png", losses)
+    figures.draw_losses(out / "loss.png", trained["losses"])
     return {
         "nrmse": float(nrmse(predicted, dataset.test_y).mean()),
         "pearson": float(pearson(predicted, dataset.test_y).mean()),

@@ -112,6 +112,12 @@ class StemNet(nn.Module):
         return _conv(1, 1)(x)[..., 0]
 
 
+NETWORKS = {
+    "tiny": StemNet(),
+    # Compiles in seconds, and learns little.
+    "toy": StemNet(growth=2, layers=(1, 1, 1)),
+}
+
 _HE = nn.initializers.he_normal()
 
 

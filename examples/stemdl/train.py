@@ -31,7 +31,7 @@ from augment import SYMMETRIES, augment
 from dataset import Dataset, load
 from jaxcomm.checkpoint import CheckpointError, Stop, restore, save
 from jaxcomm.data import Batches
-from network import StemNet
+from network import NETWORKS, StemNet
 from parallel import AXIS, BACKENDS, Backend
 from simulate import data_config, data_option, simulate
 from telemetry import UNTIMED_STEPS, Telemetry
@@ -151,6 +151,12 @@ def _symmetries(seed: int, epoch: int, samples: int) -> np.ndarray:
     help="stop after so many of these steps",
 )
 @click.option("--batch", default=16, show_default=True, help="over all ranks together")
+@click.option(
+    "--network",
+    type=click.Choice(list(NETWORKS)),
+    default="tiny",
+    show_default=True,
+)
 @click.option("--lr", default=3e-3, show_default=True)
 @click.option("--seed", default=0, show_default=True)
 @click.option("--samples", default=1500, show_default=True, help="training samples")
@@ -187,6 +193,7 @@ def main(
     steps: int,
     stop: int | None,
     batch: int,
+    network: str,
     lr: float,
     seed: int,
     samples: int,
@@ -217,13 +224,14 @@ def main(
     backend.barrier()
     dataset = load(config, data_dir)
 
-    model, tx = StemNet(axis_name=AXIS), optimizer(lr, steps)
+    model = NETWORKS[network].clone(axis_name=AXIS)
+    tx = optimizer(lr, steps)
     dtype = jnp.float64 if float64 else jnp.float32
     state = initial_state(model, tx, dataset.train_x[0], seed, dtype)
     losses = np.full(steps, np.nan)
     # But for rounding it does not matter how many ranks share a batch: not among these.
     settings = {"steps": steps, "batch": batch, "lr": lr, "seed": seed}
-    settings |= {"samples": samples, "float64": float64}
+    settings |= {"samples": samples, "float64": float64, "network": network}
     try:
         found = restore(saved, (state, losses), settings=settings, fallback=True)
     except CheckpointError as error:
@@ -266,6 +274,7 @@ def main(
         checkpoint.save(out / "params.npz", variables)
         report = {
             "backend": backend.name,
+            "network": network,
             "ranks": backend.size,
             "control_messages_per_step": _per_step(checks, backend.checks(), stop),
             "schedule_fingerprint": None,
