@@ -14,8 +14,8 @@ from collections.abc import Iterator
 
 # A serialised Request: 4-dimensional tensor, 40-character name.
 REQUEST_BYTES = 132
-# A status word's bits beside one bit per cached tensor: shutdown, uncached, invalid.
-_STATUS_BITS = 3
+# Of the bit vector, beside one bit per cached tensor: shutdown, uncached, invalid.
+STATUS_BITS = 3
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,7 +65,7 @@ def _designs(ranks: int, tensors: int, cycles: int) -> Iterator[Traffic]:
         bytes_into_rank_0=others * (tensors * REQUEST_BYTES + 4 * cycles),
         rounds_per_step=(3 * rounds + others) * cycles,
     )
-    words = math.ceil((tensors + _STATUS_BITS) / 64)
+    words = math.ceil((tensors + STATUS_BITS) / 64)
     yield Traffic(
         "response cache",
         once=4 * others * cycles,
