@@ -96,8 +96,7 @@ def simulate(
       One result per design, in the order of `designs`.
     """
     return run_variants(
-        [machine],
-        workload,
+        [(machine, workload)],
         ranks,
         steps=steps,
         seed=seed,
@@ -107,8 +106,7 @@ def simulate(
 
 
 def run_variants(
-    machines: Sequence[Machine],
-    workload: Workload,
+    variants: Sequence[tuple[Machine, Workload]],
     ranks: int,
     *,
     steps: int,
@@ -116,16 +114,19 @@ def run_variants(
     designs: Sequence[str] = DESIGNS,
     progress: Progress = lambda steps: None,
 ) -> list[list[Result]]:
-    """As `simulate`, for variants of a machine that share the same draws."""
+    """As `simulate`, for variants that meet the same draws.
+
+    Their workloads have the same number of leaves.
+    """
     runs = []
-    for machine in machines:
+    for machine, workload in variants:
         plane = Negotiation(machine, ranks)
         shares = noise.real_shares(workload, machine["order_spread"], seed)
         made = [make_design(name, workload, plane, shares) for name in designs]
-        runs.append((machine, shares, made, [[] for _ in designs]))
+        runs.append((machine, workload, shares, made, [[] for _ in designs]))
     for step in range(WARM_UP + steps):
-        draw = noise.draw(ranks, len(workload.names), step, seed)
-        for machine, shares, made, outcomes in runs:
+        draw = noise.draw(ranks, len(variants[0][1].names), step, seed)
+        for machine, workload, shares, made, outcomes in runs:
             ready = noise.ready(workload, machine, draw, shares)
             for design, found in zip(made, outcomes, strict=True):
                 found.append(design.step(ready))
@@ -135,7 +136,7 @@ def run_variants(
             _result(name, ranks, workload.compute_seconds(machine), design, found)
             for name, design, found in zip(designs, made, outcomes, strict=True)
         ]
-        for machine, _, made, outcomes in runs
+        for machine, workload, _, made, outcomes in runs
     ]
 
 

@@ -7,15 +7,22 @@ import functools
 import math
 from collections.abc import Callable
 
+import ml_dtypes
 import numpy as np
 
 from jaxcomm import planner
 from jaxcomm.costmodel import CostModel
 from jaxcomm.errors import InvalidOptionError
-from jaxcomm.schedule import LeafSpec, Schedule, item_bytes
+from jaxcomm.schedule import LeafSpec, Schedule
 from jaxcomm.simulate import collectives, networks
-from jaxcomm.simulate.machines import Machine
+from jaxcomm.simulate.machines import Machine, Parameter
 
+# By name, and so that NumPy knows bfloat16 without JAX.
+_WIRE_BYTES = {
+    "float32": 4,
+    "float16": 2,
+    "bfloat16": np.dtype(ml_dtypes.bfloat16).itemsize,
+}
 # The backward pass takes twice the forward pass: a product for the input's gradient
 # and one for the weights'.
 _FORWARD = 1 / 3
@@ -34,10 +41,9 @@ class Workload:
       ready: when each gradient is ready, as a share of the step's computation.
       flops: operations of a rank's step, forward and backward.
       operand: dtype of the products, which picks the machine's peak.
-      utilisation: share of that peak which the step reaches.
+      utilisation: share of that peak which the step reaches, with its range.
       wire: dtype in which float32 gradients travel.
       buffers: bytes of state that DDP broadcasts before every forward pass.
-      source: where flops and utilisation come from.
     """
 
     name: str
@@ -48,10 +54,9 @@ class Workload:
     ready: tuple[float, ...]
     flops: float
     operand: str
-    utilisation: float
+    utilisation: Parameter
     wire: str
     buffers: int
-    source: str
 
     @property
     def leaf_bytes(self) -> np.ndarray:
@@ -61,11 +66,11 @@ class Workload:
     @property
     def wire_bytes(self) -> np.ndarray:
         """Bytes of every leaf as it travels, shape (leaves,)."""
-        return self.leaf_bytes * item_bytes(self.wire) // 4
+        return self.leaf_bytes * _WIRE_BYTES[self.wire] // 4
 
     def compute_seconds(self, machine: Machine) -> float:
         """Computation of one step on a device of median speed, undisturbed."""
-        return self.flops / (machine[f"{self.operand}_flops"] * self.utilisation)
+        return self.flops / (machine[f"{self.operand}_flops"] * self.utilisation.value)
 
     def schedule(self, machine: Machine, ranks: int) -> tuple[Schedule, CostModel]:
         """The schedule `jaxcomm.plan` makes for this tree, and the costs it plans by.
@@ -116,10 +121,9 @@ def _make(
     *,
     samples: int,
     operand: str,
-    utilisation: float,
+    utilisation: Parameter,
     wire: str,
     buffers: int,
-    source: str,
 ) -> Workload:
     total = sum(layer.flops for layer in layers)
     done = _FORWARD
@@ -134,7 +138,7 @@ def _make(
     flops = 3 * total * samples
     return Workload(
         *(name, title, names, shapes, groups, ready, flops),
-        *(operand, utilisation, wire, buffers, source),
+        *(operand, utilisation, wire, buffers),
     )
 
 
@@ -145,13 +149,15 @@ def _stemdl() -> Workload:
         networks.stemdl(),
         samples=1,
         operand="float16",
-        utilisation=0.48,
+        utilisation=Parameter(
+            *(0.48, 0.35, 0.6),
+            "1.54 EF/s sustained by 27,600 ranks at 0.93 (Romero et al., NSDI'22) are "
+            "60 TFLOP/s a rank, 0.48 of a V100's peak; batch 1 and 16-bit messages as "
+            "in the run scripts of nlaanait/stemdl; range assumed",
+        ),
         wire="float16",
         # Running mean and variance of the three batch normalisations.
         buffers=4 * 2 * (768 + 1280 + 2048),
-        source="batch 1 and 16-bit messages as in the run scripts of "
-        "nlaanait/stemdl; 1.54 EF/s sustained on 27,600 ranks at 0.93 (Romero et al., "
-        "NSDI'22) are 60 TFLOP/s a rank, 0.48 of a V100's peak",
     )
 
 
@@ -162,10 +168,12 @@ def _resnet50() -> Workload:
         networks.resnet50(),
         samples=64,
         operand="float16",
-        utilisation=0.16,
+        utilisation=Parameter(
+            *(0.16, 0.08, 0.25),
+            "assumed: 64 images a rank at 0.16 of peak, about 800 images/s on a V100",
+        ),
         wire="float32",
         buffers=4 * 2 * 26560,
-        source="assumed: 64 images a rank at 0.16 of peak, about 800 images/s on a V100",
     )
 
 
@@ -176,10 +184,12 @@ def _gpt2() -> Workload:
         networks.gpt2(),
         samples=8,
         operand="float16",
-        utilisation=0.35,
+        utilisation=Parameter(
+            *(0.35, 0.2, 0.5),
+            "assumed: 8 sequences of 1,024 tokens a rank at 0.35 of peak",
+        ),
         wire="bfloat16",
         buffers=0,
-        source="assumed: 8 sequences of 1,024 tokens a rank at 0.35 of peak",
     )
 
 
