@@ -13,6 +13,7 @@ from jaxcomm.simulate.negotiation import Negotiation
 from jaxcomm.simulate.outcome import Outcome
 from jaxcomm.simulate.workloads import Workload
 
+# "tree" may be asked for too: the SC'18 predecessor, which `validation` needs.
 DESIGNS = ("coordinator", "cache", "cache+groups", "ddp", "xla", "static")
 # The first step fills caches; it is not part of the means.
 WARM_UP = 1
@@ -61,6 +62,7 @@ def make_design(
         "coordinator": dynamic.COORDINATOR,
         "cache": dynamic.CACHE,
         "cache+groups": dynamic.CACHE_GROUPS,
+        "tree": dynamic.TREE,
     }
     if name in settings:
         return dynamic.Dynamic(settings[name], workload, plane)

@@ -102,6 +102,24 @@ class Negotiation:
         seconds += answer / m["response_bandwidth"]
         return seconds, sum(n for _, n in parts)
 
+    def coordinate_tree(
+        self, requests: int, released: int, responses: int, radix: int
+    ) -> tuple[float, int]:
+        """As `coordinate`, but through a tree: no rank hears from more than `radix`.
+
+        Each inner rank reads its children's requests, merges them and passes on one
+        per tensor, which is what Kurth et al. (SC'18) put between Horovod's ranks.
+        """
+        m = self.machine
+        depth = max(math.ceil(math.log(self.ranks, radix)), 1) if self.ranks > 1 else 0
+        level = m["control_latency"] + radix * m["root_message"]
+        level += radix * requests / self.ranks * m["request_seconds"]
+        answer = FRAME_BYTES
+        if responses:
+            answer += self._response_bytes(responses, released)
+        down = m["control_latency"] + radix * answer / m["control_bandwidth"]
+        return depth * (level + down), 2 * (self.ranks - 1)
+
     def agree(self, nbytes: int = 64) -> tuple[float, int]:
         """Time and messages of jaxcomm's one comparison of fingerprints."""
         return self._play("all_reduce", nbytes)
