@@ -129,7 +129,7 @@ class _Steps:
         self.design, self.ready, self.slow = design, ready, slow
         self.events = design.submitted(ready) + design._now
         self.order = np.argsort(self.events, kind="stable")
-        self.arrivals = ready.arrivals if slow else np.empty(0)
+        self.requests = ready.times.size if slow else 0
         self.counted = 0
         self.done = 0
         self.end = 0.0
@@ -156,7 +156,7 @@ class _Steps:
             self.cycles += 1
             busy = self.end if design.plane.machine.blocking and fused else release
             design._cycle = max(begin - wake + design.settings.cycle_seconds, busy)
-        if self.slow and self.counted != len(self.arrivals):
+        if self.counted != self.requests:
             raise RuntimeError("a request was never counted")
         return Outcome(
             end=self.end - design._now,
@@ -171,8 +171,10 @@ class _Steps:
         """Begin of the next cycle that has something to do; idle ones are skipped."""
         design = self.design
         event = self.events[self.order[self.done]]
-        if self.slow and self.counted < len(self.arrivals):
-            event = min(event, self.arrivals[self.counted] + design._now)
+        if event <= design._cycle:
+            return design._cycle
+        if self.counted < self.requests:
+            event = min(event, self.ready.after(self.counted) + design._now)
         if event <= design._cycle:
             return design._cycle
         period = design.settings.cycle_seconds
@@ -205,10 +207,9 @@ class _Steps:
         plane = self.design.plane
         if not self.slow:
             return plane.intersect(self.design.count, len(tensors))
-        seen = int(
-            np.searchsorted(self.arrivals, begin - self.design._now, side="right")
-        )
-        if self.done == self.design.count:
-            seen = len(self.arrivals)
+        until = begin - self.design._now
+        # Whoever released the last tensor has seen all requests: no rounding here.
+        last = self.done == self.design.count
+        seen = self.requests if last else self.ready.count(until)
         new, self.counted = seen - self.counted, seen
         return self.design.coordinate(new, len(tensors), len(fused))
