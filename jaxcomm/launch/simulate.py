@@ -1,0 +1,105 @@
+"""`jaxcomm simulate`: predict step times and efficiency of designs at any size."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
+
+from jaxcomm.simulate import machines, report, workloads
+
+
+def main(
+    machine: str,
+    workload: str,
+    ranks: str,
+    steps: int,
+    samples: int,
+    seed: int,
+    plot: Path | None,
+    as_json: bool,
+) -> None:
+    """Predict, then print a document or tables, and draw.
+
+    Raises:
+      InvalidOptionError: an option cannot be used; names it and what to do.
+    """
+    where, what = machines.load(machine), workloads.load(workload)
+    sizes = report.parse_ranks(ranks)
+    if plot is not None:
+        report.check_writable("--plot", plot)
+        # Fails now, if matplotlib is missing.
+        from jaxcomm.launch.tune import pyplot
+
+        pyplot()
+    with Progress(console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task("simulating", total=1.0)
+        found = report.make(
+            *(where, what, sizes),
+            steps=steps,
+            samples=samples,
+            seed=seed,
+            progress=lambda phrase, done: bar.update(
+                task, description=phrase, completed=done
+            ),
+        )
+    if plot is not None:
+        from jaxcomm.simulate import figures
+
+        figures.overview(found, f"{what.title}\n{where.title}", plot)
+    if as_json:
+        print(json.dumps(found, indent=1))
+    else:
+        show(found, what.title, where.title)
+
+
+def show(found: report.Report, what: str, where: str) -> None:
+    """Print results and validation as tables."""
+    console = Console()
+    table = Table(title=f"{what}\n{where}", title_justify="left")
+    for name in ("ranks", "design", "efficiency", "range", "step ms", "control ms"):
+        table.add_column(name, justify="left" if name == "design" else "right")
+    table.add_column("exposed ms", justify="right")
+    table.add_column("messages/step", justify="right")
+    last = None
+    for row in found["results"]:
+        if last not in (None, row["ranks"]):
+            table.add_section()
+        first = row["ranks"] != last
+        last = row["ranks"]
+        ends = row["efficiency_range"]
+        table.add_row(
+            f"{last:,}{'*' if row['extrapolated'] else ''}" if first else "",
+            row["design"],
+            f"{row['efficiency']:.3f}",
+            f"{ends[0]:.3f} to {ends[1]:.3f}" if ends else "",
+            f"{row['step_ms']:.1f}",
+            f"{row['control_ms']:.2f}",
+            f"{row['exposed_comm_ms']:.2f}",
+            f"{row['messages_per_step']:,.0f}",
+        )
+    console.print(table)
+    console.print(
+        f"A device alone computes a step in {found['compute_ms']:.1f} ms. Ranges: 5th to "
+        "95th percentile with all parameters moved in theirs. Control: how long the "
+        "control plane works for a step, mostly beside the computation.",
+        soft_wrap=True,
+    )
+    if any(row["extrapolated"] for row in found["results"]):
+        console.print("* more ranks than the machine has")
+    table = Table(title="The model and what was published, on Summit")
+    for name in ("anchor", "published", "predicted", "range", "error", "fitted"):
+        table.add_column(name, justify="left" if name == "anchor" else "right")
+    for row in found["validation"]:
+        table.add_row(
+            row["anchor"].replace("[", "\\["),
+            f"{row['published']:g}",
+            f"{row['predicted']:.3f}",
+            f"{row['low']:.3f} to {row['high']:.3f}",
+            f"{row['error']:+.0%}",
+            row["fitted_parameter"] or "none",
+        )
+    console.print(table)
