@@ -62,6 +62,7 @@ class Dynamic:
         # Absolute times: cycles go on from step to step.
         self._now = 0.0
         self._cycle = 0.0
+        self._late = plane.wake
         self._warm = not settings.cached
         self.once_messages = 0
 
@@ -75,6 +76,11 @@ class Dynamic:
             self.once_messages = outcome.messages
         self._now += max(outcome.end, ready.compute)
         return outcome
+
+    def _set_cycle(self, begin: float, busy: float) -> None:
+        """Fix the next cycle's begin from this one's, and whether it is slept for."""
+        self._cycle = max(begin + self.settings.cycle_seconds, busy)
+        self._late = self.plane.wake if self._cycle > busy else 0.0
 
     def submitted(self, ready: Ready) -> np.ndarray:
         """When each tensor's request is in on all ranks, shape (leaves,)."""
@@ -139,10 +145,8 @@ class _Steps:
     def run(self) -> Outcome:
         design = self.design
         while self.done < design.count:
-            begin = self._next_cycle()
-            wake = design.plane.wake if begin > design._cycle - 1e-12 else 0.0
-            # Judged at the moment the thread looks: late by what it overslept.
-            begin += wake
+            # A thread that sleeps until the cycle wakes late, and looks then.
+            begin = self._next_cycle() + design._late
             tensors = self._ready_at(begin)
             fused = design.fuse(tensors)
             seconds, messages = self._negotiate(begin, tensors, fused)
@@ -155,7 +159,7 @@ class _Steps:
             self.messages += messages
             self.cycles += 1
             busy = self.end if design.plane.machine.blocking and fused else release
-            design._cycle = max(begin - wake + design.settings.cycle_seconds, busy)
+            design._set_cycle(begin - design._late, busy)
         if self.counted != self.requests:
             raise RuntimeError("a request was never counted")
         return Outcome(
@@ -171,16 +175,20 @@ class _Steps:
         """Begin of the next cycle that has something to do; idle ones are skipped."""
         design = self.design
         event = self.events[self.order[self.done]]
-        if event <= design._cycle:
+        late = design._late
+        if event <= design._cycle + late:
             return design._cycle
         if self.counted < self.requests:
             event = min(event, self.ready.after(self.counted) + design._now)
-        if event <= design._cycle:
+        if event <= design._cycle + late:
             return design._cycle
+        seconds, messages = self._idle()
         period = design.settings.cycle_seconds
-        period = max(period, self._idle()[0] + design.plane.wake)
-        idle = math.ceil((event - design._cycle) / period)
-        self.messages += (idle - 1) * self._idle()[1]
+        late = design._late = design.plane.wake if seconds < period else 0.0
+        period = max(period, seconds + late)
+        idle = max(math.ceil((event - late - design._cycle) / period), 0)
+        # The cycle before the one that finds something is idle too, and so on back.
+        self.messages += idle * messages
         design._cycle += idle * period
         return design._cycle
 
