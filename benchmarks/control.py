@@ -27,8 +27,8 @@ from jaxcomm.launch import run as launcher
 
 HERE = Path(__file__).resolve().parent
 RANKS = (2, 4, 8)
-# A short cycle, in ms: a step of tensors without data is then mostly negotiation. With 0,
-# threads that never sleep fight for two cores.
+# A short cycle, in ms: a step of tensors without data is then mostly negotiation. With
+# 0, threads that never sleep fight for two cores.
 HOROVOD = {"HOROVOD_CYCLE_TIME": "0.1"}
 
 
@@ -103,7 +103,7 @@ def main(repeats: int, out: Path) -> None:
         "cores": len(os.sched_getaffinity(0)),
         "load_before": [round(x, 2) for x in load],
         "load_after": [round(x, 2) for x in os.getloadavg()],
-        "note": "jobs of more ranks than cores take turns: their times are upper bounds",
+        "note": "more ranks than cores take turns: their times are upper bounds",
         "medians": medians,
         "samples": {
             job: {name: [round(t, 2) for t in x] for name, x in found.items()}

@@ -30,7 +30,7 @@ class Cycle:
         self.bits = np.full(-(-(tensors + STATUS_BITS) // 64), -1, np.int64)
         self.sizes = np.zeros(self.comm.size, np.int32)
         self.all = np.zeros(self.mine.nbytes * self.comm.size, np.uint8)
-        # A fused response: a device for every rank and a name and size for every tensor.
+        # A fused response: a device of every rank, a name and size of every tensor.
         self.answer = np.zeros(4 * self.comm.size + 62 * tensors, np.uint8)
 
     def intersect(self) -> None:

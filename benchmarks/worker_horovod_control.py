@@ -1,6 +1,7 @@
-"""Horovod's own control plane: steps of tensors of one element each, which are all
-negotiation and no data. mpiexec -n N python worker_horovod_control.py OUT REPEATS.
+"""Horovod's own control plane; needs torch and Horovod.
 
+mpiexec -n N python worker_horovod_control.py OUT REPEATS. Steps of tensors of one
+element each, which are all negotiation and no data.
 HOROVOD_CACHE_CAPACITY=0 in the environment switches the response cache off.
 """
 

@@ -254,16 +254,14 @@ def simulate(
 ) -> None:
     """Predict how six designs scale, from measured and cited parameters.
 
-    Horovod's coordinator, its response cache, and that with groups; PyTorch's DDP; XLA's
-    psum; jaxcomm's static schedule. docs/scaling.md says what the numbers mean.
+    Horovod's coordinator, its response cache, and that with groups; PyTorch's DDP;
+    XLA's psum; jaxcomm's static schedule. See docs/scaling.md.
     """
     from jaxcomm.errors import JaxcommError
     from jaxcomm.launch import simulate as simulation
 
     try:
-        simulation.main(
-            machine, workload, ranks, steps, samples, seed, plot, as_json
-        )
+        simulation.main(machine, workload, ranks, steps, samples, seed, plot, as_json)
     except JaxcommError as error:
         raise click.ClickException(str(error)) from error
 

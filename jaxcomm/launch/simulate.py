@@ -60,10 +60,17 @@ def show(found: report.Report, what: str, where: str) -> None:
     """Print results and validation as tables."""
     console = Console()
     table = Table(title=f"{what}\n{where}", title_justify="left")
-    for name in ("ranks", "design", "efficiency", "range", "step ms", "control ms"):
-        table.add_column(name, justify="left" if name == "design" else "right")
-    table.add_column("exposed ms", justify="right")
-    table.add_column("messages/step", justify="right")
+    for name in (
+        "ranks",
+        "design",
+        "efficiency",
+        "range",
+        "step",
+        "control",
+        "exposed",
+    ):
+        side = "left" if name == "design" else "right"
+        table.add_column(name, justify=side, no_wrap=True)
     last = None
     for row in found["results"]:
         if last not in (None, row["ranks"]):
@@ -75,31 +82,38 @@ def show(found: report.Report, what: str, where: str) -> None:
             f"{last:,}{'*' if row['extrapolated'] else ''}" if first else "",
             row["design"],
             f"{row['efficiency']:.3f}",
-            f"{ends[0]:.3f} to {ends[1]:.3f}" if ends else "",
+            _span(*ends) if ends else "",
             f"{row['step_ms']:.1f}",
             f"{row['control_ms']:.2f}",
             f"{row['exposed_comm_ms']:.2f}",
-            f"{row['messages_per_step']:,.0f}",
         )
     console.print(table)
     console.print(
-        f"A device alone computes a step in {found['compute_ms']:.1f} ms. Ranges: 5th to "
-        "95th percentile with all parameters moved in theirs. Control: how long the "
-        "control plane works for a step, mostly beside the computation.",
+        f"A device alone computes a step in {found['compute_ms']:.1f} ms. Times in "
+        "ms a step. Range: 5th to 95th percentile, all parameters moved in theirs. "
+        "Control: how long the control plane works for a step, mostly beside the "
+        "computation. Exposed: communication that no computation hides.",
         soft_wrap=True,
     )
     if any(row["extrapolated"] for row in found["results"]):
         console.print("* more ranks than the machine has")
-    table = Table(title="The model and what was published, on Summit")
-    for name in ("anchor", "published", "predicted", "range", "error", "fitted"):
-        table.add_column(name, justify="left" if name == "anchor" else "right")
+    table = Table(title="Published figures and the model, on Summit")
+    for name in ("anchor", "published", "model", "range", "error", "fitted"):
+        anchor = name == "anchor"
+        table.add_column(
+            name, justify="left" if anchor else "right", no_wrap=not anchor
+        )
     for row in found["validation"]:
         table.add_row(
             row["anchor"].replace("[", "\\["),
             f"{row['published']:g}",
             f"{row['predicted']:.3f}",
-            f"{row['low']:.3f} to {row['high']:.3f}",
+            _span(row["low"], row["high"]),
             f"{row['error']:+.0%}",
-            row["fitted_parameter"] or "none",
+            "yes" if row["fitted_parameter"] else "no",
         )
     console.print(table)
+
+
+def _span(low: float, high: float) -> str:
+    return f"{low:.3f}-{high:.3f}"

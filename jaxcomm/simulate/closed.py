@@ -1,10 +1,10 @@
 """Closed forms of what the simulator plays, where there are any.
 
 They exist to be compared with it: tests ask for agreement within 5% where they apply,
-which each says. Those of trees apply to nodes of 2, 4 or 8 ranks: with six, as on
-Summit, partners of one distance are sometimes neighbours in a node and sometimes not,
-and the formulas are bounds, up to a sixth too high. Those of the gradient all-reduces are in `collectives`, as the simulator uses
-them itself.
+which each says. Those of trees apply to four ranks and more on nodes of 2, 4 or 8: with
+six, as on Summit, partners of one distance are sometimes neighbours in a node and
+sometimes not, and the formulas are bounds, up to a sixth too high. Those of the
+gradient all-reduces are in `collectives`, as the simulator uses them itself.
 """
 
 from __future__ import annotations

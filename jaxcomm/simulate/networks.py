@@ -119,7 +119,7 @@ def stemdl() -> list[Layer]:
 
 
 def gpt2() -> list[Layer]:
-    """GPT-2 small (Radford et al., 2019), a sample of 1,024 tokens: 148 leaves, 124.4 M.
+    """GPT-2 small (Radford et al., 2019), 1,024 tokens a sample: 148 leaves, 124.4 M.
 
     The embedding also makes the logits, at the end of the forward pass; its gradient
     is complete only at the end of the backward pass. Attention's own products, a few

@@ -51,22 +51,12 @@ def make(
       what they were made from.
     """
     rows: list[dict[str, Any]] = []
-    weights = [
-        n * len(workload.names) * (steps + samples * RANGE_STEPS) + 5e5 for n in ranks
-    ]
-    # Of the validation, in the same measure: about four seconds.
-    total, done = sum(weights) + 1.5e8, 0.0
-    for size, weight in zip(ranks, weights, strict=True):
-        phrase = f"{size:,} ranks"
-        count = {"steps": 0}
-        expected = steps + 1 + samples * (RANGE_STEPS + 1)
-
-        def tell(n: int, phrase=phrase, weight=weight, done=done, count=count, of=expected):
-            count["steps"] += n
-            progress(phrase, (done + weight * count["steps"] / of) / total)
-
+    plays = steps + 1 + samples * (RANGE_STEPS + 1)
+    meter = _Meter(progress, sum(ranks) * plays)
+    for size in ranks:
+        meter.begin(f"{size:,} ranks", size)
         found = experiment.simulate(
-            *(machine, workload, size), steps=steps, seed=seed, progress=tell
+            *(machine, workload, size), steps=steps, seed=seed, progress=meter.step
         )
         spread = {}
         if samples:
@@ -75,21 +65,11 @@ def make(
                 samples=samples,
                 steps=RANGE_STEPS,
                 seed=seed,
-                progress=tell,
+                progress=meter.step,
             )
-        for result in found:
-            row = dataclasses.asdict(result)
-            # The nominal value belongs to its range, however few the samples.
-            ends = (*spread.get(result.design, ()), result.efficiency)
-            row["efficiency_range"] = [min(ends), max(ends)] if spread else None
-            row["energy_j"] = 1e-3 * result.step_ms * machine["watts"] * size
-            row["extrapolated"] = size > machine.max_ranks
-            rows.append(row)
-        done += weight
-        progress(phrase, done / total)
-    progress("published figures", done / total)
-    anchors = validation.check(steps=ANCHOR_STEPS, seed=seed)
-    progress("published figures", 1.0)
+        rows += [_row(machine, result, spread.get(result.design)) for result in found]
+    meter.begin("published figures", 0)
+    anchors = validation.check(steps=ANCHOR_STEPS, seed=seed, progress=meter.step)
     return {
         "format": FORMAT,
         "machine": machine.name,
@@ -101,6 +81,40 @@ def make(
         "results": rows,
         "validation": validation.as_dicts(anchors),
         "parameters": parameters(machine, workload),
+    }
+
+
+class _Meter:
+    """Progress by ranks times steps, which is what takes the time."""
+
+    def __init__(self, progress: Progress, total: int):
+        self._tell, self._total = progress, max(total, 1)
+        self._phrase, self._weight, self._done = "", 0, 0
+
+    def begin(self, phrase: str, weight: int) -> None:
+        self._phrase, self._weight = phrase, weight
+        self.step(0)
+
+    def step(self, steps: int) -> None:
+        self._done += steps * self._weight
+        self._tell(self._phrase, min(self._done / self._total, 1.0))
+
+
+def _row(
+    machine: Machine,
+    result: experiment.Result,
+    ends: tuple[float, float] | None,
+) -> dict[str, Any]:
+    size, span = result.ranks, None
+    if ends is not None:
+        # The nominal value belongs to its range, however few the samples.
+        both = (*ends, result.efficiency)
+        span = [min(both), max(both)]
+    return {
+        **dataclasses.asdict(result),
+        "efficiency_range": span,
+        "energy_j": 1e-3 * result.step_ms * machine["watts"] * size,
+        "extrapolated": size > machine.max_ranks,
     }
 
 

@@ -1,4 +1,4 @@
-"""How sure a prediction is, and what it hangs on: parameters moved inside their ranges."""
+"""How sure a prediction is, and on what it hangs: parameters moved in their ranges."""
 
 from __future__ import annotations
 
@@ -29,9 +29,7 @@ def turn(
     """Return machine and workload with other values of some knobs."""
     values = dict(values)
     if UTILISATION in values:
-        moved = dataclasses.replace(
-            workload.utilisation, value=values.pop(UTILISATION)
-        )
+        moved = dataclasses.replace(workload.utilisation, value=values.pop(UTILISATION))
         workload = dataclasses.replace(workload, utilisation=moved)
     return machine.at(values), workload
 
