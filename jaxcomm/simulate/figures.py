@@ -8,6 +8,7 @@ from typing import Any
 
 from jaxcomm.launch.tune import pyplot
 from jaxcomm.simulate.experiment import DESIGNS
+from jaxcomm.simulate.machines import PARAMETERS
 from jaxcomm.simulate.report import Report
 
 # Okabe and Ito's colours, which most people can tell apart; and a dash for each, as
@@ -107,7 +108,7 @@ def tornado(panels: Sequence[dict[str, Any]], path: Path, shown: int = 10) -> No
                 value = swing[f"at_{end}"]
                 axis.barh(place, value - nominal, left=nominal, color=colour)
         labels = [
-            f"{s['knob']}\n{_short(s['low'])} to {_short(s['high'])}" for s in swings
+            f"{s['knob']}\n{_in_units(s['knob'], s['low'], s['high'])}" for s in swings
         ]
         axis.set_yticks(range(len(swings)), labels, fontsize=7)
         axis.invert_yaxis()
@@ -119,8 +120,11 @@ def tornado(panels: Sequence[dict[str, Any]], path: Path, shown: int = 10) -> No
     plt.close(figure)
 
 
-def _short(value: float) -> str:
-    return f"{value:.3g}"
+def _in_units(knob: str, low: float, high: float) -> str:
+    """A range in units that people use."""
+    unit = PARAMETERS[knob][0] if knob in PARAMETERS else "1"
+    scale, name = {"s": (1e6, " us"), "B/s": (1e-9, " GB/s")}.get(unit, (1.0, ""))
+    return f"{low * scale:.3g} to {high * scale:.3g}{name}"
 
 
 def control(curves: Sequence[dict[str, Any]], path: Path) -> None:
@@ -134,9 +138,12 @@ def control(curves: Sequence[dict[str, Any]], path: Path) -> None:
             mine = [row for row in curve["rows"] if row["design"] == design]
             tensors = [row["tensors"] for row in mine]
             axis.loglog(tensors, [row["control_ms"] for row in mine], **_line(design))
+        counts = sorted({row["tensors"] for row in curve["rows"]})
+        axis.set_xticks(counts, [str(n) for n in counts])
+        axis.minorticks_off()
         axis.set_title(f"{curve['ranks']:,} ranks (ddp, xla, static: 0)")
         axis.set(xlabel="gradient tensors", ylabel="control plane, ms per step")
-        axis.grid(alpha=0.3, which="both")
+        axis.grid(alpha=0.3)
         axis.legend(fontsize=8)
     figure.savefig(path, dpi=120)
     plt.close(figure)
@@ -178,7 +185,10 @@ def gains(maps: Sequence[dict[str, Any]], path: Path) -> None:
         for i, row in enumerate(ratios):
             for k, value in enumerate(row):
                 text = f"{value:.2f}" if value < 10 else f"{value:.0f}"
-                axis.text(k, i, text, ha="center", va="center", fontsize=7)
+                colour = "w" if value > 1.4 else "k"
+                axis.text(
+                    k, i, text, ha="center", va="center", fontsize=8, color=colour
+                )
         axis.set_xticks(range(len(each["ranks"])), [f"{n:,}" for n in each["ranks"]])
         axis.set_yticks(range(len(each["tensors"])), each["tensors"])
         axis.set_xlabel("ranks")
