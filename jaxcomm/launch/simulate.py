@@ -60,15 +60,7 @@ def show(found: report.Report, what: str, where: str) -> None:
     """Print results and validation as tables."""
     console = Console()
     table = Table(title=f"{what}\n{where}", title_justify="left")
-    for name in (
-        "ranks",
-        "design",
-        "efficiency",
-        "range",
-        "step",
-        "control",
-        "exposed",
-    ):
+    for name in ("ranks", "design", "eff.", "range", "step", "control", "exposed"):
         side = "left" if name == "design" else "right"
         table.add_column(name, justify=side, no_wrap=True)
     last = None
@@ -83,17 +75,14 @@ def show(found: report.Report, what: str, where: str) -> None:
             row["design"],
             f"{row['efficiency']:.3f}",
             _span(*ends) if ends else "",
-            f"{row['step_ms']:.1f}",
-            f"{row['control_ms']:.2f}",
-            f"{row['exposed_comm_ms']:.2f}",
+            *(_ms(row[key]) for key in ("step_ms", "control_ms", "exposed_comm_ms")),
         )
     console.print(table)
     console.print(
-        f"A device alone computes a step in {found['compute_ms']:.1f} ms. Times in "
-        "ms a step. Range: 5th to 95th percentile, all parameters moved in theirs. "
-        "Control: how long the control plane works for a step, mostly beside the "
-        "computation. Exposed: communication that no computation hides.",
-        soft_wrap=True,
+        f"A device alone computes a step in {_ms(found['compute_ms'])}. Range: 5th to "
+        "95th percentile, all parameters moved in theirs. Control: how long the control "
+        "plane works for a step, mostly beside the computation. Exposed: communication "
+        "that no computation hides."
     )
     if any(row["extrapolated"] for row in found["results"]):
         console.print("* more ranks than the machine has")
@@ -113,6 +102,10 @@ def show(found: report.Report, what: str, where: str) -> None:
             "yes" if row["fitted_parameter"] else "no",
         )
     console.print(table)
+
+
+def _ms(value: float) -> str:
+    return f"{value:.2f} ms" if value < 1e5 else f"{value / 1e3:.0f} s"
 
 
 def _span(low: float, high: float) -> str:

@@ -120,6 +120,8 @@ def run_variants(
 
     Their workloads have the same number of leaves.
     """
+    if not variants:
+        return []
     runs = []
     for machine, workload in variants:
         plane = Negotiation(machine, ranks)

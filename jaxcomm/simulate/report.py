@@ -13,8 +13,9 @@ from jaxcomm.simulate import experiment, uncertainty, validation
 from jaxcomm.simulate.machines import Machine
 from jaxcomm.simulate.workloads import Workload
 
-# Steps per sample of the ranges, and per anchor of the validation.
-RANGE_STEPS, ANCHOR_STEPS = 4, 20
+# Steps per sample of the ranges; steps and samples per anchor, at most.
+RANGE_STEPS = 4
+ANCHOR_STEPS, ANCHOR_SAMPLES = 20, 8
 FORMAT = 1
 # Where the arrays of one step take about a gigabyte.
 MAX_RANKS = 1_000_000
@@ -69,7 +70,12 @@ def make(
             )
         rows += [_row(machine, result, spread.get(result.design)) for result in found]
     meter.begin("published figures", 0)
-    anchors = validation.check(steps=ANCHOR_STEPS, seed=seed, progress=meter.step)
+    anchors = validation.check(
+        steps=min(steps, ANCHOR_STEPS),
+        samples=min(samples, ANCHOR_SAMPLES),
+        seed=seed,
+        progress=meter.step,
+    )
     return {
         "format": FORMAT,
         "machine": machine.name,

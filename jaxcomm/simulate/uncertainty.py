@@ -49,6 +49,8 @@ def variants(
     machine: Machine, workload: Workload, samples: int, seed: int
 ) -> list[tuple[Machine, Workload]]:
     """Machines and workloads with all knobs at random places of their ranges."""
+    if samples == 0:
+        return []
     found = knobs(machine, workload)
     points = latin_hypercube(samples, len(found), seed)
     return [
