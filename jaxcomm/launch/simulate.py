@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+from rich import box
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
@@ -59,7 +60,7 @@ def main(
 def show(found: report.Report, what: str, where: str) -> None:
     """Print results and validation as tables."""
     console = Console()
-    table = Table(title=f"{what}\n{where}", title_justify="left")
+    table = Table(title=f"{what}\n{where}", title_justify="left", box=box.SIMPLE_HEAD)
     for name in ("ranks", "design", "eff.", "range", "step", "control", "exposed"):
         side = "left" if name == "design" else "right"
         table.add_column(name, justify=side, no_wrap=True)
@@ -79,14 +80,15 @@ def show(found: report.Report, what: str, where: str) -> None:
         )
     console.print(table)
     console.print(
-        f"A device alone computes a step in {_ms(found['compute_ms'])}. Range: 5th to "
-        "95th percentile, all parameters moved in theirs. Control: how long the control "
-        "plane works for a step, mostly beside the computation. Exposed: communication "
-        "that no computation hides."
+        f"In ms a step. A device alone computes it in {_ms(found['compute_ms'])}. "
+        "Range: 5th to 95th percentile of efficiency, all parameters moved in theirs. "
+        "Control: how long the control plane works for a step, mostly beside the "
+        "computation. Exposed: communication that no computation hides."
     )
     if any(row["extrapolated"] for row in found["results"]):
         console.print("* more ranks than the machine has")
-    table = Table(title="Published figures and the model, on Summit")
+    title = "Published figures and the model, on Summit"
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD)
     for name in ("anchor", "published", "model", "range", "error", "fitted"):
         anchor = name == "anchor"
         table.add_column(
@@ -105,7 +107,7 @@ def show(found: report.Report, what: str, where: str) -> None:
 
 
 def _ms(value: float) -> str:
-    return f"{value:.2f} ms" if value < 1e5 else f"{value / 1e3:.0f} s"
+    return f"{value:.2f}" if value < 1e5 else f"{value / 1e3:.0f} s"
 
 
 def _span(low: float, high: float) -> str:
