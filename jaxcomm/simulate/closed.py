@@ -111,11 +111,12 @@ def straggling(machine: Machine, ranks: int) -> float:
     return 1 + spread * slowest_of(ranks)
 
 
-def mean_wait(cycle_seconds: float, coordination: float) -> float:
+def mean_wait(cycle_seconds: float, wake: float, coordination: float) -> float:
     """Mean time from a tensor's being ready everywhere to its release, in seconds.
 
-    Half a cycle passes until the thread looks again, then a round. Applies where cycles
+    Half a cycle, as long as it really is, passes until the thread looks again; then a
+    round. Applies where cycles
     are longer than rounds and tensors become ready at times that have nothing to do
     with the cycles.
     """
-    return cycle_seconds / 2 + coordination
+    return (cycle_seconds + wake) / 2 + coordination

@@ -78,7 +78,10 @@ class Dynamic:
         return outcome
 
     def _set_cycle(self, begin: float, busy: float) -> None:
-        """Fix the next cycle's begin from this one's, and whether it is slept for."""
+        """Fix the next cycle's begin from this one's, and whether it is slept for.
+
+        Horovod measures a cycle from when the thread woke, so lateness adds up.
+        """
         self._cycle = max(begin + self.settings.cycle_seconds, busy)
         self._late = self.plane.wake if self._cycle > busy else 0.0
 
@@ -159,7 +162,7 @@ class _Steps:
             self.messages += messages
             self.cycles += 1
             busy = self.end if design.plane.machine.blocking and fused else release
-            design._set_cycle(begin - design._late, busy)
+            design._set_cycle(begin, busy)
         if self.counted != self.requests:
             raise RuntimeError("a request was never counted")
         return Outcome(
@@ -185,9 +188,8 @@ class _Steps:
         seconds, messages = self._idle()
         period = design.settings.cycle_seconds
         late = design._late = design.plane.wake if seconds < period else 0.0
-        period = max(period, seconds + late)
+        period = max(period + late, seconds)
         idle = max(math.ceil((event - late - design._cycle) / period), 0)
-        # The cycle before the one that finds something is idle too, and so on back.
         self.messages += idle * messages
         design._cycle += idle * period
         return design._cycle

@@ -9,9 +9,20 @@ from __future__ import annotations
 
 import dataclasses
 
-from jaxcomm.simulate import experiment, machines, uncertainty, workloads
+from jaxcomm.simulate import (
+    dynamic,
+    experiment,
+    machines,
+    noise,
+    uncertainty,
+    workloads,
+)
 from jaxcomm.simulate.machines import Parameter
+from jaxcomm.simulate.negotiation import Negotiation
 from jaxcomm.simulate.workloads import Workload
+
+# benchmarks/results/control.json.
+MEASURED_CYCLE_MS = 1.08
 
 
 @dataclasses.dataclass(frozen=True)
@@ -139,6 +150,7 @@ def check(
             "its leaves, its step of 1 s and the tree's radix of 4 are assumed",
         )
     )
+    rows.append(_measured_here(seed))
     sustained = [27600 * stemdl.flops / (1e15 * run[0].step_ms) for run in whole]
     rows.append(
         _row(
@@ -148,6 +160,44 @@ def check(
         )
     )
     return rows
+
+
+def _measured_here(seed: int) -> Row:
+    """Horovod itself, on two ranks of one host: cycles and rounds without data.
+
+    Measured by benchmarks/control.py, "Horovod grouped, 161 tensors, cycle 1 ms".
+    """
+    here, resnet = machines.load("here"), workloads.load("resnet50")
+    empty = dataclasses.replace(
+        resnet, shapes=((1,),) * len(resnet.shapes), groups=("all",) * 161, flops=1.0
+    )
+    settings = dataclasses.replace(dynamic.CACHE_GROUPS, cycle_seconds=1e-3)
+
+    def step_ms(wake: float) -> float:
+        machine = here.at({"wake_seconds": wake})
+        plane = Negotiation(machine, 2)
+        design = dynamic.Dynamic(settings, empty, plane)
+        shares = noise.real_shares(empty, 0.0, seed)
+        outcomes = [
+            design.step(
+                noise.ready(empty, machine, noise.draw(2, 161, k, seed), shares)
+            )
+            for k in range(6)
+        ]
+        # The first two fill the cache and fall into step with the cycles.
+        return 1e3 * sum(x.seconds for x in outcomes[2:]) / 4
+
+    wake = here.parameters["wake_seconds"]
+    return Row(
+        "measured here: Horovod 0.28.1's step without data, 2 ranks, 161 tensors in a "
+        "group, cycle of 1 ms, in ms",
+        MEASURED_CYCLE_MS,
+        step_ms(wake.value),
+        step_ms(wake.low),
+        step_ms(wake.high),
+        None,
+        "the range is that of how late the thread wakes",
+    )
 
 
 def _row(
