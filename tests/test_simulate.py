@@ -243,6 +243,41 @@ def test_rank_0_counts_every_request(monkeypatch: pytest.MonkeyPatch) -> None:
     assert sum(seen) == 3 * 100 * 33
 
 
+@pytest.mark.parametrize("design", experiment.DESIGNS)
+def test_reductions_follow_one_another(design: str) -> None:
+    # Without computation a step is its reductions, and a cycle at most.
+    machine, workload = SUMMIT.at(QUIET), workloads.load("stemdl")
+    bare = dataclasses.replace(workload, flops=1.0)
+    plane = Negotiation(machine, 96)
+    made = experiment.make_design(design, bare, plane, np.array(bare.ready))
+    ready = noise.ready(
+        bare, machine, noise.draw(96, 33, 0, 0), noise.real_shares(bare, 0.0, 0)
+    )
+    if isinstance(made, fixed.Fixed):
+        wait, total = 0.0, sum(bucket.seconds for bucket in made.buckets)
+    else:
+        wait = made.settings.cycle_seconds + plane.wake
+        wait += plane.coordinate(96 * 33, 33, 8)[0]
+        total = sum(map(made.reduce_seconds, made.fuse(list(range(33)))))
+    made.step(ready)
+    end = made.step(ready).end
+    # DDP broadcasts buffers first, and the computation takes a moment.
+    assert total <= end <= total + wait + 1e-4
+    wire = collectives.wire(machine)
+    assert end > 2 * bare.wire_bytes.sum() / wire.network_bandwidth
+
+
+def test_negotiation_waits_for_blocking_collectives() -> None:
+    ethernet, gpt2 = machines.load("ethernet"), workloads.load("gpt2")
+    quick = dataclasses.replace(gpt2, flops=gpt2.flops / 100)
+    rounds = {}
+    for blocking in (False, True):
+        machine = dataclasses.replace(ethernet, blocking=blocking)
+        (found,) = experiment.simulate(machine, quick, 16, steps=4, designs=["cache"])
+        rounds[blocking] = found.reductions
+    assert rounds[True] < rounds[False]
+
+
 def test_one_rank_loses_nothing_to_communication() -> None:
     quiet = SUMMIT.at(QUIET)
     for result in experiment.simulate(quiet, workloads.load("stemdl"), 1, steps=3):

@@ -31,8 +31,8 @@ def small_all_reduce(machine: Machine, ranks: int) -> float:
     """Recursive doubling of a few bytes, all ranks entering together, in seconds.
 
     Applies where the bytes' own time is small against a hop. Ranks beyond a power of
-    two cost a hop before and one after, to a neighbour: then this is a bound, less than a
-    hop too high, as not everybody takes both.
+    two cost a hop before and one after, to a neighbour: then this is a bound, less than
+    a hop too high, as not everybody takes both.
     """
     if ranks == 1:
         return 0.0

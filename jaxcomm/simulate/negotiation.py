@@ -6,7 +6,6 @@ them). Rank 0's and the other ranks' work on requests and responses comes on top
 
 from __future__ import annotations
 
-import functools
 import math
 
 import numpy as np
@@ -57,7 +56,6 @@ class Negotiation:
             self._played[kind, nbytes] = float(end.max()), int(hosts.count.sent.sum())
         return self._played[kind, nbytes]
 
-    @functools.lru_cache(maxsize=4096)  # noqa: B019
     def intersect(self, tensors: int, released: int) -> tuple[float, int]:
         """Time and messages of one bit-vector round of the response cache.
 

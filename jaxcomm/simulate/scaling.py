@@ -1,7 +1,7 @@
 """Make docs/scaling.md's figures and tables: python -m jaxcomm.simulate.scaling DOCS.
 
 Figures go to DOCS/images, every number to DOCS/scaling.json, and the tables between the
-markers of DOCS/scaling.md are made from it. About three minutes on one core.
+markers of DOCS/scaling.md are made from it. About two minutes on one core.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import Progress
 
+from jaxcomm.launch.tune import pyplot
 from jaxcomm.simulate import (
     experiment,
     figures,
@@ -162,6 +163,7 @@ def draw(found: dict[str, Any], folder: Path) -> None:
 def main(docs: str) -> None:
     """Simulate, draw, and fill in the page."""
     folder = Path(docs)
+    pyplot()  # says now, not after the work, if matplotlib is missing
     with Progress(console=Console(stderr=True)) as bar:
         found = collect(bar)
     draw(found, folder / "images")
