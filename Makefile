@@ -9,7 +9,7 @@ EXTRAS ?= dev
 DEMO_ARGS := $(if $(DEMO_STEPS),--steps $(DEMO_STEPS))
 TESTS ?= tests
 
-.PHONY: setup demo examples test test-all test-mpich nccl-abi lint sanitize bench \
+.PHONY: setup demo examples test test-all test-mpich nccl-abi lint sanitize faults bench \
   bench-peers bench-horovod bench-overlap bench-tracing bench-control scaling clean
 .DEFAULT_GOAL := help
 
@@ -22,6 +22,7 @@ help:
 	@echo "make test-mpich  the same native library over MPICH"
 	@echo "make nccl-abi  our declarations of NCCL against its releases' headers"
 	@echo "make sanitize  run the native code under Address-, UB- and ThreadSanitizer"
+	@echo "make faults  kill, stop, delay and mislead ranks 200 times, and 100,000 calls"
 	@echo "make bench  measure the gradient reduction beside its peers"
 	@echo "make bench-peers  the same beside torch.distributed, which it installs first"
 	@echo "make bench-horovod  the same beside Horovod too, which it builds first"
@@ -78,6 +79,9 @@ nccl-abi: $(STAMP)
 
 sanitize: $(STAMP)
 	tests/native/sanitize.sh $(BIN)
+
+faults: $(STAMP)
+	$(BIN)/python tests/faults/trials.py --out benchmarks/results/faults.json
 
 bench: $(STAMP)
 	$(BIN)/python benchmarks/reduction.py

@@ -10,6 +10,8 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from jaxcomm import checkpoint as checkpoint
+    from jaxcomm import data as data
     from jaxcomm import errors as errors
     from jaxcomm import flax as flax
     from jaxcomm import optax as optax
@@ -34,7 +36,7 @@ if TYPE_CHECKING:
     from jaxcomm.replication import assert_replicated as assert_replicated
     from jaxcomm.schedule import Schedule as Schedule
 
-_MODULES = ("errors", "flax", "optax")
+_MODULES = ("checkpoint", "data", "errors", "flax", "optax")
 _NAMES = {
     "all_gather": "arrays",
     "all_reduce": "collectives",

@@ -11,8 +11,9 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from jaxcomm import _compat
+from jaxcomm import _compat, _members
 from jaxcomm._host import HostChannel
+from jaxcomm.errors import ScheduleMismatchError
 
 
 class Channel(Protocol):
@@ -100,9 +101,11 @@ class MpiFabric:
       control: of `check`.
     """
 
-    def __init__(self, comm: Any):
+    def __init__(self, comm: Any, timeout: float):
         from mpi4py import MPI
 
+        self._timeout = timeout
+        self._lost: ScheduleMismatchError | None = None
         self.rank, self.size = comm.Get_rank(), comm.Get_size()
         node = comm.Split_type(MPI.COMM_TYPE_SHARED)
         self.local_rank, self.local_size = node.Get_rank(), node.Get_size()
@@ -115,8 +118,15 @@ class MpiFabric:
         self.data.Set_errhandler(MPI.ERRORS_RETURN)
 
     def subgroup(self, members: Sequence[int], lineage: str) -> MpiFabric:
+        if self._lost is not None:  # messages may be left that nobody received
+            raise self._lost
+        try:
+            _members.compare(self._host, self.host.turn, members, self._timeout)
+        except ScheduleMismatchError as error:
+            self._lost = error
+            raise
         group = self._host.Get_group().Incl(list(members))
-        return MpiFabric(self._host.Create_group(group))
+        return MpiFabric(self._host.Create_group(group), self._timeout)
 
     def duplicate(self) -> Any:
         """Return another MPI communicator of the same ranks."""

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from jaxcomm import native, watchdog
+from jaxcomm import _waiting, native
 
 _POLL_SECONDS = 50e-6
 
@@ -94,7 +94,7 @@ class HostChannel:
         receive = np.empty_like(send)
         with self.turn():
             request = self._comm.Iallreduce(send, receive, op=MPI.MIN)
-        watchdog.wait(
+        _waiting.wait(
             lambda: self._test(request),
             timeout,
             who=f"rank {self.rank} of {self.size}",

@@ -19,7 +19,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxcomm import _compat, _encoding, watchdog
+from jaxcomm import _compat, _encoding, _waiting
 from jaxcomm.errors import (
     InvalidOptionError,
     JaxcommError,
@@ -225,7 +225,7 @@ class _Round:
 
     def _wait(self, done: Callable[[], bool]) -> None:
         late = self._late
-        watchdog.wait(done, self._timeout, who=self._who, what=self._what, late=late)
+        _waiting.wait(done, self._timeout, who=self._who, what=self._what, late=late)
 
     def _slice(self) -> float:
         return min(_SLICE_SECONDS, self._end - time.monotonic())
@@ -252,7 +252,7 @@ class _Round:
         if not late:
             # Rank 0 sees this if the last one came in this moment.
             return "All have come by now, but rank 0 has not answered in time."
-        names = watchdog.rank_names(late)
+        names = _waiting.rank_names(late)
         return f"{names[0].upper()}{names[1:]} did not come."
 
     def _check(self, opened: dict[int, tuple[str, bytes]]) -> None:
@@ -260,7 +260,7 @@ class _Round:
         for rank in sorted(opened):
             calls.setdefault(opened[rank][0], []).append(rank)
         if len(calls) > 1:
-            each = [f"{watchdog.rank_names(r)}: {call}" for call, r in calls.items()]
+            each = [f"{_waiting.rank_names(r)}: {call}" for call, r in calls.items()]
             raise JaxcommError(
                 f"the ranks do different things at the same time ({'; '.join(each)}). "
                 "Every rank must call the same collectives in the same order."

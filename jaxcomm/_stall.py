@@ -1,4 +1,4 @@
-"""What a rank knows of its own state, and the report made from all ranks' states.
+"""What a rank knows of its own state, and reports made from all ranks' states.
 
 Internal to `watchdog`.
 """
@@ -6,22 +6,21 @@ Internal to `watchdog`.
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import socket
 import sys
 import threading
 import time
 import traceback
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
 
 from jaxcomm import agreement, native
-
-if TYPE_CHECKING:
-    from jaxcomm._host import HostChannel
+from jaxcomm._host import HostChannel
+from jaxcomm._waiting import rank_names
 
 _HOST = 0  # in place of a communicator's key
 _FRAMES = 12
-_PATHS = 3
+_REMEMBERED = 256
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,12 +30,14 @@ class Call:
     Attributes:
       comm: key of the communicator.
       number: counted from 1; the same for the same call on every rank.
+      where: what it is, the same for the same call on every rank.
       what: its bucket and leaves, in words.
       seconds: for how long the rank has been in it; None if it has come out.
     """
 
     comm: int
     number: int
+    where: tuple[int, int]
     what: str
     seconds: float | None
 
@@ -63,6 +64,7 @@ def look(channel: HostChannel, *, stacks: bool = False) -> State:
     host = Call(
         _HOST,
         channel.count,
+        (int.from_bytes(hashlib.sha256(channel.what.encode()).digest()[:8]), 0),
         f"the host-side {channel.what}",
         1e-9 * (now - entered) if entered else None,
     )
@@ -72,29 +74,73 @@ def look(channel: HostChannel, *, stacks: bool = False) -> State:
 
 def _call(row: native.Progress, now: int) -> Call:
     seconds = 1e-9 * (now - row.entered) if row.entered else None
-    return Call(row.key, row.calls, describe(row), seconds)
+    what = agreement.describe(row.key, row.schedule, row.bucket)
+    return Call(row.key, row.calls, (row.schedule, row.bucket), what, seconds)
 
 
-def describe(row: native.Progress) -> str:
-    """Say in words what a call reduces."""
-    schedule = agreement.schedule_of(row.key, row.schedule)
-    if schedule is None or not 0 <= row.bucket < len(schedule.buckets):
-        return f"bucket {row.bucket} of a program that was not traced here"
-    bucket = schedule.buckets[row.bucket]
-    paths = [schedule.leaves[i].path for i in bucket.leaves]
-    nbytes = sum(schedule.leaves[i].nbytes for i in bucket.leaves)
-    names = ", ".join(paths[:_PATHS])
-    if len(paths) > _PATHS:
-        names += f" and {len(paths) - _PATHS} more leaves"
-    return (
-        f"bucket {row.bucket} of {len(schedule.buckets)} ({bucket.op} of {names}; "
-        f"{nbytes:,} bytes)"
+class Ledger:
+    """Where ranks wait and with which calls they have ended, to find contradictions.
+
+    What it holds stays true when a rank has gone on: nobody ever meets a rank that
+    came to the same call from another place of the program.
+    """
+
+    def __init__(self) -> None:
+        # Of (communicator, number of the call): its places, and who came there.
+        self._calls: dict[tuple[int, int], dict[tuple[int, int], list[int]]] = {}
+        self._what: dict[tuple[int, int], str] = {}
+        self._last: dict[int, tuple[int, int, str]] = {}  # number, rank, what
+        self._ended: dict[int, Mapping[int, int]] = {}
+
+    def waits(self, rank: int, call: Call) -> None:
+        """Note that a rank waits in a call."""
+        key = (call.comm, call.number)
+        self._calls.setdefault(key, {}).setdefault(call.where, []).append(rank)
+        self._what[call.where] = call.what
+        last = self._last.get(call.comm, (0, 0, ""))
+        self._last[call.comm] = max(last, (call.number, rank, call.what))
+        if len(self._calls) > _REMEMBERED:
+            del self._calls[next(iter(self._calls))]
+
+    def ended(self, rank: int, calls: Mapping[int, int]) -> None:
+        """Note that a rank has come to its end, and after how many calls of each."""
+        self._ended[rank] = calls
+
+    def contradiction(self) -> str | None:
+        """Return the report of ranks that can never meet, if there are any."""
+        for (_, number), places in self._calls.items():
+            if len(places) > 1:
+                lines = [
+                    f"  {rank_names(sorted(set(ranks)))}: {self._what[where]}"
+                    for where, ranks in places.items()
+                ]
+                what = "the ranks are in different calls where all must be in call"
+                return refusal(f"{what} {number}", sorted(lines))
+        for comm, (number, rank, what) in self._last.items():
+            gone = sorted(
+                r
+                for r, calls in self._ended.items()
+                if calls.get(comm, number) < number
+            )
+            if gone:
+                line = f"  rank {rank} waits in call {number}: {what}"
+                return refusal(f"{rank_names(gone)} ended without a call", [line])
+        return None
+
+
+def refusal(what: str, lines: Sequence[str]) -> str:
+    """Return the report of ranks that did not do the same."""
+    return "\n".join(
+        [
+            f"jaxcomm: ScheduleMismatchError: {what}, so the job ends.",
+            *lines,
+            "Every rank must run the same programs, the same number of times, in the "
+            "same order. JAXCOMM_CHECK=every names the first call that differs.\n",
+        ]
     )
 
 
-def report(
-    own: int, size: int, waited: Call, states: Mapping[int, State], names: Any
-) -> str:
+def report(own: int, size: int, waited: Call, states: Mapping[int, State]) -> str:
     """Say who waits, who has not come and where it is, and who does not answer.
 
     Args:
@@ -102,7 +148,6 @@ def report(
       size: number of ranks.
       waited: the call that it waits in.
       states: of all ranks that answered.
-      names: from a list of ranks to "rank 3" or "ranks 0-2, 5".
     """
     head = (
         f"jaxcomm: no progress for {waited.seconds or 0:.0f} s, so the job ends. Rank "
@@ -118,7 +163,7 @@ def report(
             there.append(rank)
         else:
             past.append((rank, call))
-    lines.append(f"  waiting in this call: {names(there)}")
+    lines.append(f"  waiting in this call: {rank_names(there)}")
     for rank, call in away:
         last = f"its last call was {call.number}" if call else "it has called nothing"
         elsewhere = next((c for c in states[rank].calls if c.seconds is not None), None)
@@ -136,8 +181,8 @@ def report(
     missing = sorted(set(range(size)) - set(states))
     if missing:
         lines.append(
-            f"  no answer from {names(missing)}: ended, stopped, out of memory, or its "
-            "interpreter is held"
+            f"  no answer from {rank_names(missing)}: ended, stopped, out of memory, "
+            "or its interpreter is held"
         )
     return "\n".join(lines) + "\n"
 

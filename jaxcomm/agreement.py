@@ -4,7 +4,7 @@ A schedule is registered when it is traced and compared when its first bucket is
 about to run: the custom call asks, once per schedule, and `answer` does it over the
 communicator's control channel. A rank that only traces or lowers never gets there,
 so it never blocks. The usual case is one 64-byte reduction; only a mismatch
-exchanges more.
+exchanges more. JAXCOMM_CHECK=every does it before every call, for debugging.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 import jax
 import numpy as np
 
-from jaxcomm import watchdog
+from jaxcomm import _waiting
 from jaxcomm.errors import JaxcommError, ScheduleMismatchError
 from jaxcomm.schedule import Schedule
 
@@ -27,6 +27,11 @@ if TYPE_CHECKING:
     from jaxcomm._fabric import Channel
 
 _SHOWN_VARIANTS = 8
+_SHOWN_PATHS = 3
+_REMEDY = (
+    "Every rank must reduce a tree of the same paths, shapes and dtypes with the same "
+    "options, in the same order."
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,15 +88,59 @@ def schedule_of(key: int, digest: int) -> Schedule | None:
     return entry.schedule if entry else None
 
 
-def answer(key: int, digest: int) -> str | None:
+def describe(key: int, digest: int, bucket: int) -> str:
+    """Say in words what a call reduces."""
+    schedule = schedule_of(key, digest)
+    if schedule is None or not 0 <= bucket < len(schedule.buckets):
+        return f"bucket {bucket} of a program that was not traced here"
+    chosen = schedule.buckets[bucket]
+    paths = [schedule.leaves[i].path for i in chosen.leaves]
+    nbytes = sum(schedule.leaves[i].nbytes for i in chosen.leaves)
+    names = ", ".join(paths[:_SHOWN_PATHS])
+    if len(paths) > _SHOWN_PATHS:
+        names += f" and {len(paths) - _SHOWN_PATHS} more leaves"
+    return (
+        f"bucket {bucket} of {len(schedule.buckets)} ({chosen.op} of {names}; "
+        f"{nbytes:,} bytes)"
+    )
+
+
+def differ(key: int, own: tuple[int, int], rank: int, other: tuple[int, int]) -> str:
+    """Return the error of a rank that met another in a call, each in another bucket.
+
+    Args:
+      key: of the communicator.
+      own: digest and bucket of this rank's call.
+      rank: the other rank.
+      other: digest and bucket of its call.
+    """
+    error = ScheduleMismatchError(
+        "the ranks came to the same call from different places of their programs; "
+        f"nothing was reduced.\n  this rank: {describe(key, *own)}\n"
+        f"  rank {rank}: {describe(key, *other)}\n"
+        f"{_REMEDY} JAXCOMM_CHECK=every finds the first call that differs."
+    )
+    with _lock:
+        _failures[key] = error
+    return f"{type(error).__name__}: {error}"
+
+
+def answer(key: int, digest: int, bucket: int, number: int) -> str | None:
     """Compare a schedule across ranks; the custom calls ask this on XLA's thread.
+
+    Args:
+      key: of the communicator.
+      digest: of the schedule.
+      bucket: where every call is checked, the bucket; else -1.
+      number: likewise the call's number on its communicator.
 
     Returns:
       None when all ranks agree, else the error's text. The exception itself is kept
       for `raise_failure`.
     """
     try:
-        _compare(_channels[key], _entries.get((key, digest)), digest)
+        call = (bucket, number) if bucket >= 0 else None
+        _compare(_channels[key], key, digest, call)
     except JaxcommError as error:
         with _lock:
             _failures[key] = error
@@ -113,11 +162,15 @@ def raise_failure(key: int, error: Exception) -> None:
         raise failure from error
 
 
-def _compare(channel: _Channel, entry: _Entry | None, digest: int) -> None:
+def _compare(
+    channel: _Channel, key: int, digest: int, call: tuple[int, int] | None
+) -> None:
+    entry = _entries.get((key, digest))
     # A program from a cache may run without having been traced in this process;
     # then the digest in its HLO is all there is to compare.
     own = entry.hash if entry else digest.to_bytes(32, "big")
-    mine = np.frombuffer(own, np.uint8)
+    compared = hashlib.sha256(own + repr(call).encode()).digest() if call else own
+    mine = np.frombuffer(compared, np.uint8)
     # Minimum and maximum in one reduction: the maximum is the inverted minimum of
     # the inverse. Every rank sees the same result, so all decide alike.
     send = np.concatenate([mine, ~mine])
@@ -126,8 +179,24 @@ def _compare(channel: _Channel, entry: _Entry | None, digest: int) -> None:
         send, channel.timeout, f"check a schedule ({what})"
     )
     low, high = receive[:32], ~receive[32:]
-    if not np.array_equal(low, high):
-        raise ScheduleMismatchError(_explain(channel.host, own, entry))
+    if np.array_equal(low, high):
+        return
+    if call is not None:
+        found = channel.host.all_gather((own, *call, describe(key, digest, call[0])))
+        if len({schedule for schedule, *_ in found}) == 1:
+            raise ScheduleMismatchError(_explain_calls([row[1:] for row in found]))
+    raise ScheduleMismatchError(_explain(channel.host, own, entry))
+
+
+def _explain_calls(found: list[tuple[int, int, str]]) -> str:
+    """Say which ranks are in which call of the same schedule."""
+    ranks: dict[tuple[int, str], list[int]] = {}
+    for rank, (_, number, what) in enumerate(found):
+        ranks.setdefault((number, what), []).append(rank)
+    lines = ["the ranks are in different calls; nothing was sent."]
+    for (number, what), members in list(ranks.items())[:_SHOWN_VARIANTS]:
+        lines.append(f"  {_waiting.rank_names(members)}: call {number}, {what}")
+    return "\n".join([*lines, _REMEDY])
 
 
 def _explain(host: Channel, own: bytes, entry: _Entry | None) -> str:
@@ -140,7 +209,7 @@ def _explain(host: Channel, own: bytes, entry: _Entry | None) -> str:
     for digest, members in list(ranks.items())[:_SHOWN_VARIANTS]:
         mine = (entry.schedule.to_json(), entry.terms) if entry else None
         text = host.broadcast(mine if own == digest else None, members[0])
-        who = f"  {watchdog.rank_names(members)}: "
+        who = f"  {_waiting.rank_names(members)}: "
         if text is None:
             lines.append(who + "a compiled program that was not traced here")
             continue
@@ -157,8 +226,4 @@ def _explain(host: Channel, own: bytes, entry: _Entry | None) -> str:
             lines.append(who + f"rank {first} has another: {found}")
     if len(ranks) > _SHOWN_VARIANTS:
         lines.append(f"  ... and {len(ranks) - _SHOWN_VARIANTS} more variants")
-    lines.append(
-        "Every rank must reduce a tree of the same paths, shapes and dtypes with the "
-        "same options, in the same order."
-    )
-    return "\n".join(lines)
+    return "\n".join([*lines, _REMEDY])

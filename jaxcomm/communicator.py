@@ -14,9 +14,10 @@ import importlib.util
 import json
 import logging
 import os
+import socket
 import sys
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -35,6 +36,8 @@ log = logging.getLogger(__name__)
 STAGING_VARIABLE = "JAXCOMM_STAGING_BYTES"
 SHARED_MEMORY_VARIABLE = "JAXCOMM_SHARED_MEMORY"
 OWN_THREAD_VARIABLE = "JAXCOMM_OWN_THREAD"
+CHECK_VARIABLE = "JAXCOMM_CHECK"
+CHECKS = ("once", "every")
 TRANSPORTS = ("auto", "local", "mpi", "mpi4jax", "nccl", "xla")
 DEFAULT_TIMEOUT = 600.0
 STAGING_BYTES = 8 << 20
@@ -42,6 +45,8 @@ _MIN_STAGING = 4096
 
 _lock = threading.RLock()
 _world: Communicator | None = None
+_forked = False
+_at_exit: list[Callable[[], None]] = []
 _connected: dict[int, Communicator] = {}
 
 Groups = Sequence[Sequence[int]]
@@ -138,14 +143,16 @@ class Communicator:
             try:
                 costs = costmodel.find_profile(self.topology, default)
                 shared = os.environ.get(SHARED_MEMORY_VARIABLE, "on") != "off"
-                found = (costs.to_json(), self.staging_bytes, shared, "")
+                every = _check_every()
+                found = (costs.to_json(), self.staging_bytes, shared, every, "")
             except InvalidOptionError as error:
-                found = (None, None, None, str(error))
-        costs, self.staging_bytes, self.shared_memory, failure = self.broadcast_object(
-            found
+                found = (None, None, None, None, str(error))
+        costs, self.staging_bytes, self.shared_memory, every, failure = (
+            self.broadcast_object(found)
         )
         if failure:
             raise InvalidOptionError(failure)
+        native.check_every_call(every)
         self.costs = CostModel.from_json(costs)
         if not self.costs.source.startswith("default") and self.rank == 0:
             log.info("plans follow the profile %s", self.costs.source)
@@ -166,6 +173,7 @@ class Communicator:
 
         Raises:
           InvalidOptionError: ranks are empty, repeated or out of range.
+          ScheduleMismatchError: members give different ranks (over MPI).
         """
         members = tuple(int(r) for r in ranks)
         bad = [r for r in members if not 0 <= r < self.size]
@@ -340,6 +348,12 @@ def init(
             f"timeout={timeout!r}; give a positive time in seconds"
         )
     with _lock:
+        if _forked:
+            raise TransportUnavailableError(
+                "this process was forked from one that uses jaxcomm; it has no MPI "
+                "and no rank of its own. Reduce in the parent, or start processes that "
+                "do with multiprocessing's 'spawn' or 'forkserver'."
+            )
         if _world is None:
             settings = _Settings(
                 timeout or DEFAULT_TIMEOUT, _staging_bytes(staging_bytes)
@@ -420,6 +434,16 @@ def _staging_bytes(given: int | None) -> int:
     return int(text) // 16 * 16  # whole elements of every dtype
 
 
+def _check_every() -> bool:
+    check = os.environ.get(CHECK_VARIABLE, "once")
+    if check not in CHECKS:
+        raise InvalidOptionError(
+            f"{CHECK_VARIABLE}: {check!r}; give 'once' to compare every schedule "
+            "across ranks when it first runs, or 'every' for every call, to debug"
+        )
+    return check == "every"
+
+
 def _seconds(name: str, given: float | None, default: float) -> float:
     variable = f"JAXCOMM_{name.upper()}"
     value: Any = os.environ.get(variable, default) if given is None else given
@@ -445,9 +469,21 @@ def _start(
         return Communicator("world", "local", settings, Alone())
     if transport == "xla":
         importlib.import_module("jaxcomm.transports.xla").connect()
+    late = (
+        f"jaxcomm: this process (host {socket.gethostname()}) has waited "
+        f"{limits[1]:g} s in init for the other ranks, so the job ends: one of them "
+        "has not started, was stopped, or is stuck before init. JAXCOMM_ABORT_AFTER "
+        "sets the time.\n"
+    )
+    with native.deadline(limits[1], late, watchdog.STALLED):
+        return _connect(transport, launched, settings, limits)
+
+
+def _connect(
+    transport: str, launched: int, settings: _Settings, limits: tuple[float, float]
+) -> Communicator:
     fabric = _fabric(transport, launched, settings)
-    native.load()
-    native.set_agree(agreement.answer)
+    native.set_agree(agreement.answer, agreement.differ)
     native.set_partition(_answer_partition)
     if transport == "nccl":
         importlib.import_module("jaxcomm.transports.nccl").prepare(fabric)
@@ -464,8 +500,18 @@ def _start(
     if comm.size > 1 and isinstance(fabric, MpiFabric) and any(limits):
         watch = watchdog.Watchdog(fabric.duplicate(), fabric.host, *limits)
         atexit.register(watch.stop)
+        _at_exit.append(watch.stop)
     atexit.register(_wait_for_pending_work)  # runs first
+    os.register_at_fork(after_in_child=_leave_to_parent)
     return comm
+
+
+def _leave_to_parent() -> None:
+    """In a forked process: neither MPI nor XLA's threads are its own."""
+    global _world, _forked
+    _world, _forked = None, True
+    for call in (_wait_for_pending_work, _write_timeline, *_at_exit):
+        atexit.unregister(call)
 
 
 def _automatic(launched: int, settings: _Settings) -> str:
@@ -496,7 +542,7 @@ def _fabric(transport: str, launched: int, settings: _Settings) -> Fabric:
             "under Slurm try `srun --mpi=pmix`, or on GPUs call "
             "jax.distributed.initialize() before jaxcomm.init()."
         )
-    return MpiFabric(mpi.COMM_WORLD)
+    return MpiFabric(mpi.COMM_WORLD, settings.timeout)
 
 
 def _lowering(transport: str, data: Any) -> Transport:

@@ -31,3 +31,7 @@ class InvalidTreeError(JaxcommError, TypeError):
 
 class InvalidOptionError(JaxcommError, ValueError):
     """An option of a collective, a decorator or `init` has an unusable value."""
+
+
+class CheckpointError(JaxcommError):
+    """A checkpoint cannot be written, is damaged, or does not fit the job."""

@@ -1,9 +1,10 @@
-"""Waiting with an end: a rank that others do not join says so, then gives up.
+"""The watchdog: a thread beside a rank's collectives that does not let them hang.
 
-Two kinds of waiting are watched. `wait` polls: the one-time schedule check. The
-`Watchdog` is a thread beside a rank's collectives: it reads what the native library
-writes down when a call begins and ends, which costs the call a few stores. It warns,
-and at last ends the job with a report of all ranks.
+It reads what the native library writes down when a call begins and ends, which costs
+the call a few stores. A rank that waits for longer than a second tells rank 0 where;
+if two ranks can never meet, the job ends at once. So it does when two ranks have made
+different calls and met nevertheless. Otherwise the watchdog warns of what lasts, and at
+last ends the job with a report of all ranks.
 """
 
 from __future__ import annotations
@@ -12,20 +13,20 @@ import logging
 import sys
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 from jaxcomm import _stall
-from jaxcomm.errors import StallError
+from jaxcomm._history import History
+from jaxcomm._waiting import rank_names
 
 log = logging.getLogger(__name__)
 
-WARN_SECONDS = 10.0
 WARN_AFTER, ABORT_AFTER = 60.0, 600.0  # of the watchdog, unless said otherwise
 STALLED = 70  # exit code of a job that the watchdog ended
-_POLL_SECONDS = 0.001
-_ANSWER_SECONDS = 5.0
-_ASK, _ANSWER = 1, 2  # message tags
+_TELL_AFTER = 1.0
+_ANSWER_SECONDS = 5.0  # at most
+_ASK, _ANSWER, _WAITS, _ENDED, _MARKS, _LAST = range(1, 7)  # message tags
 
 
 class Watchdog:
@@ -42,17 +43,27 @@ class Watchdog:
         self._warn_after, self._abort_after = warn_after, abort_after
         limits = [t for t in (warn_after, abort_after) if t > 0]
         self._period = min([1.0, *(t / 5 for t in limits)])
+        self._answer_seconds = min(_ANSWER_SECONDS, max(abort_after / 3, 1.0))
         self._warned: tuple[int, int] | None = None
+        self._told: tuple[int, int] | None = None
+        self._ledger = _stall.Ledger()  # rank 0's
+        self._history = History()
+        self._before = 0
         self._held = 0.0  # until when this rank does not report
         self._asked: list[Any] = []
         self._stop = threading.Event()
+        _before_finalize(self.stop)
         self._thread = threading.Thread(
             target=self._run, name="jaxcomm watchdog", daemon=True
         )
         self._thread.start()
 
     def stop(self) -> None:
-        """End the thread; before MPI ends."""
+        """Wait until all ranks have come to their end; before MPI ends.
+
+        A rank that has made fewer calls than another waits for, or other ones, is found
+        out here.
+        """
         self._stop.set()
         self._thread.join()
 
@@ -60,13 +71,91 @@ class Watchdog:
         while not self._stop.wait(self._period):
             self._answer()
             self._look()
+            self._compare()
+        self._tell(_ENDED, {c.comm: c.number for c in self._calls()})
+        self._send(_LAST, (self._rank + 1) % self._size, self._history.news())
+        with self._turn():
+            everyone = self._comm.Ibarrier()
+        ended = heard = False
+        while not (ended and heard):
+            self._answer()
+            for before, marks in self._receive(_LAST):
+                heard = True
+                self._hear(before, marks)
+            self._compare()
+            time.sleep(0.01)
+            with self._turn():
+                ended = ended or everyone.Test()
+
+    def _calls(self) -> tuple[_stall.Call, ...]:
+        return _stall.look(self._channel).calls
+
+    def _tell(self, tag: int, what: Any) -> None:
+        """Let rank 0 know."""
+        if self._rank == 0:
+            self._enter(tag, 0, what)
+        else:
+            self._send(tag, 0, what)
+
+    def _send(self, tag: int, rank: int, what: Any) -> None:
+        with self._turn():
+            # Soon received, or the job ends.
+            self._asked = [r for r in self._asked if not r.test()[0]]
+            self._asked.append(self._comm.isend(what, rank, tag))
+
+    def _enter(self, tag: int, rank: int, what: Any) -> None:
+        if tag == _WAITS:
+            self._ledger.waits(rank, what)
+        else:
+            self._ledger.ended(rank, what)
+
+    def _compare(self) -> None:
+        """End the job if two ranks can never meet, or have met by mistake."""
+        if news := self._history.news():
+            self._send(_MARKS, (self._rank + 1) % self._size, news)
+        for before, marks in self._receive(_MARKS):
+            self._hear(before, marks)
+        parted = self._history.difference()
+        if parted is not None:
+            pair = sorted([self._before, self._rank])
+            self._refuse(_stall.refusal(f"{rank_names(pair)} part {parted}", []))
+        if self._rank == 0:
+            self._compare_waits()
+
+    def _hear(self, before: int, marks: Any) -> None:
+        self._history.hear(marks)
+        self._before = before
+
+    def _compare_waits(self) -> None:
+        for tag in (_WAITS, _ENDED):
+            for rank, what in self._receive(tag):
+                self._enter(tag, rank, what)
+        if self._ledger.contradiction() is None:
+            return
+        # Others that wait as well speak up meanwhile.
+        time.sleep(0.3)
+        for rank, call in self._receive(_WAITS):
+            self._ledger.waits(rank, call)
+        text = self._ledger.contradiction()
+        assert text is not None  # it does not go away
+        self._refuse(text)
+
+    def _refuse(self, text: str) -> None:
+        from jaxcomm.launch import abort
+
+        sys.stdout.flush()
+        sys.stderr.write(text)
+        abort.end_job(STALLED)
 
     def _look(self) -> None:
-        waiting = [c for c in _stall.look(self._channel).calls if c.seconds is not None]
+        waiting = [c for c in self._calls() if c.seconds is not None]
         if not waiting:
             return
         call = max(waiting, key=lambda c: c.seconds or 0.0)
         seconds = call.seconds or 0.0
+        if seconds > _TELL_AFTER and self._told != (call.comm, call.number):
+            self._told = (call.comm, call.number)
+            self._tell(_WAITS, call)
         if 0 < self._warn_after < seconds and self._warned != (call.comm, call.number):
             self._warned = (call.comm, call.number)
             log.warning(
@@ -80,8 +169,6 @@ class Watchdog:
 
     def _end(self, call: _stall.Call) -> None:
         """Ask all ranks where they are, twice; if nothing moves, report and end."""
-        from jaxcomm.launch import abort
-
         states = self._ask()
         if self._stop.wait(min(max(self._abort_after / 10, 0.5), 10.0)):
             return
@@ -98,19 +185,17 @@ class Watchdog:
                 *(self._rank, self._size, call.number, call.what, rank_names(moving)),
             )
             return
-        text = _stall.report(self._rank, self._size, call, states, rank_names)
-        sys.stdout.flush()
-        sys.stderr.write(text)
-        abort.end_job(STALLED)
+        text = _stall.report(self._rank, self._size, call, states)
+        self._refuse(text)
 
     def _ask(self) -> dict[int, _stall.State]:
         """Return the states of all ranks that answer."""
         others = [rank for rank in range(self._size) if rank != self._rank]
         with self._turn():
             # Some are perhaps never received; then the job ends.
-            self._asked = [self._comm.isend(None, rank, _ASK) for rank in others]
+            self._asked += [self._comm.isend(None, rank, _ASK) for rank in others]
         states = {self._rank: _stall.look(self._channel)}
-        end = time.monotonic() + _ANSWER_SECONDS
+        end = time.monotonic() + self._answer_seconds
         while len(states) < self._size and time.monotonic() < end:
             for rank, state in self._receive(_ANSWER):
                 states[rank] = state
@@ -125,7 +210,7 @@ class Watchdog:
             state = _stall.look(self._channel, stacks=True)
             with self._turn():
                 request = self._comm.isend(state, rank, _ANSWER)
-            end = time.monotonic() + _ANSWER_SECONDS
+            end = time.monotonic() + self._answer_seconds
             while time.monotonic() < end:
                 with self._turn():
                     done, _ = request.test()
@@ -151,52 +236,12 @@ def _calls(state: _stall.State) -> list[tuple[int, int]]:
     return [(call.comm, call.number) for call in state.calls]
 
 
-def wait(
-    done: Callable[[], bool],
-    timeout: float,
-    *,
-    who: str,
-    what: str,
-    late: Callable[[], str] | None = None,
-) -> None:
-    """Poll until `done()`; log after 10 s, give up after `timeout`.
+def _before_finalize(call: Callable[[], None]) -> None:
+    """Let MPI_Finalize, whoever calls it, begin with a call."""
+    from mpi4py import MPI
 
-    Args:
-      done: tells whether the awaited thing has happened; called every millisecond,
-        or as often as it returns.
-      timeout: seconds.
-      who: the waiting rank, as the message's subject.
-      what: what it waits for, to follow "the other ranks to".
-      late: asked at the end for a sentence about who has not come, where that is known.
+    def deleted(comm: Any, keyval: int, value: Any) -> None:
+        call()
 
-    Raises:
-      StallError: `timeout` seconds went by.
-    """
-    start = time.monotonic()
-    warned = False
-    while not done():
-        waited = time.monotonic() - start
-        if waited > WARN_SECONDS and not warned:
-            warned = True
-            log.warning("%s waits for the other ranks to %s", who, what)
-        if waited > timeout:
-            known = f" {late()}" if late else ""
-            raise StallError(
-                f"{who} waited {timeout:g} s for the other ranks to {what}.{known} A "
-                "rank ended, runs another program or has not got here; every rank must "
-                "call the same collectives in the same order. init(timeout=...) sets "
-                "the time."
-            )
-        time.sleep(_POLL_SECONDS)
-
-
-def rank_names(ranks: Sequence[int]) -> str:
-    """Return "rank 3" or "ranks 0-2, 5" for ranks in rising order."""
-    runs: list[list[int]] = []
-    for rank in ranks:
-        if runs and rank == runs[-1][1] + 1:
-            runs[-1][1] = rank
-        else:
-            runs.append([rank, rank])
-    text = ", ".join(str(a) if a == b else f"{a}-{b}" for a, b in runs)
-    return f"rank {text}" if len(ranks) == 1 else f"ranks {text}"
+    # What is attached to COMM_SELF is what MPI_Finalize frees first.
+    MPI.COMM_SELF.Set_attr(MPI.Comm.Create_keyval(delete_fn=deleted), None)

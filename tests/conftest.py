@@ -12,6 +12,7 @@ import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import jax
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -20,6 +21,15 @@ ROOT = Path(__file__).resolve().parents[1]
 FAKE_NCCL = ["-std=c++17", "-O2", "-shared", "-fPIC", "-fvisibility=hidden"]
 
 Launch = Callable[..., "subprocess.CompletedProcess[str]"]
+
+# The ranks of all jobs compile the same small programs over and over: most of the time
+# of a test. JAX has been imported, so this holds for other processes than this one.
+assert jax.__version__
+_compiled = tempfile.mkdtemp(prefix="jaxcomm-compiled-")
+atexit.register(shutil.rmtree, _compiled, ignore_errors=True)
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", _compiled)
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
 
 
 def launch_ranks(

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from conftest import ROOT, Launch
 
-from jaxcomm.launch import run as launcher
+from jaxcomm.launch import supervise
 
 
 def jaxcomm(*arguments: str, **env: str) -> subprocess.CompletedProcess[str]:
@@ -85,7 +85,7 @@ def test_the_timeout_dumps_stacks_and_leaves_no_process(job: Launch) -> None:
         "stuck_here()\n"
     )
     done = job(2, text, timeout=12)
-    assert done.returncode == launcher.TIMED_OUT
+    assert done.returncode == supervise.TIMED_OUT
     assert "still ran after 12 s" in done.stderr
     assert done.stderr.count("in stuck_here") == 2
     pids = [int(line.split()[1]) for line in done.stdout.splitlines() if "pid" in line]

@@ -253,7 +253,7 @@ port, rank, size, what = sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), sys.ar
 jax.distributed.initialize(f"127.0.0.1:{port}", size, rank)
 import jax.numpy as jnp, numpy as np, jaxcomm
 assert "mpi4py" not in sys.modules
-comm = jaxcomm.init("nccl", timeout=8)
+comm = jaxcomm.init("nccl", timeout=8 if what == "raise" else 60)
 assert (comm.rank, comm.size, comm.local_rank, comm.local_size) == (rank, size) * 2
 step = jaxcomm.data_parallel(lambda x: jax.lax.pmean(x, "batch"))
 mean = step(jnp.full(3, float(rank)))
@@ -273,6 +273,13 @@ else:
     raise AssertionError("no mismatch")
 if what == "raise" and rank == 1:
     raise ValueError("of this rank")
+# Orbax must not wait for processes that do not call it.
+from jaxcomm import checkpoint
+state = {"x": jnp.full(3, float(rank)), "key": jax.random.key(rank), "n": rank}
+checkpoint.save(sys.argv[5], 1, state)
+found = checkpoint.restore(sys.argv[5], state)
+assert found.state["n"] == 0 and not found.state["x"].any()
+jaxcomm.assert_replicated(found.state)
 assert comm.all_gather_object(("here", rank))[-1] == ("here", size - 1)
 """
 
@@ -286,7 +293,7 @@ def distributed(tmp_path: Path, ranks: int, what: str) -> list[tuple[int, str]]:
         port = str(probe.getsockname()[1])
     processes = [
         subprocess.Popen(
-            [sys.executable, script, port, str(rank), str(ranks), what],
+            [sys.executable, script, port, str(rank), str(ranks), what, tmp_path],
             env={**os.environ, **on_fake_nccl(), "JAX_PLATFORMS": "cpu"},
             stderr=subprocess.PIPE,
             text=True,

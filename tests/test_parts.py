@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 import pytest
 
-from jaxcomm import watchdog
+from jaxcomm import _waiting
 from jaxcomm.errors import StallError
 from jaxcomm.simulate import control
 from jaxcomm.transports import nccl
@@ -41,12 +41,12 @@ jaxcomm.assert_replicated(got)
 
 def test_wait_ends_in_a_stall_error() -> None:
     with pytest.raises(StallError, match=r"rank 1 of 2 waited 0.05 s .* to arrive"):
-        watchdog.wait(lambda: False, 0.05, who="rank 1 of 2", what="arrive")
+        _waiting.wait(lambda: False, 0.05, who="rank 1 of 2", what="arrive")
 
 
 def test_wait_returns_when_done() -> None:
     end = time.monotonic() + 0.02
-    watchdog.wait(lambda: time.monotonic() > end, 5.0, who="", what="")
+    _waiting.wait(lambda: time.monotonic() > end, 5.0, who="", what="")
     assert time.monotonic() > end
 
 

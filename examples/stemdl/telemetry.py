@@ -22,10 +22,11 @@ LINE_EVERY = 100
 class Telemetry:
     """Collects losses and time; shows them, where asked to."""
 
-    def __init__(self, steps: int, batch: int, shown: bool):
-        self._steps, self._batch = steps, batch
-        self._losses: list[jax.Array] = []
-        self._read: list[float] = []
+    def __init__(self, steps: int, batch: int, shown: bool, before: np.ndarray):
+        """`before` are the losses of the steps done before, in another process."""
+        self._steps, self._batch, self._first = steps, batch, len(before)
+        self._losses: list[Any] = before.tolist()
+        self._read: list[float] = before.tolist()
         self._started = self._seconds = 0.0
         console = Console(stderr=True)
         # Where there is no terminal, a log gets a line now and then.
@@ -40,7 +41,9 @@ class Telemetry:
             console=console,
             disable=not (shown and console.is_terminal),
         )
-        self._task = self._bar.add_task("", total=steps, loss=float("nan"), speed=0.0)
+        self._task = self._bar.add_task(
+            "", total=steps, completed=self._first, loss=float("nan"), speed=0.0
+        )
 
     def __enter__(self) -> Telemetry:
         self._bar.start()
@@ -49,23 +52,29 @@ class Telemetry:
     def __exit__(self, kind: object, *_: object) -> None:
         self._bar.stop()
         if kind is None:
-            self._read += [_scalar(loss) for loss in self._losses[len(self._read) :]]
-            self._seconds = time.perf_counter() - self._started
+            self.losses()
+            if self._started:
+                self._seconds = time.perf_counter() - self._started
 
     def record(self, step: int, loss: jax.Array) -> None:
         """Note the loss of step number `step`, counted from 1, without waiting."""
         self._losses.append(loss)
-        if step == UNTIMED_STEPS:
+        if step == self._first + UNTIMED_STEPS:
             jax.block_until_ready(loss)
             self._started = time.perf_counter()
-        if step > LATE:
+        if step > len(self._read) + LATE:
             self._read.append(_scalar(self._losses[step - 1 - LATE]))
             self._show(step)
+
+    def losses(self) -> list[float]:
+        """The losses of all steps so far; waits for the last of them."""
+        self._read += [_scalar(loss) for loss in self._losses[len(self._read) :]]
+        return self._read
 
     def _show(self, step: int) -> None:
         late = float(np.mean(self._read[-20:]))
         elapsed = time.perf_counter() - self._started
-        speed = (step - UNTIMED_STEPS) * self._batch / elapsed
+        speed = (step - self._first - UNTIMED_STEPS) * self._batch / elapsed
         self._bar.update(self._task, completed=step, loss=late, speed=speed)
         if self._log and (step % LINE_EVERY == 0 or step == self._steps):
             self._log.print(
@@ -75,12 +84,13 @@ class Telemetry:
     def report(self) -> dict[str, Any]:
         """Steps, seconds and samples/s without the first steps, and all losses."""
         steps = len(self._read)
-        timed = (steps - UNTIMED_STEPS) * self._batch
+        timed = (steps - self._first - UNTIMED_STEPS) * self._batch
         return {
             "steps": steps,
             "batch": self._batch,
             "seconds": self._seconds,
-            "samples_per_s": timed / self._seconds,
+            # Unknown where a job that went on had hardly a step left.
+            "samples_per_s": timed / self._seconds if self._seconds else None,
             "losses": self._read,
         }
 

@@ -3,11 +3,18 @@ r"""Train the network, data-parallel over ranks or over devices.
 jaxcomm run -n 2 examples/stemdl/train.py --out out/stemdl
 XLA_FLAGS=--xla_force_host_platform_device_count=2 \
         python examples/stemdl/train.py --backend pmap --out out/stemdl-pmap
+
+With --checkpoint-every it goes on where it was ended: by SIGTERM or Ctrl-C, which save
+first, or by a failure, after which `jaxcomm run --max-restarts 3` starts it again.
 """
 
 from __future__ import annotations
 
+import functools
+import itertools
 import json
+import os
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,6 +29,8 @@ from rich.console import Console
 import checkpoint
 from augment import SYMMETRIES, augment
 from dataset import Dataset, load
+from jaxcomm.checkpoint import CheckpointError, Stop, restore, save
+from jaxcomm.data import Batches
 from network import StemNet
 from parallel import AXIS, BACKENDS, Backend
 from simulate import data_config, data_option, simulate
@@ -90,30 +99,35 @@ def make_train_step(model: StemNet, tx: optax.GradientTransformation) -> Any:
 
 
 def batches(
-    dataset: Dataset, backend: Backend, batch: int, seed: int
+    dataset: Dataset, backend: Backend, batch: int, seed: int, first: int = 0
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """Endless augmented batches: the same global ones for any number of ranks.
+
+    Each is a function of the seed and of the number of steps before it, which begins
+    with `first`.
 
     Yields:
       This process's part: patterns and labels; pmap's with a leading device axis.
     """
-    rng = np.random.default_rng(seed)
-    samples = len(dataset.train_x)
-    while True:
-        order = rng.permutation(samples)
-        symmetries = rng.integers(SYMMETRIES, size=samples)
-        for start in range(0, samples - batch + 1, batch):
-            rows = backend.share(order[start : start + batch])
-            x, y = augment(
-                dataset.train_x[rows.ravel()],
-                dataset.train_y[rows.ravel()],
-                symmetries[rows.ravel()],
-            )
-            # A second axis of rows, where there is one, is pmap's device axis.
-            yield (
-                x.reshape(*rows.shape, *x.shape[1:]),
-                y.reshape(*rows.shape, *y.shape[1:]),
-            )
+    order = Batches(len(dataset.train_x), batch, seed, rank=0, size=1)
+    for step in itertools.count(first):
+        rows = backend.share(order.at(step).indices)
+        symmetries = _symmetries(seed, order.epoch(step), order.samples)
+        x, y = augment(
+            dataset.train_x[rows.ravel()],
+            dataset.train_y[rows.ravel()],
+            symmetries[rows.ravel()],
+        )
+        # A second axis of rows, where there is one, is pmap's device axis.
+        yield (
+            x.reshape(*rows.shape, *x.shape[1:]),
+            y.reshape(*rows.shape, *y.shape[1:]),
+        )
+
+
+@functools.lru_cache(maxsize=1)
+def _symmetries(seed: int, epoch: int, samples: int) -> np.ndarray:
+    return np.random.default_rng([seed, epoch]).integers(SYMMETRIES, size=samples)
 
 
 @click.command()
@@ -151,6 +165,19 @@ def batches(
     show_default=True,
     help="keep the parameters after so many steps",
 )
+@click.option(
+    "--checkpoint-every",
+    type=click.IntRange(0),
+    default=0,
+    show_default=True,
+    help="save in --out after every so many steps, and on SIGTERM or Ctrl-C; 0: never",
+)
+@click.option(
+    "--resume/--no-resume",
+    default=True,
+    show_default=True,
+    help="go on from the last checkpoint in --out, or delete what is there",
+)
 @data_option
 @click.option(
     "--out", type=click.Path(path_type=Path), default="out/stemdl", show_default=True
@@ -165,6 +192,8 @@ def main(
     samples: int,
     float64: bool,
     compare_steps: int,
+    checkpoint_every: int,
+    resume: bool,
     data_dir: Path,
     out: Path,
 ) -> None:
@@ -179,8 +208,11 @@ def main(
     if batch > samples:
         raise click.UsageError(f"--batch {batch} exceeds --samples {samples}")
     config = data_config(samples)
+    saved = out / "checkpoints"
     if root:
         out.mkdir(parents=True, exist_ok=True)
+        if not resume and os.environ.get("JAXCOMM_RESTART", "0") == "0":
+            shutil.rmtree(saved, ignore_errors=True)
         simulate(config, data_dir, 1, Console(stderr=True))
     backend.barrier()
     dataset = load(config, data_dir)
@@ -188,9 +220,18 @@ def main(
     model, tx = StemNet(axis_name=AXIS), optimizer(lr, steps)
     dtype = jnp.float64 if float64 else jnp.float32
     state = initial_state(model, tx, dataset.train_x[0], seed, dtype)
+    losses = np.full(steps, np.nan)
+    # But for rounding it does not matter how many ranks share a batch: not among these.
+    settings = {"steps": steps, "batch": batch, "lr": lr, "seed": seed}
+    settings |= {"samples": samples, "float64": float64}
+    try:
+        found = restore(saved, (state, losses), settings=settings, fallback=True)
+    except CheckpointError as error:
+        raise click.UsageError(str(error)) from error
+    first, (state, losses) = found or (0, (state, losses))
     state = backend.replicate(state)
     train_step = backend.compile(make_train_step(model, tx))
-    feed = batches(dataset, backend, batch, seed)
+    feed = batches(dataset, backend, batch, seed, first)
     if backend.name == "jaxcomm" and root:
         # Lowering plans and neither runs nor waits: one rank may do it alone.
         train_step.lower(state, next(batches(dataset, backend, batch, seed)))
@@ -199,16 +240,25 @@ def main(
         (out / "schedule.txt").write_text(schedule + "\n")
 
     checks = backend.checks()
+    # Without it a signal ends the process at once.
+    asked = Stop() if checkpoint_every else None
     stop = min(stop or steps, steps)
-    with Telemetry(stop, batch, shown=root) as telemetry:
-        for step, local_batch in zip(range(1, stop + 1), feed, strict=False):
+    with Telemetry(stop, batch, root, losses[:first]) as telemetry:
+        for step, local_batch in zip(range(first + 1, stop + 1), feed, strict=False):
             # The loss is read late: the next batch is made while this step runs.
             state, loss = train_step(state, local_batch)
             telemetry.record(step, loss)
-            if step == 1:
+            if step == first + 1:
                 checks = backend.checks()
             if step == compare_steps and root:
                 checkpoint.save(out / f"params_{step}.npz", backend.fetch(state.params))
+            stopped = asked is not None and asked.requested(step)
+            if checkpoint_every and (stopped or step % checkpoint_every == 0):
+                losses[:step] = telemetry.losses()
+                save(saved, step, (backend.fetch(state), losses), settings=settings)
+            if stopped:
+                click.echo(f"ended on request after step {step}; saved", err=True)
+                return
 
     if root:
         params, batch_stats = backend.fetch((state.params, state.batch_stats))

@@ -5,10 +5,12 @@ from __future__ import annotations
 import os
 import socket
 import sys
+import time
 import traceback
 from types import TracebackType
 from typing import Any
 
+_AFTER_RANK_0 = 1.0
 # Each launcher's name for rank and size; first one set wins.
 _RANK_VARIABLES = ("OMPI_COMM_WORLD_RANK", "PMI_RANK", "PMIX_RANK", "SLURM_PROCID")
 _SIZE_VARIABLES = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "SLURM_NTASKS")
@@ -43,6 +45,9 @@ def report(error: BaseException, tb: TracebackType | None) -> None:
     who = f"rank {rank} of {size}"
     lines = traceback.format_exception(type(error), error, tb)
     summary = traceback.format_exception_only(type(error), error)[-1].strip()
+    if rank != "0" and "ScheduleMismatchError" in summary:
+        # Rank 0 has the same to say, and ends the job.
+        time.sleep(_AFTER_RANK_0)
     head = f"jaxcomm: {who} failed (host {socket.gethostname()}): {summary}\n"
     sys.stdout.flush()
     sys.stderr.write(head + "".join(lines))

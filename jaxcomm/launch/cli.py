@@ -56,7 +56,25 @@ def main() -> None:
 @click.option(
     "--timeout",
     type=click.FloatRange(min=0, min_open=True),
-    help="End the job after so many seconds, with a stack dump of every rank.",
+    help="End the job after so many seconds, with a stack dump of every rank and exit "
+    "code 124; attempts count together.",
+)
+@click.option(
+    "--max-restarts",
+    type=click.IntRange(0),
+    default=0,
+    show_default=True,
+    help="Start a failed job again up to so often; the script goes on from its last "
+    "checkpoint. Not after Ctrl-C, SIGTERM, --timeout or exit code 2 (wrong usage). "
+    "JAXCOMM_RESTART holds the number of restarts so far.",
+)
+@click.option(
+    "--grace",
+    type=click.FloatRange(min=0),
+    default=30.0,
+    show_default=True,
+    help="Seconds that ranks have to save and end after Ctrl-C or SIGTERM, which they "
+    "get too; a second Ctrl-C ends them at once.",
 )
 @click.option("--verbose", is_flag=True, help="Print what is run, and with what.")
 @click.argument("command", nargs=-1, required=True, type=click.UNPROCESSED)
@@ -71,6 +89,8 @@ def run(
     hosts: str | None,
     hostfile: str | None,
     timeout: float | None,
+    max_restarts: int,
+    grace: float,
     verbose: bool,
     command: tuple[str, ...],
 ) -> None:
@@ -79,6 +99,7 @@ def run(
     Under srun or plain mpiexec the same script works without this command.
     """
     from jaxcomm.launch import run as launcher
+    from jaxcomm.launch import supervise
 
     if module:
         command = ("-m", *command)
@@ -97,6 +118,8 @@ def run(
         hosts=hosts,
         hostfile=hostfile,
         timeout=timeout,
+        max_restarts=max_restarts,
+        grace=grace,
     )
     try:
         if verbose:
@@ -109,7 +132,7 @@ def run(
                 f"jaxcomm: {ranks} ranks share {cores} cores; expect them to be slow",
                 err=True,
             )
-        sys.exit(launcher.run(job))
+        sys.exit(supervise.run(job))
     except launcher.LaunchError as error:
         raise click.ClickException(str(error)) from error
 
@@ -147,11 +170,12 @@ def tune(
     from jaxcomm.communicator import launched_ranks
     from jaxcomm.errors import JaxcommError
     from jaxcomm.launch import run as launcher
+    from jaxcomm.launch import supervise
     from jaxcomm.launch import tune as tuner
 
     if ranks is not None and launched_ranks() == 1:
         command = ("-m", "jaxcomm", "tune", *sys.argv[2:])
-        sys.exit(launcher.run(launcher.Job(ranks=ranks, command=command)))
+        sys.exit(supervise.run(launcher.Job(ranks=ranks, command=command)))
     try:
         tuner.main(transport, out, plot, repeats, as_json)
     except JaxcommError as error:

@@ -1,4 +1,4 @@
-"""`jaxcomm run`: start N ranks of a script under the mpiexec that fits."""
+"""What `jaxcomm run` starts: N ranks of a script under the mpiexec that fits."""
 
 from __future__ import annotations
 
@@ -6,21 +6,16 @@ import dataclasses
 import functools
 import os
 import shutil
-import signal
 import subprocess
 import sys
 import sysconfig
-import time
-from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from jaxcomm.launch import devices
 from jaxcomm.launch.worker import THREADS_VARIABLE
 
 MPIEXEC_VARIABLE = "JAXCOMM_MPIEXEC"
-TIMED_OUT = 124
-_GRACE_SECONDS = 5.0
-_DUMP_SECONDS = 1.0
+RESTART_VARIABLE = "JAXCOMM_RESTART"
 
 # Large XLA:CPU buffers come from malloc; above these thresholds glibc would map them
 # afresh, and fault their pages in, on every step. XLA allocates on several threads, and
@@ -68,7 +63,10 @@ class Job:
       bind_gpu: whether each rank sees one GPU of its host, by local rank.
       hosts: comma-separated hosts, handed to mpiexec.
       hostfile: handed to mpiexec.
-      timeout: seconds until the job is ended; None for never.
+      timeout: seconds until the job is ended, all attempts together; None for never.
+      grace: seconds that the ranks have to end by themselves once asked to.
+      max_restarts: how often the job is started again after it failed.
+      attempt: how often it has been; the ranks read it in JAXCOMM_RESTART.
     """
 
     ranks: int
@@ -81,6 +79,9 @@ class Job:
     hosts: str | None = None
     hostfile: str | None = None
     timeout: float | None = None
+    grace: float = 30.0
+    max_restarts: int = 0
+    attempt: int = 0
 
 
 def find_mpiexec() -> Mpiexec:
@@ -138,7 +139,8 @@ def environment(job: Job) -> dict[str, str]:
         # Open MPI refuses root without both; containers often have no one else.
         added["OMPI_ALLOW_RUN_AS_ROOT"] = "1"
         added["OMPI_ALLOW_RUN_AS_ROOT_CONFIRM"] = "1"
-    return {name: value for name, value in added.items() if name not in os.environ}
+    mine = {name: value for name, value in added.items() if name not in os.environ}
+    return mine | {RESTART_VARIABLE: str(job.attempt)}
 
 
 def command_line(job: Job) -> list[str]:
@@ -175,103 +177,3 @@ def command_line(job: Job) -> list[str]:
         line += ["-hosts", job.hosts] if job.hosts else []
         line += ["-f", job.hostfile] if job.hostfile else []
     return [*line, *worker]
-
-
-def run(job: Job) -> int:
-    """Run the job to its end and return its exit code.
-
-    Ctrl-C and SIGTERM end all ranks. After `job.timeout` seconds every rank writes
-    the stacks of its threads to stderr, then the job ends with code 124.
-
-    Raises:
-      LaunchError: it cannot be started.
-    """
-    line = command_line(job)
-    process = subprocess.Popen(
-        line, env={**os.environ, **environment(job)}, start_new_session=True
-    )
-    stopped: list[int] = []
-
-    def stop(number: int, _: object) -> None:
-        stopped.append(number)
-        process.send_signal(number)
-
-    previous = {s: signal.signal(s, stop) for s in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        code = _wait(process, job, stopped)
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
-    if stopped:
-        return 128 + stopped[0]
-    return code if code >= 0 else 128 - code
-
-
-def _wait(process: subprocess.Popen[bytes], job: Job, stopped: list[int]) -> int:
-    deadline = None if job.timeout is None else time.monotonic() + job.timeout
-    asked: float | None = None
-    while True:
-        try:
-            return process.wait(timeout=0.2)
-        except subprocess.TimeoutExpired:
-            now = time.monotonic()
-        if stopped:
-            asked = asked or now
-            if now - asked > _GRACE_SECONDS:
-                _kill(process)
-                return process.wait()
-        elif deadline is not None and now > deadline:
-            sys.stderr.write(
-                f"jaxcomm: {' '.join(job.command)} still ran after {job.timeout:g} s "
-                f"on {job.ranks} ranks; every rank's stacks follow, then the job ends\n"
-            )
-            sys.stderr.flush()
-            for pid in _workers(process.pid):
-                os.kill(pid, signal.SIGUSR1)
-            time.sleep(_DUMP_SECONDS)
-            _kill(process)
-            process.wait()
-            return TIMED_OUT
-
-
-def _kill(process: subprocess.Popen[bytes]) -> None:
-    """End mpiexec and all it started; it gets a moment to do so itself."""
-    family = list(_descendants(process.pid))
-    process.terminate()
-    try:
-        process.wait(timeout=2.0)
-    except subprocess.TimeoutExpired:
-        process.kill()
-    for pid in family:
-        try:
-            os.kill(pid, signal.SIGKILL)
-        except ProcessLookupError:
-            continue
-
-
-def _workers(root: int) -> Iterator[int]:
-    """Yield the rank processes below `root`: those that answer SIGUSR1 by a dump."""
-    for pid in [root, *_descendants(root)]:
-        try:
-            line = Path(f"/proc/{pid}/cmdline").read_bytes()
-        except OSError:
-            continue
-        first = line.split(b"\0")[0]
-        if b"jaxcomm.launch.worker" in line and b"python" in first:
-            yield pid
-
-
-def _descendants(root: int) -> Iterator[int]:
-    parents: dict[int, list[int]] = {}
-    for stat in Path("/proc").glob("[0-9]*/stat"):
-        try:
-            # The command's name may hold spaces and brackets; the rest does not.
-            fields = stat.read_text().rpartition(")")[2].split()
-        except OSError:
-            continue
-        parents.setdefault(int(fields[1]), []).append(int(stat.parent.name))
-    waiting: Sequence[int] = [root]
-    while waiting:
-        found = [child for pid in waiting for child in parents.get(pid, [])]
-        yield from found
-        waiting = found

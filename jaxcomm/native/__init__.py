@@ -67,6 +67,7 @@ COUNTERS = (
 CONTROL_BYTES = 4096
 SLOTS = 3
 MAX_SLOT_BYTES = 512 << 10
+_PROGRESS_COLUMNS = 5 + 2 * 4  # of native/progress.h
 
 # The MPI type of the same size; 16-bit floats and booleans travel as integers, under
 # operations that know better.
@@ -85,7 +86,8 @@ MPI_TYPES = {
     },
 }
 
-AgreeCallback = Callable[[int, int], str | None]
+AgreeCallback = Callable[[int, int, int, int], str | None]
+DifferCallback = Callable[[int, tuple[int, int], int, tuple[int, int]], str]
 PartitionCallback = Callable[[int, int, list[list[int]]], str | None]
 _PARTITION_FN = ctypes.CFUNCTYPE(
     ctypes.c_int,
@@ -98,8 +100,22 @@ _PARTITION_FN = ctypes.CFUNCTYPE(
 )
 _AGREE_FN = ctypes.CFUNCTYPE(
     ctypes.c_int,
+    *[ctypes.c_int64] * 4,
+    ctypes.c_void_p,
     ctypes.c_int64,
+)
+
+
+class _Where(ctypes.Structure):
+    _fields_ = (("schedule", ctypes.c_int64), ("bucket", ctypes.c_int64))
+
+
+_DIFFER_FN = ctypes.CFUNCTYPE(
+    None,
     ctypes.c_int64,
+    ctypes.POINTER(_Where),
+    ctypes.c_int64,
+    ctypes.POINTER(_Where),
     ctypes.c_void_p,
     ctypes.c_int64,
 )
@@ -146,6 +162,9 @@ def load() -> ctypes.CDLL:
     library.jaxcomm_share_memory.restype = None
     library.jaxcomm_set_agree.restype = None
     library.jaxcomm_timeline_start.restype = None
+    library.jaxcomm_check_every_call.restype = None
+    library.jaxcomm_set_deadline.restype = None
+    library.jaxcomm_lift_deadline.restype = None
     library.jaxcomm_progress.restype = ctypes.c_int64
     library.jaxcomm_timeline_take.restype = ctypes.c_int64
     library.jaxcomm_set_partition.restype = None
@@ -263,17 +282,36 @@ def all_reduce_array(key: int, data: Any, pack_bytes: int) -> None:
         raise RuntimeError(f"MPI_Allreduce failed with code {status}")
 
 
-def set_agree(callback: AgreeCallback) -> None:
-    """Let the handlers ask `callback(communicator, digest)` before first use.
+def set_agree(agree: AgreeCallback, differ: DifferCallback) -> None:
+    """Let the handlers compare ranks, and describe how they differ.
 
-    It returns None when all ranks agree, else the text of the error to raise.
+    Args:
+      agree: called with a communicator's key, a schedule's digest, and where every
+        call is checked the bucket and the call's number, else -1 for both. Returns
+        None when all ranks agree, else the text of the error to raise.
+      differ: called with a communicator's key, (schedule, bucket) of this rank's call,
+        another rank and that one's (schedule, bucket); returns the text of the error.
     """
 
-    def call(key: int, digest: int, text: int, capacity: int) -> int:
-        return _write(callback(key, digest), text, capacity)
+    def ask(
+        key: int, digest: int, bucket: int, number: int, text: int, capacity: int
+    ) -> int:
+        return _write(agree(key, digest, bucket, number), text, capacity)
 
-    set_agree.keep = _AGREE_FN(call)  # type: ignore[attr-defined]  # C holds it
-    load().jaxcomm_set_agree(set_agree.keep)  # type: ignore[attr-defined]
+    def explain(
+        key: int, own: Any, rank: int, other: Any, text: int, capacity: int
+    ) -> None:
+        places = [(w[0].schedule, w[0].bucket) for w in (own, other)]
+        _write(differ(key, places[0], rank, places[1]), text, capacity)
+
+    keep = (_AGREE_FN(ask), _DIFFER_FN(explain))
+    set_agree.keep = keep  # type: ignore[attr-defined]  # C holds them
+    load().jaxcomm_set_agree(*keep)
+
+
+def check_every_call(every: bool) -> None:
+    """Compare every call across ranks before it is made, or every schedule once."""
+    load().jaxcomm_check_every_call(int(every))
 
 
 def set_partition(callback: PartitionCallback) -> None:
@@ -311,6 +349,25 @@ def counters(key: int) -> dict[str, int]:
     return dict(zip(COUNTERS, out, strict=True))
 
 
+@contextlib.contextmanager
+def deadline(seconds: float, text: str, code: int) -> Iterator[None]:
+    """End this process unless the block is left in time; 0 seconds for never.
+
+    Also where the interpreter is held, as it is during MPI_Init.
+
+    Args:
+      seconds: from now.
+      text: for standard error.
+      code: the process's exit code.
+    """
+    if seconds > 0:
+        load().jaxcomm_set_deadline(ctypes.c_double(seconds), text.encode(), code)
+    try:
+        yield
+    finally:
+        load().jaxcomm_lift_deadline()
+
+
 class Progress(NamedTuple):
     """How far a communicator is.
 
@@ -320,6 +377,7 @@ class Progress(NamedTuple):
       schedule: digest of the last one's schedule.
       bucket: its number in that.
       entered: when it began, in ns of time.monotonic_ns(); 0 where it has ended.
+      marks: (number, hash of the calls up to it) of some calls, the last one first.
     """
 
     key: int
@@ -327,13 +385,26 @@ class Progress(NamedTuple):
     schedule: int
     bucket: int
     entered: int
+    marks: tuple[tuple[int, int], ...]
 
 
 def progress() -> list[Progress]:
     """Return how far every communicator of this process is."""
-    rows = (ctypes.c_int64 * 5 * 256)()
+    rows = (ctypes.c_int64 * _PROGRESS_COLUMNS * 256)()
     count = load().jaxcomm_progress(rows, ctypes.c_int64(len(rows)))
-    return [Progress(*rows[k]) for k in range(count)]
+    return [
+        Progress(*row[:5], marks=tuple(zip(row[5::2], row[6::2], strict=True)))
+        for row in map(list, rows[:count])
+    ]
+
+
+def hash_at(key: int, number: int) -> int | None:
+    """Return the hash of a communicator's calls up to one; None if it is not known."""
+    found = ctypes.c_int64()
+    known = load().jaxcomm_hash_at(
+        ctypes.c_int64(key), ctypes.c_int64(number), ctypes.byref(found)
+    )
+    return found.value if known else None
 
 
 def timeline_start() -> None:

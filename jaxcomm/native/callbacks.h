@@ -8,9 +8,27 @@
 
 namespace jaxcomm {
 
-// Asks Python to compare schedule `digest` across the ranks of communicator `id`.
-// Returns 0 when all agree; otherwise writes a NUL-terminated text to `error`.
-using AgreeFn = int (*)(int64_t id, int64_t digest, char* error, int64_t capacity);
+// Asks Python to compare schedule `digest` across the ranks of communicator `id`, and
+// where every call is checked, which of its buckets and the how manieth call this is;
+// `bucket` is -1 otherwise. Returns 0 when all agree; else writes a NUL-terminated text to
+// `error`.
+using AgreeFn = int (*)(int64_t id, int64_t digest, int64_t bucket, int64_t number,
+                        char* error, int64_t capacity);
+
+// Where a rank is: bucket of a schedule.
+struct Where {
+  int64_t schedule = 0;
+  int64_t bucket = 0;
+
+  bool operator!=(const Where& other) const {
+    return schedule != other.schedule || bucket != other.bucket;
+  }
+};
+
+// Asks Python for the text of an error: rank `rank` came to the same call of communicator
+// `id` from another place of the program than this one.
+using DifferFn = void (*)(int64_t id, const Where* own, int64_t rank, const Where* other,
+                          char* error, int64_t capacity);
 
 // Asks Python to create communicator `partition`: for this rank, the group among
 // `groups` (each its size, then its ranks within communicator `id`) that it is in.
@@ -19,17 +37,23 @@ using PartitionFn = int (*)(int64_t id, int64_t partition, const int64_t* groups
                             int64_t length, char* error, int64_t capacity);
 
 inline AgreeFn agree_callback = nullptr;
+inline bool check_every_call = false;
+inline DifferFn differ_callback = nullptr;
 inline PartitionFn partition_callback = nullptr;
 
 // The schedules that the ranks of a communicator have agreed on.
 class Agreement {
  public:
-  // Empty when the ranks agree on `digest`; asks at most once per digest, and counts.
-  std::string Ask(int64_t id, int64_t digest, std::atomic<int64_t>* asked) {
-    if (digest == 0 || agreed_.count(digest)) return {};
+  // Empty when the ranks agree on `digest`; asks at most once per digest, unless every
+  // call is checked, and counts.
+  std::string Ask(int64_t id, int64_t digest, int64_t bucket, int64_t number,
+                  std::atomic<int64_t>* asked) {
+    if (digest == 0 || (agreed_.count(digest) && !check_every_call)) return {};
     char text[8192] = {};
     ++*asked;
-    if (agree_callback == nullptr || agree_callback(id, digest, text, sizeof text) != 0) {
+    if (!check_every_call) bucket = number = -1;
+    if (agree_callback == nullptr ||
+        agree_callback(id, digest, bucket, number, text, sizeof text) != 0) {
       return text[0] ? text : "the cross-rank schedule check failed";
     }
     agreed_.insert(digest);
@@ -39,6 +63,16 @@ class Agreement {
  private:
   std::unordered_set<int64_t> agreed_;
 };
+
+// Says how the ranks' calls differ.
+inline std::string AskHowTheyDiffer(int64_t id, const Where& own, int64_t rank,
+                                    const Where& other) {
+  char text[8192] = {};
+  if (differ_callback != nullptr) {
+    differ_callback(id, &own, rank, &other, text, sizeof text);
+  }
+  return text[0] ? text : "jaxcomm: the ranks are in different calls";
+}
 
 // Returns "", or why the partition could not be created.
 inline std::string AskForPartition(int64_t id, int64_t partition, const int64_t* groups,

@@ -13,6 +13,7 @@
 
 #include "callbacks.h"
 #include "mpi_binding.h"
+#include "progress.h"
 #include "ring.h"
 #include "worker.h"
 
@@ -20,26 +21,18 @@ namespace jaxcomm {
 
 // Counters that Python reads; order shared with jaxcomm/native/__init__.py.
 enum Counter : int {
-  kCalls, kMpiAllReduce, kMpiBroadcast, kBytes, kAgreements, kSegments, kMoved,
-  kCounters
+  kMpiAllReduce, kMpiBroadcast, kBytes, kAgreements, kSegments, kMoved, kCounters
 };
 
 class Node;
-
-// The call under way, for the watchdog: written by the thread that makes it, read by
-// another. A call that has begun and not ended is what a rank waits in.
-struct Progress {
-  std::atomic<int64_t> schedule{0};
-  std::atomic<int64_t> bucket{0};
-  std::atomic<int64_t> entered{0};  // ns of the monotonic clock; 0: no call is under way
-};
 
 class Communicator {
  public:
   Communicator(int64_t id, Mpi* mpi, uint64_t handle, int rank, int size,
                int64_t staging_bytes, int64_t segment_bytes)
       : id(id), mpi(mpi), handle(handle), rank(rank), size(size),
-        staging_bytes(staging_bytes), segment_bytes(segment_bytes) {}
+        staging_bytes(staging_bytes), segment_bytes(segment_bytes),
+        progress(*ProgressOf(id)) {}
 
   ~Communicator();
   Communicator(const Communicator&) = delete;
@@ -65,6 +58,7 @@ class Communicator {
   const int size;
   const int64_t staging_bytes;  // a multiple of 16, the largest element
   const int64_t segment_bytes;  // likewise
+  Progress& progress;
   // Set where collectives wait for a network: one thread makes the MPI calls, so that
   // XLA's may compute meanwhile, and another tells XLA that they are done, because what
   // comes next in the program then runs on that thread.
@@ -73,8 +67,9 @@ class Communicator {
   std::unique_ptr<Ring> ring;   // likewise, for large leaves
   std::unique_ptr<Node> node;   // set where all ranks are on one host
   Agreement agreement;
-  Progress progress;
   std::mutex mutex;  // held for the whole of a call: one collective at a time
+  // Why nothing can be sent any more: the ranks have lost each other. Guarded by `mutex`.
+  std::string broken;
   std::atomic<int64_t> counters[kCounters] = {};
 
  private:

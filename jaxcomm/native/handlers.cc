@@ -10,6 +10,7 @@
 #include <string>
 #include <vector>
 
+#include "calls.h"
 #include "communicator.h"
 #include "kernels.h"
 #include "node.h"
@@ -35,14 +36,20 @@ Communicator* FindCommunicator(int64_t id) {
   return found == communicators.end() ? nullptr : found->second.get();
 }
 
-std::string Agree(Communicator* comm, int64_t digest) {
-  return comm->agreement.Ask(comm->id, digest, &comm->counters[kAgreements]);
+// Begins a call; the communicator's mutex is held. Returns "", or why it must not be made.
+std::string Begin(Communicator* comm, int64_t schedule, int64_t bucket) {
+  const int64_t number = comm->progress.Begin(schedule, bucket);
+  if (!comm->broken.empty()) return comm->broken;
+  std::string text = comm->agreement.Ask(comm->id, schedule, bucket, number,
+                                         &comm->counters[kAgreements]);
+  if (text.empty()) comm->progress.Remember(number, schedule, bucket);
+  return text;
 }
 
 ffi::Error NoCommunicator() {
-  return ffi::Error(ffi::ErrorCode::kFailedPrecondition,
-                    "jaxcomm: this program names a communicator that this process "
-                    "has not created; call jaxcomm.init() before running it");
+  return Refused(
+      "jaxcomm: this program names a communicator that this process has not created; call "
+      "jaxcomm.init() before running it");
 }
 
 bool ToDType(ffi::DataType type, DType* out) {
@@ -68,11 +75,16 @@ bool ToDType(ffi::DataType type, DType* out) {
 
 ffi::Error MpiFailure(const Communicator& comm, int code, int64_t bucket,
                       const char* call) {
-  return ffi::Error(ffi::ErrorCode::kInternal,
-                    std::string("jaxcomm: ") + call + " failed on rank " +
-                        std::to_string(comm.rank) + " of " + std::to_string(comm.size) +
-                        " in bucket " + std::to_string(bucket) + ": " +
-                        comm.mpi->ErrorText(code));
+  std::string text = std::string("jaxcomm: ") + call + " failed on rank " +
+                     std::to_string(comm.rank) + " of " + std::to_string(comm.size) +
+                     " in bucket " + std::to_string(bucket) + ": " +
+                     comm.mpi->ErrorText(code);
+  if (text.find("runcate") != std::string::npos) {
+    text +=
+        ". A rank came with another size: it runs another program here. "
+        "JAXCOMM_CHECK=every names the first call that differs";
+  }
+  return ffi::Error(ffi::ErrorCode::kInternal, text);
 }
 
 // The leaves of one call: results, holding the operands' values. XLA honours the
@@ -99,21 +111,6 @@ ffi::ErrorOr<std::vector<Leaf>> Leaves(ffi::RemainingArgs args, ffi::RemainingRe
   return leaves;
 }
 
-using Numbers = ffi::Span<const int64_t>;
-
-// What every collective's call says.
-struct Place {
-  int64_t comm;
-  int64_t schedule;
-  int64_t bucket;
-  int64_t partition;
-  std::vector<int64_t> groups;
-
-  Place(int64_t comm, int64_t schedule, int64_t bucket, int64_t partition, Numbers groups)
-      : comm(comm), schedule(schedule), bucket(bucket), partition(partition),
-        groups(groups.begin(), groups.end()) {}
-};
-
 // One collective's turn on a communicator and all its partitions. Holding it, the ranks
 // have agreed on the schedule.
 class Turn {
@@ -124,18 +121,14 @@ class Turn {
       return;
     }
     lock_ = std::unique_lock<std::mutex>(comm_->mutex);
-    comm_->counters[kCalls]++;
     progress_ = &comm_->progress;
-    progress_->schedule = place.schedule;
-    progress_->bucket = place.bucket;
-    progress_->entered = Timeline::Now();
-    std::string text = Agree(comm_, place.schedule);
+    std::string text = Begin(comm_, place.schedule, place.bucket);
     if (text.empty() && place.partition != 0) text = Enter(place);
-    if (!text.empty()) error_ = ffi::Error(ffi::ErrorCode::kFailedPrecondition, text);
+    if (!text.empty()) error_ = Refused(text);
   }
 
   ~Turn() {
-    if (progress_ != nullptr) progress_->entered = 0;
+    if (progress_ != nullptr) progress_->End();
   }
   Turn(const Turn&) = delete;
   Turn& operator=(const Turn&) = delete;
@@ -155,7 +148,7 @@ class Turn {
       part = FindCommunicator(place.partition);
     }
     comm_ = part;
-    return {};
+    return part->broken;
   }
 
   Communicator* comm_;
@@ -175,6 +168,7 @@ ffi::Future InTurn(Place place, const char* what, Work work) {
     if (turn.error().failure()) return turn.error();
     Timed timed(place.comm, place.schedule, place.bucket);
     const int code = work(turn.comm());
+    if (code == kBroken) return Refused(turn.comm()->broken);
     return code == 0 ? ffi::Error::Success()
                      : MpiFailure(*turn.comm(), code, place.bucket, what);
   };
@@ -222,7 +216,8 @@ ffi::Future AllReduceCall(ffi::RemainingArgs args, ffi::RemainingRets rets,
     return Failed(NoSuchType());
   }
   const Reduction reduction{dtype, static_cast<Op>(op), static_cast<int>(divisor),
-                            wire < 0 ? dtype : static_cast<DType>(wire), pack_bytes};
+                            wire < 0 ? dtype : static_cast<DType>(wire), pack_bytes,
+                            {schedule, bucket}};
   return InTurn(Place(comm_id, schedule, bucket, partition, groups), "MPI_Allreduce",
                 [reduction, leaves = std::move(*leaves)](Communicator* comm) {
                   return AllReduce(comm, reduction, leaves);
@@ -314,25 +309,23 @@ ffi::Error RankCall(ffi::Result<ffi::BufferR0<ffi::S32>> out, int64_t comm_id) {
 }
 
 // Moves nothing: ties the leaves to the token, so that a foreign custom call on
-// them takes its place in the order, and asks for the agreement before it runs.
+// them takes its place in the order, and asks for the agreement before it runs. A second
+// gate, of bucket -1, tells that the foreign call has ended.
 ffi::Error Gate(ffi::RemainingArgs args, ffi::RemainingRets rets, int64_t comm_id,
-                int64_t schedule) {
+                int64_t schedule, int64_t bucket) {
   auto leaves = Leaves(args, rets);
   if (leaves.has_error()) return leaves.error();
-  if (schedule == 0) return ffi::Error::Success();
   Communicator* comm = FindCommunicator(comm_id);
   if (comm == nullptr) return NoCommunicator();
   std::lock_guard<std::mutex> lock(comm->mutex);
-  if (std::string error = Agree(comm, schedule); !error.empty()) {
-    return ffi::Error(ffi::ErrorCode::kFailedPrecondition, error);
+  if (bucket < 0) {
+    comm->progress.End();
+    return ffi::Error::Success();
   }
-  return ffi::Error::Success();
-}
-
-void SetError(const std::string& text, char* error, int64_t capacity) {
-  if (capacity <= 0) return;
-  std::strncpy(error, text.c_str(), static_cast<size_t>(capacity - 1));
-  error[capacity - 1] = '\0';
+  std::string text = Begin(comm, schedule, bucket);
+  if (text.empty()) return ffi::Error::Success();
+  comm->progress.End();
+  return Refused(text);
 }
 
 }  // namespace
@@ -344,29 +337,18 @@ JAXCOMM_API XLA_FFI_Error* jaxcomm_mark(XLA_FFI_CallFrame*);
 JAXCOMM_API XLA_FFI_Error* jaxcomm_rank(XLA_FFI_CallFrame*);
 JAXCOMM_API XLA_FFI_Error* jaxcomm_gate(XLA_FFI_CallFrame*);
 
-// What every collective's call starts with.
-#define JAXCOMM_COLLECTIVE()        \
-  ffi::Ffi::Bind()                  \
-      .RemainingArgs()              \
-      .RemainingRets()              \
-      .Attr<int64_t>("comm")        \
-      .Attr<int64_t>("schedule")    \
-      .Attr<int64_t>("bucket")      \
-      .Attr<int64_t>("partition")   \
-      .Attr<Numbers>("groups")
-
 XLA_FFI_DEFINE_HANDLER_SYMBOL(jaxcomm_mpi_all_reduce, AllReduceCall,
-                              JAXCOMM_COLLECTIVE()
+                              JAXCOMM_COLLECTIVE(ffi::Ffi::Bind())
                                   .Attr<int64_t>("op")
                                   .Attr<int64_t>("divisor")
                                   .Attr<int64_t>("pack_bytes")
                                   .Attr<int64_t>("wire"));
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(jaxcomm_mpi_broadcast, BroadcastCall,
-                              JAXCOMM_COLLECTIVE().Attr<int64_t>("root"));
+                              JAXCOMM_COLLECTIVE(ffi::Ffi::Bind()).Attr<int64_t>("root"));
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(jaxcomm_mpi_move, MoveCall,
-                              JAXCOMM_COLLECTIVE()
+                              JAXCOMM_COLLECTIVE(ffi::Ffi::Bind())
                                   .Attr<int64_t>("move")
                                   .Attr<int64_t>("divisor")
                                   .Attr<Numbers>("permutation"));
@@ -389,7 +371,8 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(jaxcomm_gate, Gate,
                                   .RemainingArgs()
                                   .RemainingRets()
                                   .Attr<int64_t>("comm")
-                                  .Attr<int64_t>("schedule"));
+                                  .Attr<int64_t>("schedule")
+                                  .Attr<int64_t>("bucket"));
 
 // Binds to the MPI in this process. Returns 0, or 1 with a text in `error`.
 JAXCOMM_API int jaxcomm_open_mpi(const char* library, int handle_bytes,
@@ -398,8 +381,7 @@ JAXCOMM_API int jaxcomm_open_mpi(const char* library, int handle_bytes,
   std::string text;
   std::unique_ptr<Mpi> opened = OpenMpi(library, handle_bytes, *handles, &text);
   if (!opened) {
-    SetError(text, error, capacity);
-    return 1;
+    return Tell(text, error, capacity);
   }
   std::lock_guard<std::mutex> lock(registry_mutex);
   if (!mpi) mpi = std::move(opened);
@@ -450,7 +432,13 @@ JAXCOMM_API int jaxcomm_all_reduce_float(int64_t id, void* data, int64_t count,
   return AllReduce(comm, sum, {{static_cast<char*>(data), count}});
 }
 
-JAXCOMM_API void jaxcomm_set_agree(AgreeFn callback) { agree_callback = callback; }
+JAXCOMM_API void jaxcomm_set_agree(AgreeFn agree, DifferFn differ) {
+  agree_callback = agree;
+  differ_callback = differ;
+}
+
+// Whether every call is compared across ranks before it is made, or every schedule once.
+JAXCOMM_API void jaxcomm_check_every_call(int every) { check_every_call = every != 0; }
 
 JAXCOMM_API void jaxcomm_set_partition(PartitionFn callback) {
   partition_callback = callback;
@@ -463,28 +451,13 @@ JAXCOMM_API int64_t jaxcomm_timeline_take(Event* out, int64_t capacity) {
   return Timeline::Get().Take(out, capacity);
 }
 
-// Writes a row for each communicator: its id, how many calls have begun, and of the call
-// under way the schedule, the bucket and when it began, 0 for none. Returns how many.
-JAXCOMM_API int64_t jaxcomm_progress(int64_t* out, int64_t capacity) {
-  std::lock_guard<std::mutex> lock(registry_mutex);
-  int64_t rows = 0;
-  for (const auto& [id, comm] : communicators) {
-    if (rows == capacity) break;
-    int64_t* row = out + 5 * rows++;
-    row[0] = id;
-    row[1] = comm->counters[kCalls];
-    row[2] = comm->progress.schedule;
-    row[3] = comm->progress.bucket;
-    row[4] = comm->progress.entered;
-  }
-  return rows;
-}
-
-// Copies the counters of a communicator to out[kCounters]. Returns 0 if it exists.
+// Writes how many calls of a communicator have begun, and its counters, to
+// out[1 + kCounters]. Returns 0 if it exists.
 JAXCOMM_API int jaxcomm_counters(int64_t id, int64_t* out) {
   Communicator* comm = FindCommunicator(id);
   if (comm == nullptr) return 1;
-  for (int i = 0; i < kCounters; ++i) out[i] = comm->counters[i];
+  out[0] = comm->progress.calls();
+  for (int i = 0; i < kCounters; ++i) out[1 + i] = comm->counters[i];
   return 0;
 }
 

@@ -120,7 +120,6 @@ std::string NcclCommunicator::Grouped(const char* name, const std::vector<Operan
                                       Call call) {
   if (std::string failed = failure(); !failed.empty()) return failed;
   const NcclFunctions& nccl = nccl_->calls();
-  counters[kNcclCalls]++;
   entered_ = Now();
   struct Left {
     std::atomic<int64_t>* entered;

@@ -50,8 +50,7 @@ struct Operand {
 };
 
 // Counters that Python reads; order shared with jaxcomm/native/nccl.py.
-enum NcclCounter : int { kNcclCalls, kNcclCollectives, kNcclBytes, kNcclAgreements,
-                         kNcclCounters };
+enum NcclCounter : int { kNcclCollectives, kNcclBytes, kNcclAgreements, kNcclCounters };
 
 class NcclCommunicator {
  public:

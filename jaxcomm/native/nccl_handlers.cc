@@ -9,7 +9,9 @@
 #include <thread>
 
 #include "callbacks.h"
+#include "calls.h"
 #include "nccl.h"
+#include "progress.h"
 #include "rounding.h"
 #include "xla/ffi/api/c_api.h"
 #include "xla/ffi/api/ffi.h"
@@ -28,6 +30,7 @@ std::unique_ptr<Device> device;
 struct Member {
   NcclCommunicator comm;
   Agreement agreement;
+  Progress* progress;
 };
 std::map<int64_t, std::unique_ptr<Member>> members;
 
@@ -69,8 +72,6 @@ class Monitor {
   std::thread thread_;
 } monitor;
 
-using Numbers = ffi::Span<const int64_t>;
-
 ffi::Error Failure(const std::string& text, int64_t bucket) {
   return ffi::Error(ffi::ErrorCode::kInternal,
                     "jaxcomm, bucket " + std::to_string(bucket) + ": " + text);
@@ -98,33 +99,31 @@ bool ToNccl(ffi::DataType type, NcclDType* out, int64_t* times) {
   }
 }
 
-// What a collective's call says besides its leaves.
-struct Place {
-  int64_t comm;
-  int64_t schedule;
-  int64_t bucket;
-  int64_t partition;
-  Numbers groups;
-};
-
 // Takes a turn on the communicator, or on this rank's group of a partition, and does
 // `work(member)`, which returns what went wrong, or "".
 template <typename Work>
 ffi::Error InTurn(const Place& place, Work work) {
   Member* member = Find(place.comm);
   if (member == nullptr) {
-    return ffi::Error(ffi::ErrorCode::kFailedPrecondition,
-                      "jaxcomm: this program names a communicator that this process has "
-                      "not created; call jaxcomm.init(\"nccl\") before running it");
+    return Refused(
+        "jaxcomm: this program names a communicator that this process has not created; "
+        "call jaxcomm.init(\"nccl\") before running it");
   }
   std::lock_guard<std::mutex> lock(member->comm.mutex);
-  std::string text = member->agreement.Ask(place.comm, place.schedule,
-                                           &member->comm.counters[kNcclAgreements]);
+  const int64_t number = member->progress->Begin(place.schedule, place.bucket);
+  struct Ended {
+    Progress* progress;
+    ~Ended() { progress->End(); }
+  } ended{member->progress};
+  std::string text =
+      member->agreement.Ask(place.comm, place.schedule, place.bucket, number,
+                            &member->comm.counters[kNcclAgreements]);
   if (text.empty() && place.partition != 0 && Find(place.partition) == nullptr) {
-    text = AskForPartition(place.comm, place.partition, place.groups.begin(),
+    text = AskForPartition(place.comm, place.partition, place.groups.data(),
                            static_cast<int64_t>(place.groups.size()));
   }
-  if (!text.empty()) return ffi::Error(ffi::ErrorCode::kFailedPrecondition, text);
+  if (!text.empty()) return Refused(text);
+  member->progress->Remember(number, place.schedule, place.bucket);
   if (place.partition != 0) member = Find(place.partition);
   text = work(&member->comm);
   return text.empty() ? ffi::Error::Success() : Failure(text, place.bucket);
@@ -160,7 +159,7 @@ ffi::Error AllReduceCall(CudaStream stream, ffi::RemainingArgs args,
                          int64_t bucket, int64_t partition, Numbers groups, int64_t op) {
   std::vector<Operand> leaves;
   if (auto error = Operands(args, rets, false, 1, &leaves); error.failure()) return error;
-  return InTurn({comm, schedule, bucket, partition, groups}, [&](NcclCommunicator* on) {
+  return InTurn(Place(comm, schedule, bucket, partition, groups), [&](NcclCommunicator* on) {
     return on->AllReduce(leaves, static_cast<NcclOp>(op), stream);
   });
 }
@@ -170,7 +169,7 @@ ffi::Error BroadcastCall(CudaStream stream, ffi::RemainingArgs args,
                          int64_t bucket, int64_t partition, Numbers groups, int64_t root) {
   std::vector<Operand> leaves;
   if (auto error = Operands(args, rets, true, 1, &leaves); error.failure()) return error;
-  return InTurn({comm, schedule, bucket, partition, groups}, [&](NcclCommunicator* on) {
+  return InTurn(Place(comm, schedule, bucket, partition, groups), [&](NcclCommunicator* on) {
     return on->Broadcast(leaves, static_cast<int>(root), stream);
   });
 }
@@ -184,7 +183,7 @@ ffi::Error MoveCall(CudaStream stream, ffi::RemainingArgs args, ffi::RemainingRe
   const bool parts = move == kReduceScatter || move == kAllToAll;
   auto error = Operands(args, rets, move != kReduceScatter, parts ? ranks : 1, &leaves);
   if (error.failure()) return error;
-  return InTurn({comm, schedule, bucket, partition, groups}, [&](NcclCommunicator* on) {
+  return InTurn(Place(comm, schedule, bucket, partition, groups), [&](NcclCommunicator* on) {
     if (move == kAllGather) return on->AllGather(leaves, stream);
     if (move == kReduceScatter) return on->ReduceScatter(leaves, stream);
     if (move == kAllToAll) return on->AllToAll(leaves, stream);
@@ -215,16 +214,6 @@ ffi::Error OnHost(Arguments... arguments) {
   DefaultRounding scope;
   return kCall(nullptr, arguments...);
 }
-
-#define JAXCOMM_COLLECTIVE(binding) \
-  binding                           \
-      .RemainingArgs()              \
-      .RemainingRets()              \
-      .Attr<int64_t>("comm")        \
-      .Attr<int64_t>("schedule")    \
-      .Attr<int64_t>("bucket")      \
-      .Attr<int64_t>("partition")   \
-      .Attr<Numbers>("groups")
 
 #define JAXCOMM_GPU ffi::Ffi::Bind().Ctx<ffi::PlatformStream<CudaStream>>()
 
@@ -266,19 +255,6 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(
     (OnHost<RankCall, ffi::Result<ffi::BufferR0<ffi::S32>>, int64_t>),
     ffi::Ffi::Bind().Ret<ffi::BufferR0<ffi::S32>>().Attr<int64_t>("comm"));
 
-namespace {
-
-int Told(const std::string& text, char* error, int64_t capacity) {
-  if (text.empty()) return 0;
-  if (capacity > 0) {
-    std::strncpy(error, text.c_str(), static_cast<size_t>(capacity - 1));
-    error[capacity - 1] = '\0';
-  }
-  return 1;
-}
-
-}  // namespace
-
 // These return 0, or 1 with a text in `error`.
 
 JAXCOMM_API int jaxcomm_nccl_open(const char* path, int host_memory, char* error,
@@ -291,7 +267,7 @@ JAXCOMM_API int jaxcomm_nccl_open(const char* path, int host_memory, char* error
     device = host_memory ? HostMemory() : OpenGpu(&text);
     if (device) nccl = std::move(opened);
   }
-  return Told(text, error, capacity);
+  return Tell(text, error, capacity);
 }
 
 JAXCOMM_API int jaxcomm_nccl_version() {
@@ -303,7 +279,7 @@ JAXCOMM_API int jaxcomm_nccl_version() {
 JAXCOMM_API int jaxcomm_nccl_unique_id(NcclUniqueId* out, char* error, int64_t capacity) {
   const NcclResult result = nccl->calls().GetUniqueId(out);
   if (result == kNcclSuccess) return 0;
-  return Told(std::string("ncclGetUniqueId: ") + nccl->calls().GetErrorString(result),
+  return Tell(std::string("ncclGetUniqueId: ") + nccl->calls().GetErrorString(result),
               error, capacity);
 }
 
@@ -311,14 +287,14 @@ JAXCOMM_API int jaxcomm_nccl_join(int64_t id, const NcclUniqueId* unique, int ra
                                   int size, double timeout, char* error,
                                   int64_t capacity) {
   auto member = std::unique_ptr<Member>(
-      new Member{{nccl.get(), id, rank, size, timeout}, {}});
+      new Member{{nccl.get(), id, rank, size, timeout}, {}, ProgressOf(id)});
   std::string text = member->comm.Join(*unique);
   if (text.empty()) {
     std::lock_guard<std::mutex> lock(registry_mutex);
     members[id] = std::move(member);
   }
   if (text.empty()) monitor.Start();
-  return Told(text, error, capacity);
+  return Tell(text, error, capacity);
 }
 
 // Makes communicator `part` of the ranks of `id` that give the same `color`; `rank` and
@@ -326,19 +302,20 @@ JAXCOMM_API int jaxcomm_nccl_join(int64_t id, const NcclUniqueId* unique, int ra
 JAXCOMM_API int jaxcomm_nccl_split(int64_t id, int64_t part, int color, int rank, int size,
                                    double timeout, char* error, int64_t capacity) {
   auto member = std::unique_ptr<Member>(
-      new Member{{nccl.get(), part, rank, size, timeout}, {}});
+      new Member{{nccl.get(), part, rank, size, timeout}, {}, ProgressOf(part)});
   std::string text = Find(id)->comm.Split(color, &member->comm);
   if (text.empty()) {
     std::lock_guard<std::mutex> lock(registry_mutex);
     members[part] = std::move(member);
   }
-  return Told(text, error, capacity);
+  return Tell(text, error, capacity);
 }
 
 JAXCOMM_API int jaxcomm_nccl_counters(int64_t id, int64_t* out) {
   Member* member = Find(id);
   if (member == nullptr) return 1;
-  for (int i = 0; i < kNcclCounters; ++i) out[i] = member->comm.counters[i];
+  out[0] = member->progress->calls();
+  for (int i = 0; i < kNcclCounters; ++i) out[1 + i] = member->comm.counters[i];
   return 0;
 }
 

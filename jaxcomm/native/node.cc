@@ -137,6 +137,8 @@ class Node::Call {
     if (encoded_ && how.wire == kF16 && how.divisor > 1) {
       while (reserve_ < how.divisor) reserve_ *= 2;
     }
+    // The last call's has been read by all: they came to its last segment.
+    node->control(node->rank_).arrived.where = how.where;
   }
 
   void Put(const Segment& segment) {
@@ -155,10 +157,18 @@ class Node::Call {
     Publish(&node_.control(node_.rank_).arrived, segment.number);
   }
 
-  void Reduce(const Segment& segment) {
+  // Waits until all ranks have put their segment. Returns one that has put a segment of
+  // another bucket, or -1.
+  int Meet(const Segment& segment) {
+    int stranger = -1;
     for (int p = 0; p < node_.size_; ++p) {
       node_.Wait(node_.control(p).arrived.value, segment.number);
+      if (node_.where(p) != how_.where) stranger = p;
     }
+    return stranger;
+  }
+
+  void Reduce(const Segment& segment) {
     const int64_t from = Bound(segment, node_.rank_), to = Bound(segment, node_.rank_ + 1);
     ForEach(segment, from, to, [&](char* leaf, int64_t at, int64_t n) {
       for (int64_t start = 0; start < n; start += kBlock) {
@@ -304,7 +314,8 @@ class Node::Call {
   StreamFn write_ = Copy;
 };
 
-int64_t Node::AllReduce(const Reduction& reduction, const std::vector<Leaf>& leaves) {
+int64_t Node::AllReduce(const Reduction& reduction, const std::vector<Leaf>& leaves,
+                        int* stranger) {
   const auto item = static_cast<int64_t>(kItemSize[reduction.dtype]);
   const auto wire_item = static_cast<int64_t>(kItemSize[reduction.wire]);
   const int64_t capacity = slot_bytes_ / wire_item;
@@ -319,6 +330,7 @@ int64_t Node::AllReduce(const Reduction& reduction, const std::vector<Leaf>& lea
     call.Put(now);
   }
   while (more) {
+    if ((*stranger = call.Meet(now)) >= 0) return segments;
     call.Reduce(now);
     if ((more = stream.Next(&next))) {
       next.number = ++number_;

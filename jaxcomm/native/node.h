@@ -68,12 +68,18 @@ class Node {
   // more ranks than cores, so that a waiting rank must let others run.
   Node(std::vector<char*> windows, int rank, int64_t window_bytes, bool crowded);
 
-  // Reduces all leaves where they lie; returns the number of segments.
-  int64_t AllReduce(const Reduction& reduction, const std::vector<Leaf>& leaves);
+  // Reduces all leaves where they lie; returns the number of segments. Where a rank has
+  // come from another bucket nothing is reduced, that rank stands in `stranger`, and no
+  // further call may be made.
+  int64_t AllReduce(const Reduction& reduction, const std::vector<Leaf>& leaves,
+                    int* stranger);
+  // What the last call of a rank was.
+  Where where(int rank) const { return control(rank).arrived.where; }
 
  private:
   struct alignas(128) Flag {
     std::atomic<int64_t> value;
+    Where where;  // of `arrived`: what the segment is part of; in the flag's own line
   };
   struct Control {
     Flag arrived;

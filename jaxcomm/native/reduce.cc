@@ -191,7 +191,13 @@ int AllReduce(Communicator* comm, const Reduction& reduction,
   if (comm->size == 1) return 0;
   DefaultRounding scope;
   if (comm->node != nullptr) {
-    comm->counters[kSegments] += comm->node->AllReduce(reduction, leaves);
+    int stranger = -1;
+    comm->counters[kSegments] += comm->node->AllReduce(reduction, leaves, &stranger);
+    if (stranger >= 0) {
+      comm->broken = AskHowTheyDiffer(comm->id, reduction.where, stranger,
+                                      comm->node->where(stranger));
+      return kBroken;
+    }
     for (const Leaf& leaf : leaves) {
       comm->counters[kBytes] +=
           leaf.count * static_cast<int64_t>(kItemSize[reduction.wire]);

@@ -15,10 +15,14 @@ struct Reduction {
   int divisor;         // of the sum, for a mean; 1 otherwise
   DType wire;          // what travels: dtype, or a 16-bit float for float32 leaves
   int64_t pack_bytes;  // leaves of at most this size share the staging buffer
+  Where where = {};    // compared between ranks of one host
 };
 
+// In place of an MPI error code: comm->broken says what it was.
+constexpr int kBroken = -1;
+
 // Reduces all leaves where they lie. The caller holds comm->mutex. Returns an MPI
-// error code.
+// error code, or kBroken.
 int AllReduce(Communicator* comm, const Reduction& reduction,
               const std::vector<Leaf>& leaves);
 

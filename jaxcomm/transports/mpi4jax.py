@@ -105,16 +105,16 @@ class Mpi4jax:
         token_aval: Any,
     ) -> tuple[Any, Any]:
         pair = ctx.replace(avals_in=(aval, token_aval), avals_out=(aval, token_aval))
-        gate = {"comm": np.int64(call.comm)}
+        gate = {"comm": np.int64(call.comm), "schedule": np.int64(call.digest)}
         value, token = in_place_call(
             "jaxcomm_gate",
             pair,
             (value, token),
-            gate | {"schedule": np.int64(call.digest)},
+            gate | {"bucket": np.int64(call.bucket)},
         )
         value = self._reduce(ctx, call, dtype, value, aval)
         value, token = in_place_call(
-            "jaxcomm_gate", pair, (value, token), gate | {"schedule": np.int64(0)}
+            "jaxcomm_gate", pair, (value, token), gate | {"bucket": np.int64(-1)}
         )
         return value, token
 

@@ -1,0 +1,56 @@
+// Ends this process if what Python waits in does not come back in time. A thread of
+// Python could not: MPI_Init holds the interpreter for as long as it waits.
+
+#include <unistd.h>
+
+#include <chrono>
+#include <condition_variable>
+#include <cstdint>
+#include <mutex>
+#include <string>
+#include <thread>
+
+#define JAXCOMM_API extern "C" __attribute__((visibility("default")))
+
+namespace jaxcomm {
+namespace {
+
+// Never destroyed: a thread may still wait when the process ends.
+std::mutex& mutex = *new std::mutex;
+std::condition_variable& changed = *new std::condition_variable;
+int64_t current = 0;  // number of the deadline that is set; 0 for none
+int64_t last = 0;
+
+void Write(const std::string& text) {
+  size_t done = 0;
+  while (done < text.size()) {
+    const ssize_t n = write(STDERR_FILENO, text.data() + done, text.size() - done);
+    if (n <= 0) return;
+    done += static_cast<size_t>(n);
+  }
+}
+
+}  // namespace
+
+// After so many seconds, unless it is lifted before, writes `text` to standard error and
+// exits with `code`.
+JAXCOMM_API void jaxcomm_set_deadline(double seconds, const char* text, int code) {
+  std::lock_guard<std::mutex> lock(mutex);
+  current = ++last;
+  const auto end = std::chrono::steady_clock::now() + std::chrono::duration<double>(seconds);
+  std::thread([number = current, end, code, text = std::string(text)] {
+    std::unique_lock<std::mutex> lock(mutex);
+    if (!changed.wait_until(lock, end, [number] { return current != number; })) {
+      Write(text);
+      _exit(code);
+    }
+  }).detach();
+}
+
+JAXCOMM_API void jaxcomm_lift_deadline() {
+  std::lock_guard<std::mutex> lock(mutex);
+  current = 0;
+  changed.notify_all();
+}
+
+}  // namespace jaxcomm
