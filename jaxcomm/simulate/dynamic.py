@@ -73,7 +73,7 @@ class Dynamic:
         self._warm = True
         outcome = _Steps(self, ready, slow).run()
         if first:
-            self.once_messages = outcome.messages
+            self.once_messages = round(outcome.messages)
         self._now += max(outcome.end, ready.compute)
         return outcome
 

@@ -20,6 +20,9 @@ from jaxcomm.simulate.workloads import Workload
 
 # torch.nn.parallel.DistributedDataParallel: bucket_cap_mb=25, the first bucket 1 MiB.
 DDP_BYTES, DDP_FIRST_BYTES = 25 << 20, 1 << 20
+# jaxcomm's watchdog: once a second every rank tells the next one which calls it has made,
+# on a thread and a communicator of its own (watchdog.py). No gradient waits for it.
+MARKS_PER_SECOND = 1.0
 # XLA's xla_gpu_all_reduce_combine_threshold_bytes.
 XLA_BYTES = 30 << 20
 
@@ -38,6 +41,8 @@ class Fixed:
     Attributes:
       once_seconds: what the job pays before the first reduction.
       once_messages: control messages then, of the whole job.
+
+    Messages beside the steps come at a rate of so many a second, of the whole job.
     """
 
     def __init__(
@@ -47,9 +52,11 @@ class Fixed:
         overlap: float = 1.0,
         before: float = 0.0,
         once: tuple[float, int] = (0.0, 0),
+        messages_per_second: float = 0.0,
     ):
         self.buckets = buckets
         self._overlap, self._before = overlap, before
+        self._rate = messages_per_second
         self.once_seconds, self.once_messages = once
 
     def step(self, ready: Ready) -> Outcome:
@@ -68,6 +75,7 @@ class Fixed:
         return Outcome(
             end=end,
             compute=ready.compute,
+            messages=self._rate * end,
             waited=waited / leaves,
             reductions=len(self.buckets),
         )
@@ -128,7 +136,8 @@ def static(workload: Workload, plane: Negotiation) -> Fixed:
         )
         for bucket in schedule.buckets
     ]
-    return Fixed(buckets, once=plane.agree())
+    marks = 0.0 if alone else MARKS_PER_SECOND * plane.ranks
+    return Fixed(buckets, once=plane.agree(), messages_per_second=marks)
 
 
 def _timed(

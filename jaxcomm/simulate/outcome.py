@@ -13,7 +13,8 @@ class Outcome:
       end: when the last gradient is reduced on all ranks.
       compute: when the slowest rank has computed.
       control: how long the control plane worked on this step's gradients.
-      messages: control messages of the whole job, idle cycles included.
+      messages: control messages of the whole job, idle cycles included; a mean where
+        they come once in a while.
       waited: mean time of a gradient between being ready everywhere and being released.
       reductions: rounds of negotiation, or buckets where nothing is negotiated.
     """
@@ -21,7 +22,7 @@ class Outcome:
     end: float
     compute: float
     control: float = 0.0
-    messages: int = 0
+    messages: float = 0
     waited: float = 0.0
     reductions: int = 0
 
