@@ -25,7 +25,8 @@ class Traffic:
     Attributes:
       design: its name.
       once: control messages of the whole job before the first reduction.
-      per_step: control messages of the whole job in every step.
+      per_step: control messages of the whole job in every step; not those of watchdogs,
+        which come once a second or less.
       bytes_into_rank_0: control bytes that rank 0 receives in every step.
       rounds_per_step: dependent message latencies in every step.
     """

@@ -20,7 +20,7 @@ from jaxcomm.simulate.workloads import Workload
 
 # torch.nn.parallel.DistributedDataParallel: bucket_cap_mb=25, the first bucket 1 MiB.
 DDP_BYTES, DDP_FIRST_BYTES = 25 << 20, 1 << 20
-# jaxcomm's watchdog: once a second every rank tells the next one which calls it has made,
+# jaxcomm's watchdog: once a second a rank tells the next one which calls it has made,
 # on a thread and a communicator of its own (watchdog.py). No gradient waits for it.
 MARKS_PER_SECOND = 1.0
 # XLA's xla_gpu_all_reduce_combine_threshold_bytes.
