@@ -4,15 +4,17 @@ Rank 0 alone writes and reads, through orbax, so a directory on its own disk is 
 as long as rank 0 stays on that host. The other ranks get the values by broadcast, and
 every rank learns what has come of it.
 
-    stop = jaxcomm.checkpoint.Stop()
-    found = jaxcomm.checkpoint.restore("out/checkpoints", state)
-    step, state = found or (0, jaxcomm.broadcast(state))
-    while step < steps:
-        state = train_step(state, batch_of(step))
-        step += 1
-        if stopping := stop.requested(step) or step % 500 == 0:
-            jaxcomm.checkpoint.save("out/checkpoints", step, state)
-        if stopping: ...
+    found = checkpoint.restore("out/checkpoints", first_state)
+    step, state = found or (0, first_state)
+    with checkpoint.Stop() as stop:
+        while step < steps:
+            state = train_step(state, batches.at(step))
+            step += 1
+            ending = stop.requested(step)
+            if ending or step % 500 == 0:
+                checkpoint.save("out/checkpoints", step, state)
+            if ending:
+                sys.exit(0)
 """
 
 from __future__ import annotations

@@ -75,6 +75,13 @@ def on_fake_nccl(**more: str) -> dict[str, str]:
     return {**library, "JAXCOMM_NCCL_HOST_MEMORY": "1", **more}
 
 
+def documented(heading: str) -> str:
+    """Return the first piece of Python under a heading of docs/reliability.md."""
+    text = (ROOT / "docs" / "reliability.md").read_text()
+    section = text[text.index(f"\n## {heading}\n") :]
+    return section.split("```python\n", 1)[1].split("```", 1)[0]
+
+
 @pytest.fixture
 def launch() -> Launch:
     """Return `launch_ranks`."""

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import re
-
 import numpy as np
 import pytest
-from conftest import ROOT, Launch
+from conftest import Launch, documented
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -162,9 +160,6 @@ print("all checked", flush=True)
 
 @pytest.mark.parametrize("ranks", [2, 4])
 def test_the_loop_in_the_documentation_ends_together(job: Launch, ranks: int) -> None:
-    text = (ROOT / "docs" / "reliability.md").read_text()
-    loop = re.search(r"## Uneven data.*?```python\n(.*?)```", text, re.DOTALL)
-    assert loop is not None
-    done = job(ranks, LOOP + loop[1] + CHECK)
+    done = job(ranks, LOOP + documented("Uneven data") + CHECK)
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.count("all checked") == ranks, done.stdout + done.stderr
