@@ -10,7 +10,7 @@ DEMO_ARGS := $(if $(DEMO_STEPS),--steps $(DEMO_STEPS))
 TESTS ?= tests
 
 .PHONY: setup demo examples test test-all test-mpich nccl-abi lint sanitize faults bench \
-  bench-peers bench-horovod bench-overlap bench-tracing clean
+  bench-peers bench-horovod bench-overlap bench-tracing bench-control scaling clean
 .DEFAULT_GOAL := help
 
 help:
@@ -28,6 +28,8 @@ help:
 	@echo "make bench-horovod  the same beside Horovod too, which it builds first"
 	@echo "make bench-overlap  how much of a slow wire hides behind computation (root)"
 	@echo "make bench-tracing  what the compiler pass adds to tracing ResNet-50"
+	@echo "make bench-control  what negotiation costs here, for jaxcomm simulate"
+	@echo "make scaling  docs/scaling.md's figures and tables, from the simulator"
 	@echo "make setup  make $(VENV) (the others do it when needed)"
 
 setup: $(STAMP)
@@ -97,6 +99,12 @@ bench-overlap: $(STAMP)
 
 bench-tracing: $(STAMP)
 	$(BIN)/python benchmarks/tracing.py
+
+bench-control: $(STAMP)
+	$(BIN)/python benchmarks/control.py
+
+scaling: $(STAMP)
+	$(BIN)/python -m jaxcomm.simulate.scaling docs
 
 .venv-peers/bin/python:
 	$(PYTHON) -m venv .venv-peers

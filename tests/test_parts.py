@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import subprocess
 import sys
 import time
@@ -81,12 +80,6 @@ def test_control_traffic() -> None:
     assert cache.bytes_into_rank_0 == 24 * 13
     assert (static.per_step, static.rounds_per_step) == (0, 0)
     assert [t.per_step for t in control.designs(1, 5)] == [0, 0, 0]
-
-
-def test_simulate_command() -> None:
-    line = [sys.executable, "-m", "jaxcomm", "simulate", "--ranks", "8", "--json"]
-    done = subprocess.run(line, capture_output=True, text=True, timeout=60, check=True)
-    assert json.loads(done.stdout)[2]["once"] == 24
 
 
 def test_nnx_module_gets_the_roots_state(job: Callable[..., object]) -> None:

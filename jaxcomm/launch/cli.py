@@ -241,47 +241,53 @@ def plan(
 
 
 @main.command()
-@click.option("--ranks", type=click.IntRange(1), default=27600, show_default=True)
 @click.option(
-    "--tensors",
-    type=click.IntRange(1),
-    default=33,
+    "--machine",
+    default="summit",
     show_default=True,
-    help="Gradient tensors per step.",
+    help="dgx-h100, ethernet, frontier, here, summit, or the path of a TOML file.",
 )
 @click.option(
-    "--cycles",
-    type=click.IntRange(1),
-    default=1,
-    show_default=True,
-    help="Negotiation cycles in which they become ready.",
+    "--workload", default="stemdl", show_default=True, help="gpt2, resnet50 or stemdl."
 )
-@click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
-def simulate(ranks: int, tensors: int, cycles: int, as_json: bool) -> None:
-    """Count the control messages of each design at any number of ranks."""
-    import dataclasses
-    import json
+@click.option(
+    "--ranks", default="1536,6000,27600", show_default=True, help="Sizes, by commas."
+)
+@click.option(
+    "--steps", type=click.IntRange(1), default=100, show_default=True, help="Per size."
+)
+@click.option(
+    "--samples",
+    type=click.IntRange(0),
+    default=16,
+    show_default=True,
+    help="Points of the parameters' ranges, for ranges of efficiency; 0: none.",
+)
+@click.option("--seed", type=click.IntRange(0), default=0, show_default=True)
+@click.option("--plot", type=click.Path(path_type=Path), help="Write a plot (PNG).")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON instead of tables.")
+def simulate(
+    machine: str,
+    workload: str,
+    ranks: str,
+    steps: int,
+    samples: int,
+    seed: int,
+    plot: Path | None,
+    as_json: bool,
+) -> None:
+    """Predict how six designs scale, from measured and cited parameters.
 
-    from rich.console import Console
-    from rich.table import Table
+    Horovod's coordinator, its response cache, and that with groups; PyTorch's DDP;
+    XLA's psum; jaxcomm's static schedule. See docs/scaling.md.
+    """
+    from jaxcomm.errors import JaxcommError
+    from jaxcomm.launch import simulate as simulation
 
-    from jaxcomm.simulate import control
-
-    rows = [dataclasses.asdict(t) for t in control.designs(ranks, tensors, cycles)]
-    if as_json:
-        click.echo(json.dumps(rows, indent=1))
-        return
-    table = Table(
-        title=f"Control messages: {ranks:,} ranks, {tensors} tensors, {cycles} cycle(s)"
-    )
-    for k, name in enumerate(
-        ("design", "once", "per step", "bytes into rank 0 per step", "rounds per step")
-    ):
-        table.add_column(name, justify="right" if k else "left")
-    for row in rows:
-        name, *numbers = row.values()
-        table.add_row(name, *(f"{number:,}" for number in numbers))
-    Console().print(table)
+    try:
+        simulation.main(machine, workload, ranks, steps, samples, seed, plot, as_json)
+    except JaxcommError as error:
+        raise click.ClickException(str(error)) from error
 
 
 @main.command(context_settings=_PASS_THROUGH | {"help_option_names": []})

@@ -14,8 +14,8 @@ from collections.abc import Iterator
 
 # A serialised Request: 4-dimensional tensor, 40-character name.
 REQUEST_BYTES = 132
-# A status word's bits beside one bit per cached tensor: shutdown, uncached, invalid.
-_STATUS_BITS = 3
+# Of the bit vector, beside one bit per cached tensor: shutdown, uncached, invalid.
+STATUS_BITS = 3
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,7 +25,8 @@ class Traffic:
     Attributes:
       design: its name.
       once: control messages of the whole job before the first reduction.
-      per_step: control messages of the whole job in every step.
+      per_step: control messages of the whole job in every step; not those of watchdogs,
+        which come once a second or less.
       bytes_into_rank_0: control bytes that rank 0 receives in every step.
       rounds_per_step: dependent message latencies in every step.
     """
@@ -65,7 +66,7 @@ def _designs(ranks: int, tensors: int, cycles: int) -> Iterator[Traffic]:
         bytes_into_rank_0=others * (tensors * REQUEST_BYTES + 4 * cycles),
         rounds_per_step=(3 * rounds + others) * cycles,
     )
-    words = math.ceil((tensors + _STATUS_BITS) / 64)
+    words = math.ceil((tensors + STATUS_BITS) / 64)
     yield Traffic(
         "response cache",
         once=4 * others * cycles,
