@@ -48,7 +48,9 @@ def run_ranks(ranks: int, case: str, timeout: float = 60) -> list[dict[str, str]
     for rank, process in enumerate(processes):
         out, err = process.communicate()
         said = dict(map(json.loads, out.splitlines()))
-        said["end"] = "" if process.returncode == 0 else f"did not end well: {err}"
+        said["end"] = (
+            "" if process.returncode == 0 else f"exit code {process.returncode}: {err}"
+        )
         if rank in late:
             said["end"] = f"killed after {timeout} s or another's failure: {err}"
         found.append(said)
