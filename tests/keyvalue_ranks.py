@@ -228,8 +228,8 @@ def no_growth() -> None:
             assert channel.broadcast(k, k % RANKS) == k
         if k % 20 == 19:
             most = max(most, len(client.list(channel._base)))
-    # Per round: one key for each rank and the answer. A slow rank still deletes those of
-    # the round before last while a fast one writes the next round's.
+    # Per round: one key for each rank and the answer. A slow rank still deletes those
+    # of the round before last while a fast one writes the next round's.
     assert RANKS < most <= 3 * (RANKS + 1), most
 
 
