@@ -2,11 +2,11 @@
 
 The FC-DenseNet is that of nlaanait/stemdl at the time of the run on Summit (the code
 behind Laanait et al., arXiv:1909.11150), leaf for leaf: three poolings; no batch
-normalisation but in the down transitions; a down path that keeps all features and an up
-path that carries new ones only; no bias but the first convolution's. `Freq2Space` stands
-for that repository's later block of the same name, which learns the way from reciprocal
-to real space; the published layout has the detector's grid for an image and the probes
-for its channels.
+normalisation but in the down transitions; a down path that keeps all features, an up
+path that carries new ones only; no bias but the first convolution's. `Freq2Space` is
+made after that repository's later block of that name, which learns the way from
+reciprocal to real space; the published layout has the detector's grid for an image and
+the probes for its channels.
 """
 
 from __future__ import annotations
