@@ -67,7 +67,7 @@ def initial_state(
     variables = jax.jit(model.init)(jax.random.key(training.seed), sample[None])
     dtype = jnp.float64 if training.float64 else jnp.float32
     variables = jax.tree.map(lambda leaf: leaf.astype(dtype), variables)
-    params, batch_stats = variables["params"], variables["batch_stats"]
+    params, batch_stats = variables["params"], variables.get("batch_stats", {})
     scale = precision.initial(config.precision)
     return State(params, batch_stats, tx.init(params), scale)
 
