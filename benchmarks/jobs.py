@@ -82,6 +82,16 @@ def run_horovod(shapes: list[list[int]], ranks: int, repeats: int) -> list[Any]:
         return _results(out)
 
 
+def run_safety(ranks: int, environment: dict[str, str]) -> dict[str, float]:
+    """Run one job of worker_safety.py; return seconds per call by tree."""
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder) / "result.0"
+        launch = [sys.executable, "-m", "jaxcomm", "run", "-n", str(ranks)]
+        launch += ["--timeout", str(TIMEOUT), str(HERE / "worker_safety.py"), str(out)]
+        _run([launch], [environment])
+        return json.loads(out.read_text())
+
+
 @functools.cache
 def peer_versions() -> dict[str, str]:
     """Versions of the peers that live in an environment of their own, by name."""

@@ -112,10 +112,10 @@ class Ledger:
             if len(places) > 1:
                 lines = [
                     f"  {rank_names(sorted(set(ranks)))}: {self._what[where]}"
-                    for where, ranks in places.items()
+                    for where, ranks in sorted(places.items(), key=lambda p: min(p[1]))
                 ]
                 what = "the ranks are in different calls where all must be in call"
-                return refusal(f"{what} {number}", sorted(lines))
+                return refusal(f"{what} {number}", lines)
         for comm, (number, rank, what) in self._last.items():
             gone = sorted(
                 r

@@ -33,7 +33,7 @@ compile() {  # compile NAME SANITIZERS: the driver, and our objects
       -c $source/kernels.cc -o "$out/kernels_$target.o" &
   done
   local file
-  for file in mpi_binding node reduce ring dispatch; do
+  for file in deadline mpi_binding node progress reduce ring dispatch; do
     # shellcheck disable=SC2086
     c++ $common -c $source/$file.cc -o "$out/$file.o" &
   done
@@ -58,7 +58,7 @@ jaxlib=$("$bin/python" -c \
   "import importlib.util as u; print(u.find_spec('jaxlib').submodule_search_locations[0])")
 c++ -std=c++17 -g -O1 -fPIC -fno-omit-frame-pointer -fsanitize=address,undefined \
   -isystem "$jaxlib/include" -fvisibility=hidden -shared \
-  $source/handlers.cc $build/address/{mpi_binding,node,reduce,ring,dispatch,kernels_*}.o -ldl \
+  $source/handlers.cc $build/address/{deadline,mpi_binding,node,progress,reduce,ring,dispatch,kernels_*}.o -ldl \
   -o $build/libjaxcomm_native.so
 results=$build/results.json
 rm -f "$results"
