@@ -61,7 +61,7 @@ class Run:
         self.state = recipe.initial_state(self.model, tx, data(1)[0][0], self.config)
         self.step = recipe.compile_step(self.model, tx, self.config, backend)
 
-    def train(self, *batches: Any) -> recipe.State:
+    def train(self, *batches: Any) -> Any:
         for batch in batches:
             self.state, loss = self.step(self.state, batch)
             assert np.isfinite(loss), loss

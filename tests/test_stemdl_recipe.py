@@ -103,12 +103,12 @@ def test_sizes_that_do_not_divide_are_refused() -> None:
 
 
 def test_checkpointing_changes_memory_and_not_the_network() -> None:
-    plain = StemNet(growth=2, layers=(1, 2, 1))
+    plain: Any = StemNet(growth=2, layers=(1, 2, 1))
     x = jax.ShapeDtypeStruct((1, 4, 4, 9, 9), np.float32)
     trees, convolutions = [], []
     for model in (plain, plain.clone(checkpoint=True)):
         trees.append(jax.eval_shape(model.init, jax.random.key(0), x))
-        gradient = jax.grad(lambda p, x, m=model: m.apply(p, x).sum())
+        gradient = jax.grad(lambda p, x, m=model: jnp.sum(m.apply(p, x)))
         program = str(jax.make_jaxpr(gradient)(trees[-1], x))
         convolutions.append(program.count("conv_general_dilated["))
     # Parameters are drawn by their names, so that they are the same ones.
@@ -149,13 +149,17 @@ def test_larc_goes_by_scopes(clip_to: float | None) -> None:
     grads = jax.tree.map(np.ones_like, params)
     rate = None if clip_to is None else optax.constant_schedule(clip_to)
     tx = optimizer.scale_by_larc(0.02, 1e-6, rate)
-    scaled, _ = tx.update(grads, tx.init(params), params)
+    scaled: Any = tx.update(grads, tx.init(params), params)[0]
     first = 0.02 * math.sqrt(9 + 2 * 16) / math.sqrt(3) / (clip_to or 1)
     second = 0.02 * 0.002 / 2 / (clip_to or 1)
     for leaf in scaled["Conv_0"].values():
         np.testing.assert_allclose(leaf, min(first, 1), rtol=1e-5)
-    np.testing.assert_allclose(scaled["DenseBlock_0"]["Conv_0"]["kernel"], second, 1e-5)
-    np.testing.assert_allclose(scaled["DenseBlock_1"]["Conv_0"]["kernel"], 1e-7, 1e-5)
+    np.testing.assert_allclose(
+        scaled["DenseBlock_0"]["Conv_0"]["kernel"], second, rtol=1e-5
+    )
+    np.testing.assert_allclose(
+        scaled["DenseBlock_1"]["Conv_0"]["kernel"], 1e-7, rtol=1e-5
+    )
 
 
 def test_learning_rates() -> None:
@@ -163,13 +167,13 @@ def test_learning_rates() -> None:
         name="staircase", warm_up_steps=10, times_ranks=True, decay_steps=5
     )
     rate = optimizer.learning_rate(Optimizer(lr=0.01), staircase, 100, 8)
-    found = [float(rate(step)) for step in (0, 5, 10, 14, 15, 20)]
+    found = [np.asarray(rate(step)) for step in (0, 5, 10, 14, 15, 20)]
     assert found == pytest.approx([0.008, 0.044, 0.08, 0.08, 0.04, 0.02], rel=1e-5)
     capped = optimizer.learning_rate(Optimizer(lr=0.01), staircase, 100, 27_600)
-    assert float(capped(10)) == pytest.approx(1)
+    assert np.asarray(capped(10)) == pytest.approx(1)
     # What the demo has always trained with, whatever the number of ranks.
     rate = optimizer.learning_rate(Optimizer(), Schedule(), 1600, 2)
-    found = [float(rate(step)) for step in (0, 30, 1600)]
+    found = [np.asarray(rate(step)) for step in (0, 30, 1600)]
     assert found == pytest.approx([1e-4, 3e-3, 6e-5], rel=1e-5)
 
 
