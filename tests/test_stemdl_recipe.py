@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
+import types
 from pathlib import Path
 from typing import Any
 
+import click
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -19,6 +21,7 @@ import dataset
 import losses
 import optimizer
 import recipe
+import train
 from jaxcomm.simulate import networks
 from network import NETWORKS, StemNet, scope_of, scopes
 from precision import LossScale
@@ -248,6 +251,28 @@ def test_what_overrides_what(tmp_path: Path) -> None:
         config.load(None, ["loss=mae"])
     with pytest.raises(config.ConfigError, match=r"write section\.key=value"):
         config.load(None, ["loss"])
+
+
+def test_what_does_not_go_with_the_ranks_or_backend() -> None:
+    def check(name: str, size: int, *assignments: str) -> None:
+        backend: Any = types.SimpleNamespace(name=name, size=size)
+        train._check(config.load(None, assignments), backend)
+
+    check("jaxcomm", 4, "training.accumulate=4", "communication.groups=scopes")
+    check("pmap", 2, "training.accumulate=4")
+    with pytest.raises(click.UsageError, match=r"batch 16 does not divide over 3"):
+        check("jaxcomm", 3)
+    with pytest.raises(click.UsageError, match=r"over 4 .* in 8 parts each"):
+        check("jaxcomm", 4, "training.accumulate=8")
+    with pytest.raises(click.UsageError, match=r"\[communication\] .* --backend pmap"):
+        check("pmap", 2, "communication.wire_dtype=float16")
+
+
+def test_the_recipes_that_come_along_are_valid() -> None:
+    files = list((ROOT / "examples" / "stemdl" / "recipes").glob("*.toml"))
+    assert files
+    for path in files:
+        config.load(path)
 
 
 @pytest.mark.timeout(300)

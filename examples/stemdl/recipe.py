@@ -140,9 +140,10 @@ def make_train_step(
             start = (zeros, zero, state.batch_stats)
             (grads, loss, batch_stats), _ = jax.lax.scan(add, start, split)
             grads, loss = jax.tree.map(lambda a: a / parts, (grads, loss))
-        if scale is not None:
-            grads = jax.tree.map(lambda g: g / scale, grads)
         grads = mean(grads)
+        if scale is not None:
+            # Only now: in float16 on the wire they too need the scale's help.
+            grads = jax.tree.map(lambda g: g / scale, grads)
         updates, opt_state = tx.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         new = State(params, batch_stats, opt_state)
