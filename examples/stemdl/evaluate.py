@@ -14,10 +14,12 @@ import numpy as np
 from rich.console import Console
 
 import checkpoint
+import config
 import figures
+import recipe
 from baselines import baselines
 from dataset import Dataset, load
-from network import NETWORKS, StemNet
+from network import StemNet
 from scores import nrmse, pearson
 from simulate import data_config, data_option
 
@@ -51,14 +53,15 @@ def evaluate(dataset: Dataset, run: Path, out: Path) -> dict[str, float]:
 
     Args:
       dataset: what the network was trained on and is tested on.
-      run: directory with `params.npz` and `train.json`.
+      run: directory with `params.npz`, `config.toml` and `train.json`.
       out: directory for `reconstruction.png` and `loss.png`.
 
     Returns:
       "nrmse" and "pearson", means over held-out samples.
     """
     trained = json.loads((run / "train.json").read_text())
-    model = NETWORKS[trained["network"]]
+    settings = config.load(run / "config.toml").network
+    model = recipe.build(settings, dataset.test_y.shape[-1])
     predicted = reconstruct(model, run / "params.npz", dataset.test_x)
     figures.draw_reconstructions(out / "reconstruction.png", dataset, predicted)
     figures.draw_losses(out / "loss.png", trained["losses"])

@@ -26,8 +26,11 @@ class Backend(Protocol):
     rank: int
     size: int
 
-    def compile(self, step: Step) -> Any:
-        """Make `(state, batch) -> (state, loss)` run on all devices."""
+    def compile(self, step: Step, **options: Any) -> Any:
+        """Make `(state, batch) -> (state, loss)` run on all devices.
+
+        Options are those of `jaxcomm.data_parallel`: groups, bucket_bytes.
+        """
         ...
 
     def replicate(self, state: Any) -> Any:
@@ -60,8 +63,8 @@ class Ranks:
         self._comm = jaxcomm.init()
         self.rank, self.size = jaxcomm.rank(), jaxcomm.size()
 
-    def compile(self, step: Step) -> Any:
-        return jaxcomm.data_parallel(step, axis_name=AXIS, donate_argnums=0)
+    def compile(self, step: Step, **options: Any) -> Any:
+        return jaxcomm.data_parallel(step, axis_name=AXIS, donate_argnums=0, **options)
 
     def replicate(self, state: Any) -> Any:
         return jaxcomm.broadcast(state, root=0)
@@ -91,7 +94,9 @@ class Devices:
     def __init__(self) -> None:
         self.size = jax.local_device_count()
 
-    def compile(self, step: Step) -> Any:
+    def compile(self, step: Step, **options: Any) -> Any:
+        if any(value is not None for value in options.values()):
+            raise ValueError(f"{options}: jax.pmap plans no buckets")
         return jax.pmap(step, axis_name=AXIS, donate_argnums=0)
 
     def replicate(self, state: Any) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from typing import Any
 
@@ -17,6 +18,14 @@ LATE = 4
 """Steps after which a loss is read: by then it is there, and dispatch stays ahead."""
 
 LINE_EVERY = 100
+
+
+class NonFiniteLossError(FloatingPointError):
+    """A loss that is infinite or NaN; `step` counts from 1."""
+
+    def __init__(self, step: int, loss: float):
+        super().__init__(f"the loss of step {step} is {loss}")
+        self.step = step
 
 
 class Telemetry:
@@ -63,13 +72,25 @@ class Telemetry:
             jax.block_until_ready(loss)
             self._started = time.perf_counter()
         if step > len(self._read) + LATE:
-            self._read.append(_scalar(self._losses[step - 1 - LATE]))
+            self._read_next()
             self._show(step)
 
     def losses(self) -> list[float]:
-        """The losses of all steps so far; waits for the last of them."""
-        self._read += [_scalar(loss) for loss in self._losses[len(self._read) :]]
+        """The losses of all steps so far; waits for the last of them.
+
+        Raises:
+          NonFiniteLossError: one is infinite or NaN. `record` raises it too: losses are
+            equal on all ranks and read after the same steps, so all stop at once.
+        """
+        while len(self._read) < len(self._losses):
+            self._read_next()
         return self._read
+
+    def _read_next(self) -> None:
+        loss = _scalar(self._losses[len(self._read)])
+        if not math.isfinite(loss):
+            raise NonFiniteLossError(len(self._read) + 1, loss)
+        self._read.append(loss)
 
     def _show(self, step: int) -> None:
         late = float(np.mean(self._read[-20:]))

@@ -1,6 +1,7 @@
 r"""Train the network, data-parallel over ranks or over devices.
 
 jaxcomm run -n 2 examples/stemdl/train.py --out out/stemdl
+jaxcomm run -n 2 examples/stemdl/train.py --config recipe.toml --set optimizer.lr=0.01
 XLA_FLAGS=--xla_force_host_platform_device_count=2 \
         python examples/stemdl/train.py --backend pmap --out out/stemdl-pmap
 
@@ -17,85 +18,28 @@ import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NoReturn
 
 import click
 import jax
-import jax.numpy as jnp
 import numpy as np
-import optax
 from rich.console import Console
 
+import batchfile
 import checkpoint
+import config
+import optimizer
+import precision
+import recipe
 from augment import SYMMETRIES, augment
 from dataset import Dataset, load
 from jaxcomm.checkpoint import CheckpointError, Stop, restore, save
 from jaxcomm.data import Batches
-from network import NETWORKS, StemNet
+from options import config_options
 from parallel import AXIS, BACKENDS, Backend
+from settings import Communication, Config
 from simulate import data_config, data_option, simulate
-from telemetry import UNTIMED_STEPS, Telemetry
-
-WARM_UP_STEPS = 30
-FINAL_LR_FRACTION = 0.02
-
-
-class State(NamedTuple):
-    """What a train step reads and renews."""
-
-    params: Any
-    batch_stats: Any
-    opt_state: optax.OptState
-
-
-def optimizer(lr: float, steps: int) -> optax.GradientTransformation:
-    """Adam; linear warm-up, then a cosine to 2 % of `lr` over all `steps`."""
-    warm_up = min(WARM_UP_STEPS, steps // 2)
-    schedule = optax.warmup_cosine_decay_schedule(
-        lr / WARM_UP_STEPS, lr, warm_up, steps, end_value=FINAL_LR_FRACTION * lr
-    )
-    return optax.adam(schedule)
-
-
-def initial_state(
-    model: StemNet,
-    tx: optax.GradientTransformation,
-    sample: np.ndarray,
-    seed: int,
-    dtype: Any,
-) -> State:
-    """The same on every rank that calls it with the same seed."""
-    variables = jax.jit(model.init)(jax.random.key(seed), sample[None])
-    variables = jax.tree.map(lambda leaf: leaf.astype(dtype), variables)
-    params = variables["params"]
-    return State(params, variables["batch_stats"], tx.init(params))
-
-
-def make_train_step(model: StemNet, tx: optax.GradientTransformation) -> Any:
-    """One step on one device's samples, as one would write it for `jax.pmap`."""
-
-    def train_step(
-        state: State, batch: tuple[jax.Array, jax.Array]
-    ) -> tuple[State, jax.Array]:
-        x, y = batch
-
-        def loss_fn(params: Any) -> tuple[jax.Array, Any]:
-            predicted, updated = model.apply(
-                {"params": params, "batch_stats": state.batch_stats},
-                x,
-                train=True,
-                mutable=["batch_stats"],
-            )
-            return jnp.mean((predicted - y) ** 2), updated["batch_stats"]
-
-        grad_fn = jax.value_and_grad(loss_fn, has_aux=True)
-        (loss, batch_stats), grads = grad_fn(state.params)
-        grads = jax.lax.pmean(grads, AXIS)
-        updates, opt_state = tx.update(grads, state.opt_state, state.params)
-        params = optax.apply_updates(state.params, updates)
-        return State(params, batch_stats, opt_state), jax.lax.pmean(loss, AXIS)
-
-    return train_step
+from telemetry import UNTIMED_STEPS, NonFiniteLossError, Telemetry
 
 
 def batches(
@@ -138,32 +82,11 @@ def _symmetries(seed: int, epoch: int, samples: int) -> np.ndarray:
     default="jaxcomm",
     show_default=True,
 )
-@click.option(
-    "--steps",
-    type=click.IntRange(UNTIMED_STEPS + 1),
-    default=1600,
-    show_default=True,
-    help="length of the schedule",
-)
+@config_options
 @click.option(
     "--stop",
     type=click.IntRange(UNTIMED_STEPS + 1),
     help="stop after so many of these steps",
-)
-@click.option("--batch", default=16, show_default=True, help="over all ranks together")
-@click.option(
-    "--network",
-    type=click.Choice(list(NETWORKS)),
-    default="tiny",
-    show_default=True,
-)
-@click.option("--lr", default=3e-3, show_default=True)
-@click.option("--seed", default=0, show_default=True)
-@click.option("--samples", default=1500, show_default=True, help="training samples")
-@click.option(
-    "--float64",
-    is_flag=True,
-    help="train in double precision, to compare backends without rounding",
 )
 @click.option(
     "--compare-steps",
@@ -189,15 +112,9 @@ def _symmetries(seed: int, epoch: int, samples: int) -> np.ndarray:
     "--out", type=click.Path(path_type=Path), default="out/stemdl", show_default=True
 )
 def main(
+    resolved: Config,
     backend_name: str,
-    steps: int,
     stop: int | None,
-    batch: int,
-    network: str,
-    lr: float,
-    seed: int,
-    samples: int,
-    float64: bool,
     compare_steps: int,
     checkpoint_every: int,
     resume: bool,
@@ -205,41 +122,44 @@ def main(
     out: Path,
 ) -> None:
     """Train the network; rank 0 writes parameters and train.json to --out."""
-    jax.config.update("jax_enable_x64", float64)
+    training = resolved.training
+    steps, batch, seed = training.steps, training.batch, training.seed
+    jax.config.update("jax_enable_x64", training.float64)
     backend = BACKENDS[backend_name]()
     root = backend.rank == 0
-    if batch % backend.size:
-        raise click.UsageError(
-            f"--batch {batch} does not divide over {backend.size} devices"
-        )
-    if batch > samples:
-        raise click.UsageError(f"--batch {batch} exceeds --samples {samples}")
-    config = data_config(samples)
+    _check(resolved, backend)
+    samples = data_config(training.samples)
     saved = out / "checkpoints"
     if root:
         out.mkdir(parents=True, exist_ok=True)
         if not resume and os.environ.get("JAXCOMM_RESTART", "0") == "0":
             shutil.rmtree(saved, ignore_errors=True)
-        simulate(config, data_dir, 1, Console(stderr=True))
+        simulate(samples, data_dir, 1, Console(stderr=True))
     backend.barrier()
-    dataset = load(config, data_dir)
+    dataset = load(samples, data_dir)
 
-    model = NETWORKS[network].clone(axis_name=AXIS)
-    tx = optimizer(lr, steps)
-    dtype = jnp.float64 if float64 else jnp.float32
-    state = initial_state(model, tx, dataset.train_x[0], seed, dtype)
+    model = recipe.build(
+        resolved.network,
+        dataset.train_y.shape[-1],
+        axis_name=AXIS,
+        dtype=precision.dtype_of(resolved.precision),
+    )
+    tx = optimizer.make(resolved.optimizer, resolved.schedule, steps, backend.size)
+    state = recipe.initial_state(model, tx, dataset.train_x[0], resolved)
     losses = np.full(steps, np.nan)
-    # But for rounding it does not matter how many ranks share a batch: not among these.
-    settings = {"steps": steps, "batch": batch, "lr": lr, "seed": seed}
-    settings |= {"samples": samples, "float64": float64, "network": network}
+    settings = _settings(resolved, backend)
     try:
         found = restore(saved, (state, losses), settings=settings, fallback=True)
     except CheckpointError as error:
         raise click.UsageError(str(error)) from error
     first, (state, losses) = found or (0, (state, losses))
     state = backend.replicate(state)
-    train_step = backend.compile(make_train_step(model, tx))
+    train_step = recipe.compile_step(model, tx, resolved, backend)
     feed = batches(dataset, backend, batch, seed, first)
+    if root:
+        (out / "config.toml").write_text(resolved.to_toml())
+        versions = json.dumps(config.versions(), indent=1)
+        (out / "versions.json").write_text(versions + "\n")
     if backend.name == "jaxcomm" and root:
         # Lowering plans and neither runs nor waits: one rank may do it alone.
         train_step.lower(state, next(batches(dataset, backend, batch, seed)))
@@ -251,22 +171,28 @@ def main(
     # Without it a signal ends the process at once.
     asked = Stop() if checkpoint_every else None
     stop = min(stop or steps, steps)
-    with Telemetry(stop, batch, root, losses[:first]) as telemetry:
-        for step, local_batch in zip(range(first + 1, stop + 1), feed, strict=False):
-            # The loss is read late: the next batch is made while this step runs.
-            state, loss = train_step(state, local_batch)
-            telemetry.record(step, loss)
-            if step == first + 1:
-                checks = backend.checks()
-            if step == compare_steps and root:
-                checkpoint.save(out / f"params_{step}.npz", backend.fetch(state.params))
-            stopped = asked is not None and asked.requested(step)
-            if checkpoint_every and (stopped or step % checkpoint_every == 0):
-                losses[:step] = telemetry.losses()
-                save(saved, step, (backend.fetch(state), losses), settings=settings)
-            if stopped:
-                click.echo(f"ended on request after step {step}; saved", err=True)
-                return
+    try:
+        with Telemetry(stop, batch, root, losses[:first]) as telemetry:
+            for step, local_batch in zip(
+                range(first + 1, stop + 1), feed, strict=False
+            ):
+                # The loss is read late: the next batch is made while this step runs.
+                state, loss = train_step(state, local_batch)
+                telemetry.record(step, loss)
+                if step == first + 1:
+                    checks = backend.checks()
+                if step == compare_steps and root:
+                    params = backend.fetch(state.params)
+                    checkpoint.save(out / f"params_{step}.npz", params)
+                stopped = asked is not None and asked.requested(step)
+                if checkpoint_every and (stopped or step % checkpoint_every == 0):
+                    losses[:step] = telemetry.losses()
+                    save(saved, step, (backend.fetch(state), losses), settings=settings)
+                if stopped:
+                    click.echo(f"ended on request after step {step}; saved", err=True)
+                    return
+    except NonFiniteLossError as error:
+        _give_up(error, dataset, backend, batch, seed, out)
 
     if root:
         params, batch_stats = backend.fetch((state.params, state.batch_stats))
@@ -274,15 +200,70 @@ def main(
         checkpoint.save(out / "params.npz", variables)
         report = {
             "backend": backend.name,
-            "network": network,
+            "network": resolved.network.name,
             "ranks": backend.size,
             "control_messages_per_step": _per_step(checks, backend.checks(), stop),
             "schedule_fingerprint": None,
             **telemetry.report(),
         }
+        if state.loss_scale is not None:
+            scale = backend.fetch(state.loss_scale)
+            report["loss_scale"] = float(scale.scale)
+            report["skipped_steps"] = int(scale.skipped)
         if backend.name == "jaxcomm":
             report["schedule_fingerprint"] = train_step.schedule.fingerprint
         (out / "train.json").write_text(json.dumps(report, indent=1) + "\n")
+
+
+def _check(resolved: Config, backend: Backend) -> None:
+    """Refuse what does not go with the backend or its number of devices."""
+    batch, accumulate = resolved.training.batch, resolved.training.accumulate
+    if batch % (backend.size * accumulate):
+        parts = f" in {accumulate} parts each (training.accumulate)"
+        raise click.UsageError(
+            f"--batch {batch} does not divide over {backend.size} devices"
+            + (parts if accumulate > 1 else "")
+        )
+    if backend.name == "pmap" and resolved.communication != Communication():
+        raise click.UsageError(
+            "[communication] is about jaxcomm's buckets, and --backend pmap has none: "
+            "leave its keys out"
+        )
+
+
+def _settings(resolved: Config, backend: Backend) -> dict[str, Any]:
+    """What a checkpoint must have been made with."""
+    settings = resolved.flat()
+    # Rounding apart, neither these matter nor how many ranks share a batch...
+    for key in ("groups", "bucket_bytes"):
+        del settings[f"communication.{key}"]
+    del settings["network.checkpoint"]
+    # ... unless they decide the learning rate.
+    if resolved.schedule.times_ranks:
+        settings["ranks"] = backend.size
+    return settings
+
+
+def _give_up(
+    error: NonFiniteLossError,
+    dataset: Dataset,
+    backend: Backend,
+    batch: int,
+    seed: int,
+    out: Path,
+) -> NoReturn:
+    """Keep the batch of a loss that is not finite, and end on every rank."""
+    before = error.step - 1
+    order = Batches(len(dataset.train_x), batch, seed, rank=0, size=1)
+    rows = backend.share(order.at(before).indices)
+    patterns, labels = next(batches(dataset, backend, batch, seed, before))
+    path = out / f"nonfinite-step{error.step}-rank{backend.rank}.npz"
+    found = batchfile.keep(path, error.step, rows, patterns, labels)
+    # With exit code 2, so that it is not tried again: it would end the same way.
+    raise click.UsageError(
+        f"{error}; rank {backend.rank} had {found}. If the data are sound, lower "
+        "optimizer.lr or give precision.compute a wider range."
+    ) from error
 
 
 def _per_step(first: int | None, last: int | None, steps: int) -> float | None:
