@@ -27,7 +27,8 @@ import optax
 from rich.console import Console
 
 import checkpoint
-from augment import SYMMETRIES, augment
+import loading
+from augment import augment, draw
 from dataset import Dataset, load
 from jaxcomm.checkpoint import CheckpointError, Stop, restore, save
 from jaxcomm.data import Batches
@@ -112,7 +113,7 @@ def batches(
     order = Batches(len(dataset.train_x), batch, seed, rank=0, size=1)
     for step in itertools.count(first):
         rows = backend.share(order.at(step).indices)
-        symmetries = _symmetries(seed, order.epoch(step), order.samples)
+        symmetries = draw(seed, order.epoch(step), order.samples)
         x, y = augment(
             dataset.train_x[rows.ravel()],
             dataset.train_y[rows.ravel()],
@@ -123,11 +124,6 @@ def batches(
             x.reshape(*rows.shape, *x.shape[1:]),
             y.reshape(*rows.shape, *y.shape[1:]),
         )
-
-
-@functools.lru_cache(maxsize=1)
-def _symmetries(seed: int, epoch: int, samples: int) -> np.ndarray:
-    return np.random.default_rng([seed, epoch]).integers(SYMMETRIES, size=samples)
 
 
 @click.command()
@@ -186,6 +182,17 @@ def _symmetries(seed: int, epoch: int, samples: int) -> np.ndarray:
 )
 @data_option
 @click.option(
+    "--shards",
+    "shards_dir",
+    type=click.Path(path_type=Path),
+    help="train from what simulate_shards.py has written here, instead of --data",
+)
+@click.option(
+    "--stage",
+    type=click.Path(path_type=Path),
+    help="copy the shards to this directory, on each node's own storage, first",
+)
+@click.option(
     "--out", type=click.Path(path_type=Path), default="out/stemdl", show_default=True
 )
 def main(
@@ -202,6 +209,8 @@ def main(
     checkpoint_every: int,
     resume: bool,
     data_dir: Path,
+    shards_dir: Path | None,
+    stage: Path | None,
     out: Path,
 ) -> None:
     """Train the network; rank 0 writes parameters and train.json to --out."""
@@ -212,26 +221,42 @@ def main(
         raise click.UsageError(
             f"--batch {batch} does not divide over {backend.size} devices"
         )
+    source = None
+    if shards_dir is not None:
+        try:
+            source = loading.open_source(shards_dir, stage, backend, batch, seed)
+        except loading.ShardError as error:
+            raise click.UsageError(str(error)) from error
+        samples = source.order.samples
+    elif stage is not None:
+        raise click.UsageError("--stage copies shards: give --shards too")
     if batch > samples:
         raise click.UsageError(f"--batch {batch} exceeds --samples {samples}")
-    config = data_config(samples)
     saved = out / "checkpoints"
     if root:
         out.mkdir(parents=True, exist_ok=True)
         if not resume and os.environ.get("JAXCOMM_RESTART", "0") == "0":
             shutil.rmtree(saved, ignore_errors=True)
-        simulate(config, data_dir, 1, Console(stderr=True))
+        if source is None:
+            simulate(data_config(samples), data_dir, 1, Console(stderr=True))
     backend.barrier()
-    dataset = load(config, data_dir)
+    if source is not None:
+        example, feed_from = source.example, source.batches
+    else:
+        dataset = load(data_config(samples), data_dir)
+        example = dataset.train_x[0]
+        feed_from = functools.partial(batches, dataset, backend, batch, seed)
 
     model = NETWORKS[network].clone(axis_name=AXIS)
     tx = optimizer(lr, steps)
     dtype = jnp.float64 if float64 else jnp.float32
-    state = initial_state(model, tx, dataset.train_x[0], seed, dtype)
+    state = initial_state(model, tx, example, seed, dtype)
     losses = np.full(steps, np.nan)
     # But for rounding it does not matter how many ranks share a batch: not among these.
     settings = {"steps": steps, "batch": batch, "lr": lr, "seed": seed}
     settings |= {"samples": samples, "float64": float64, "network": network}
+    if source is not None:
+        settings["shards"] = source.manifest.sha256
     try:
         found = restore(saved, (state, losses), settings=settings, fallback=True)
     except CheckpointError as error:
@@ -239,10 +264,10 @@ def main(
     first, (state, losses) = found or (0, (state, losses))
     state = backend.replicate(state)
     train_step = backend.compile(make_train_step(model, tx))
-    feed = batches(dataset, backend, batch, seed, first)
+    feed = loading.Timed(feed_from(first))
     if backend.name == "jaxcomm" and root:
         # Lowering plans and neither runs nor waits: one rank may do it alone.
-        train_step.lower(state, next(batches(dataset, backend, batch, seed)))
+        train_step.lower(state, next(feed_from(0)))
         schedule = train_step.schedule.explain()
         Console(stderr=True).print(schedule, highlight=False, soft_wrap=True)
         (out / "schedule.txt").write_text(schedule + "\n")
@@ -279,6 +304,8 @@ def main(
             "control_messages_per_step": _per_step(checks, backend.checks(), stop),
             "schedule_fingerprint": None,
             **telemetry.report(),
+            # Waited for each batch, from this process's first step on.
+            "data_seconds": feed.seconds,
         }
         if backend.name == "jaxcomm":
             report["schedule_fingerprint"] = train_step.schedule.fingerprint

@@ -1,0 +1,266 @@
+"""Batches from shards, read ahead of the step by `grain`.
+
+Of a global batch, every training shard gives the same number of samples, in an order
+of its own, which is a pure function of the seed and the step. So the batches are the
+same for any number of ranks, a rank opens only the files that its part of them comes
+from, and the position is the number of steps done.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Generic, TypeVar
+
+import grain
+import h5py
+import numpy as np
+
+import augment
+import jaxcomm
+import jaxcomm.data
+import manifest
+import shards
+from dataset import Dataset
+from manifest import Manifest, Shard, ShardError
+from optics import Optics
+from parallel import Backend
+from staging import staged
+from together import together
+
+Batch = tuple[np.ndarray, np.ndarray]
+Item = TypeVar("Item")
+
+THREADS, AHEAD = 2, 4
+"""Threads that read, and batches that they read ahead. One would do: the second is for
+the moment in which the disk answers late."""
+
+_ENDLESS = 1 << 62
+
+
+@dataclasses.dataclass(frozen=True)
+class ShardOrder:
+    """Which samples make up which global batch.
+
+    Row j of a global batch comes from shard j // (batch // shards).
+
+    Attributes:
+      shards: number of training shards.
+      each: samples in each.
+      batch: rows of a global batch; a multiple of `shards`.
+      seed: of the order. With one shard it is that of `jaxcomm.data.Batches`.
+    """
+
+    shards: int
+    each: int
+    batch: int
+    seed: int
+
+    @property
+    def samples(self) -> int:
+        """In all shards together."""
+        return self.shards * self.each
+
+    @functools.cached_property
+    def _batches(self) -> jaxcomm.data.Batches:
+        share = self.batch // self.shards
+        return jaxcomm.data.Batches(self.each, share, self.seed, rank=0, size=1)
+
+    def epoch(self, step: int) -> int:
+        """Return which epoch a step belongs to, both counted from 0."""
+        return self._batches.epoch(step)
+
+    def shard_of(self, slots: np.ndarray) -> np.ndarray:
+        """Return the shards that rows of every global batch come from."""
+        return slots // (self.batch // self.shards)
+
+    def at(self, step: int, slots: np.ndarray) -> np.ndarray:
+        """Return the samples in some rows of a step's global batch.
+
+        Args:
+          step: counted from 0 over all epochs.
+          slots: (n,) integers, rows of the global batch.
+
+        Returns:
+          (n,) int64 indices over all training samples.
+        """
+        epoch, place = divmod(step, self._batches.steps_per_epoch)
+        share, found = self.batch // self.shards, np.empty(len(slots), np.int64)
+        owners = self.shard_of(slots)
+        for shard in np.unique(owners):
+            mine = owners == shard
+            within = place * share + slots[mine] % share
+            order = _order((self.seed + int(shard)) % (1 << 64), epoch, self.each)
+            found[mine] = shard * self.each + order[within]
+        return found
+
+
+# jaxcomm.data keeps two orders; here every shard has one.
+@functools.lru_cache(maxsize=4096)
+def _order(seed: int, epoch: int, samples: int) -> np.ndarray:
+    return jaxcomm.data.order(seed, epoch, samples)
+
+
+class Source:
+    """One process's training shards, open.
+
+    Attributes:
+      manifest: of the data set.
+      order: of its samples.
+      example: (scan, scan, detector, detector) float32 of zeros, an input's shape.
+    """
+
+    def __init__(
+        self, whole: Manifest, order: ShardOrder, slots: np.ndarray, directory: Path
+    ):
+        """Open the files that `slots`, this process's rows, come from."""
+        self.manifest, self.order = whole, order
+        self._slots = slots
+        self._files: dict[int, h5py.File] = {}
+        training = whole.split("train")
+        for shard in map(int, np.unique(order.shard_of(slots))):
+            self._files[shard] = shards.open_shard(
+                directory, training[shard], whole.config
+            )
+        arrays: list[Any] = [file["amplitudes"] for file in self._files.values()]
+        self.example = np.zeros(arrays[0].shape[1:], np.float32)
+        require = manifest.require
+        shape = whole.mean.shape
+        require(
+            directory / manifest.NAME, "shape of mean", shape, self.example.shape[2:]
+        )
+
+    def rows(self, step: int) -> np.ndarray:
+        """Indices of this process's samples at a step: (n,) int64."""
+        return self.order.at(step, self._slots.ravel())
+
+    def read(self, step: int) -> Batch:
+        """Read a step's samples and augment them; steps are counted from 0.
+
+        Returns:
+          Standardised patterns and labels, float32, shaped as the train step's input.
+        """
+        rows = self.rows(step)
+        x = self._gather("amplitudes", rows)
+        x = (x - self.manifest.mean) / self.manifest.std
+        symmetries = augment.draw(
+            self.order.seed, self.order.epoch(step), self.order.samples
+        )
+        x, y = augment.augment(x, self._gather("labels", rows), symmetries[rows])
+        # A second axis of slots, where there is one, is pmap's device axis.
+        shape = self._slots.shape
+        return x.reshape(*shape, *x.shape[1:]), y.reshape(*shape, *y.shape[1:])
+
+    def _gather(self, name: str, rows: np.ndarray) -> np.ndarray:
+        places = [divmod(int(row), self.order.each) for row in rows]
+        return np.stack([self._files[k][name][place] for k, place in places])  # type: ignore[index]
+
+    def batches(self, first: int) -> Iterator[Batch]:
+        """This process's parts of all batches from step `first` on."""
+        steps = grain.MapDataset.range(_ENDLESS).map(self.read)
+        options = grain.ReadOptions(num_threads=THREADS, prefetch_buffer_size=AHEAD)
+        ahead = iter(steps.to_iter_dataset(options))
+        # All of grain's state: a checkpoint's step number restores it.
+        ahead.set_state({"next_index": first})
+        try:
+            yield from ahead
+        finally:
+            ahead.close()
+
+    def close(self) -> None:
+        """Close the files; copies on staging storage are gone with that."""
+        for file in self._files.values():
+            file.close()
+
+
+def open_source(
+    directory: Path, stage: Path | None, backend: Backend, batch: int, seed: int
+) -> Source:
+    """Open the training shards; all ranks call it together.
+
+    Args:
+      directory: of the shards; all ranks see it.
+      stage: storage of each node's own, where they are copied first; None: they are
+        read where they are, each file's checksum being compared by one rank.
+      backend: divides the rows of a batch.
+      batch: rows of a global batch.
+      seed: of order and augmentation.
+
+    Raises:
+      ShardError: on every rank, if a file is damaged, foreign or missing on any, or the
+        batch does not divide.
+    """
+    comm = jaxcomm.world()
+    whole = together(comm, lambda: manifest.read(directory))
+    training = whole.split("train")
+    if batch % len(training) or batch > whole.config["train"]:
+        raise ShardError(
+            f"{directory}: a batch of {batch} does not take equally many samples from "
+            f"each of {len(training)} training shards of {training[0].samples}"
+        )
+    order = ShardOrder(len(training), training[0].samples, batch, seed)
+    slots = backend.share(np.arange(batch))
+
+    def source(place: Path) -> Source:
+        return together(comm, lambda: Source(whole, order, slots, place))
+
+    def verify() -> None:
+        for shard in training[comm.rank :: comm.size]:
+            shards.verify(directory, shard)
+
+    if stage is None:
+        together(comm, verify)
+        return source(directory)
+    needed = [training[k] for k in np.unique(order.shard_of(slots))]
+    with staged(directory, stage, needed, comm) as place:
+        return source(place)
+
+
+def load(directory: Path) -> Dataset:
+    """Read all shards into memory, as `dataset.load` does, for evaluation.
+
+    Raises:
+      ShardError: a file is damaged, foreign or missing.
+    """
+    whole = manifest.read(directory)
+    arrays = {}
+    for split in manifest.SPLITS:
+        parts = [_arrays(directory, shard, whole) for shard in whole.split(split)]
+        amplitudes, labels, names = (
+            np.concatenate(part) for part in zip(*parts, strict=True)
+        )
+        arrays[f"{split}_x"] = (amplitudes - whole.mean) / whole.std
+        arrays[f"{split}_y"], arrays[f"{split}_names"] = labels, names
+    optics = Optics(**whole.config["optics"])
+    return Dataset(**arrays, mean=whole.mean, std=whole.std, optics=optics)
+
+
+def _arrays(directory: Path, shard: Shard, whole: Manifest) -> list[np.ndarray]:
+    shards.verify(directory, shard)
+    with shards.open_shard(directory, shard, whole.config) as file:
+        names = np.array(file["material"].asstr()[:], str)  # type: ignore[union-attr]
+        return [file["amplitudes"][:], file["labels"][:], names]  # type: ignore[index]
+
+
+class Timed(Generic[Item]):
+    """An iterator that notes how long each item has been waited for.
+
+    Attributes:
+      seconds: one number for each item taken.
+    """
+
+    def __init__(self, items: Iterator[Item]):
+        self._items = items
+        self.seconds: list[float] = []
+
+    def __iter__(self) -> Iterator[Item]:
+        return self
+
+    def __next__(self) -> Item:
+        began = time.perf_counter()
+        item = next(self._items)
+        self.seconds.append(time.perf_counter() - began)
+        return item
