@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import json
 import time
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
@@ -24,7 +25,7 @@ import jaxcomm
 import jaxcomm.data
 import manifest
 import shards
-from dataset import Dataset
+from dataset import DataConfig, Dataset
 from manifest import Manifest, Shard, ShardError
 from optics import Optics
 from parallel import Backend
@@ -125,13 +126,19 @@ class Source:
             self._files[shard] = shards.open_shard(
                 directory, training[shard], whole.config
             )
-        arrays: list[Any] = [file["amplitudes"] for file in self._files.values()]
-        self.example = np.zeros(arrays[0].shape[1:], np.float32)
-        require = manifest.require
-        shape = whole.mean.shape
-        require(
-            directory / manifest.NAME, "shape of mean", shape, self.example.shape[2:]
-        )
+        self.example = np.zeros(self._shape("amplitudes", directory), np.float32)
+        self._shape("labels", directory)
+        path, shape = directory / manifest.NAME, self.example.shape[2:]
+        manifest.require(path, "shape of mean", whole.mean.shape, shape)
+
+    def _shape(self, name: str, directory: Path) -> tuple[int, ...]:
+        """Shape of one sample, which must be the same in all files."""
+        shapes: dict[int, Any] = {k: f[name].shape[1:] for k, f in self._files.items()}  # type: ignore[union-attr]
+        first = next(iter(shapes.values()))
+        for shard, shape in shapes.items():
+            path = directory / self.manifest.split("train")[shard].name
+            manifest.require(path, f"shape of {name}", shape, first)
+        return first
 
     def rows(self, step: int) -> np.ndarray:
         """Indices of this process's samples at a step: (n,) int64."""
@@ -158,7 +165,7 @@ class Source:
         places = [divmod(int(row), self.order.each) for row in rows]
         return np.stack([self._files[k][name][place] for k, place in places])  # type: ignore[index]
 
-    def batches(self, first: int) -> Iterator[Batch]:
+    def batches(self, first: int) -> Generator[Batch]:
         """This process's parts of all batches from step `first` on."""
         steps = grain.MapDataset.range(_ENDLESS).map(self.read)
         options = grain.ReadOptions(num_threads=THREADS, prefetch_buffer_size=AHEAD)
@@ -177,7 +184,12 @@ class Source:
 
 
 def open_source(
-    directory: Path, stage: Path | None, backend: Backend, batch: int, seed: int
+    directory: Path,
+    stage: Path | None,
+    backend: Backend,
+    batch: int,
+    seed: int,
+    expected: DataConfig | None = None,
 ) -> Source:
     """Open the training shards; all ranks call it together.
 
@@ -188,13 +200,22 @@ def open_source(
       backend: divides the rows of a batch.
       batch: rows of a global batch.
       seed: of order and augmentation.
+      expected: the configuration that the manifest must have; None: any.
 
     Raises:
       ShardError: on every rank, if a file is damaged, foreign or missing on any, or the
         batch does not divide.
     """
     comm = jaxcomm.world()
-    whole = together(comm, lambda: manifest.read(directory))
+    wanted = None if expected is None else json.loads(expected.to_json())
+
+    def described() -> Manifest:
+        found = manifest.read(directory)
+        if wanted is not None:
+            manifest.require(directory / manifest.NAME, "config", found.config, wanted)
+        return found
+
+    whole = together(comm, described)
     training = whole.split("train")
     if batch % len(training) or batch > whole.config["train"]:
         raise ShardError(

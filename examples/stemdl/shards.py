@@ -142,6 +142,9 @@ def _compare(file: h5py.File, path: Path, shard: Shard, config: dict[str, Any]) 
         shape = file[name].shape  # type: ignore[union-attr]
         require(path, f"axes of {name}", len(shape), axes)
         require(path, f"samples in {name}", shape[0], shard.samples)
+        if axes > 1:
+            dtype = str(file[name].dtype)  # type: ignore[union-attr]
+            require(path, f"dtype of {name}", dtype, "float32")
 
 
 def verify(directory: Path, shard: Shard) -> None:
@@ -168,6 +171,7 @@ def copy(directory: Path, shard: Shard, target: Path) -> None:
     """
     path, digest = directory / shard.name, hashlib.sha256()
     try:
+        require(path, "bytes", path.stat().st_size, shard.bytes)
         with path.open("rb") as source, (target / shard.name).open("xb") as copied:
             while piece := source.read(_PIECE_BYTES):
                 digest.update(piece)

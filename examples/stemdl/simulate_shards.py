@@ -179,9 +179,11 @@ def main(samples: int, count: int, out: Path) -> None:
         raise click.UsageError(str(error)) from error
     if comm.rank == 0:
         size = sum(shard.bytes for shard in done.shards) / 1e6
+        number = f"{done.config['train']} + {done.config['test']} samples"
+        seconds = time.monotonic() - began
         console.print(
-            f"{out}: {done.config['train']} + {done.config['test']} samples in "
-            f"{len(done.shards)} shards, {size:.0f} MB, {time.monotonic() - began:.1f} s"
+            f"{out}: {number} in {len(done.shards)} shards, {size:.0f} MB, "
+            f"{seconds:.1f} s"
         )
 
 

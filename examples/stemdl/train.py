@@ -24,6 +24,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from click.core import ParameterSource
 from rich.console import Console
 
 import checkpoint
@@ -224,7 +225,13 @@ def main(
     source = None
     if shards_dir is not None:
         try:
-            source = loading.open_source(shards_dir, stage, backend, batch, seed)
+            # Unless it was asked for, their number is what the manifest says.
+            asked_for = click.get_current_context().get_parameter_source("samples")
+            explicit = asked_for is ParameterSource.COMMANDLINE
+            config = data_config(samples) if explicit else None
+            source = loading.open_source(
+                shards_dir, stage, backend, batch, seed, config
+            )
         except loading.ShardError as error:
             raise click.UsageError(str(error)) from error
         samples = source.order.samples
