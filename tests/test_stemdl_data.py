@@ -22,7 +22,9 @@ import simulate_shards
 from jaxcomm.data import Batches
 from manifest import ShardError
 from parallel import Devices
+from shard_order import ShardOrder
 from simulate import data_config
+from telemetry import Timed
 
 CONFIG = data_config(8)
 BATCH, SEED = 4, 3
@@ -79,7 +81,7 @@ def test_shards_hold_what_the_cache_holds(whole: Path, tmp_path: Path) -> None:
 
 
 def test_every_epoch_deals_every_sample_once() -> None:
-    order = loading.ShardOrder(shards=3, each=8, batch=6, seed=5)
+    order = ShardOrder(shards=3, each=8, batch=6, seed=5)
     slots = np.arange(6)
     epochs = [
         np.concatenate([order.at(4 * epoch + step, slots) for step in range(4)])
@@ -98,7 +100,7 @@ def test_every_epoch_deals_every_sample_once() -> None:
 
 
 def test_one_shard_has_the_order_of_batches() -> None:
-    order = loading.ShardOrder(shards=1, each=10, batch=4, seed=7)
+    order = ShardOrder(shards=1, each=10, batch=4, seed=7)
     batches = Batches(10, 4, 7, rank=0, size=1)
     for step in range(7):
         rows = order.at(step, np.arange(4))
@@ -117,7 +119,7 @@ def test_batches_go_on_at_any_step(whole: Path) -> None:
         # One device: its axis is the first.
         np.testing.assert_array_equal(x[0], wanted[0])
         np.testing.assert_array_equal(y[0], wanted[1])
-    later = loading.Timed(source.batches(3))
+    later = Timed(source.batches(3))
     next(later)
     np.testing.assert_array_equal(next(later)[0], x)
     assert len(later.seconds) == 2 and min(later.seconds) > 0

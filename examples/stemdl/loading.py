@@ -1,20 +1,16 @@
 """Batches from shards, read ahead of the step by `grain`.
 
-Of a global batch, every training shard gives the same number of samples, in an order
-of its own, which is a pure function of the seed and the step. So the batches are the
-same for any number of ranks, a rank opens only the files that its part of them comes
-from, and the position is the number of steps done.
+Every rank opens only the files that its part of the global batches comes from
+(`shard_order`), and the position in the data is the number of steps done. It is all the
+state that grain has here, so a checkpoint's step number restores it.
 """
 
 from __future__ import annotations
 
-import dataclasses
-import functools
 import json
-import time
-from collections.abc import Generator, Iterator
+from collections.abc import Generator
 from pathlib import Path
-from typing import Any, Generic, TypeVar
+from typing import Any
 
 import grain
 import h5py
@@ -22,87 +18,23 @@ import numpy as np
 
 import augment
 import jaxcomm
-import jaxcomm.data
 import manifest
 import shards
 from dataset import DataConfig, Dataset
 from manifest import Manifest, Shard, ShardError
 from optics import Optics
 from parallel import Backend
+from shard_order import ShardOrder
 from staging import staged
 from together import together
 
 Batch = tuple[np.ndarray, np.ndarray]
-Item = TypeVar("Item")
 
 THREADS, AHEAD = 2, 4
 """Threads that read, and batches that they read ahead. One would do: the second is for
 the moment in which the disk answers late."""
 
 _ENDLESS = 1 << 62
-
-
-@dataclasses.dataclass(frozen=True)
-class ShardOrder:
-    """Which samples make up which global batch.
-
-    Row j of a global batch comes from shard j // (batch // shards).
-
-    Attributes:
-      shards: number of training shards.
-      each: samples in each.
-      batch: rows of a global batch; a multiple of `shards`.
-      seed: of the order. With one shard it is that of `jaxcomm.data.Batches`.
-    """
-
-    shards: int
-    each: int
-    batch: int
-    seed: int
-
-    @property
-    def samples(self) -> int:
-        """In all shards together."""
-        return self.shards * self.each
-
-    @functools.cached_property
-    def _batches(self) -> jaxcomm.data.Batches:
-        share = self.batch // self.shards
-        return jaxcomm.data.Batches(self.each, share, self.seed, rank=0, size=1)
-
-    def epoch(self, step: int) -> int:
-        """Return which epoch a step belongs to, both counted from 0."""
-        return self._batches.epoch(step)
-
-    def shard_of(self, slots: np.ndarray) -> np.ndarray:
-        """Return the shards that rows of every global batch come from."""
-        return slots // (self.batch // self.shards)
-
-    def at(self, step: int, slots: np.ndarray) -> np.ndarray:
-        """Return the samples in some rows of a step's global batch.
-
-        Args:
-          step: counted from 0 over all epochs.
-          slots: (n,) integers, rows of the global batch.
-
-        Returns:
-          (n,) int64 indices over all training samples.
-        """
-        epoch, place = divmod(step, self._batches.steps_per_epoch)
-        share, found = self.batch // self.shards, np.empty(len(slots), np.int64)
-        owners = self.shard_of(slots)
-        for shard in np.unique(owners):
-            mine = owners == shard
-            within = place * share + slots[mine] % share
-            order = _order((self.seed + int(shard)) % (1 << 64), epoch, self.each)
-            found[mine] = shard * self.each + order[within]
-        return found
-
-
-# jaxcomm.data keeps two orders; here every shard has one.
-@functools.lru_cache(maxsize=4096)
-def _order(seed: int, epoch: int, samples: int) -> np.ndarray:
-    return jaxcomm.data.order(seed, epoch, samples)
 
 
 class Source:
@@ -216,6 +148,12 @@ def open_source(
         return found
 
     whole = together(comm, described)
+    digests = comm.all_gather_object(whole.sha256)
+    if len(set(digests)) > 1:
+        raise ShardError(
+            f"{directory / manifest.NAME}: sha256 is not the same on all ranks: "
+            + ", ".join(f"rank {rank} {text[:12]}" for rank, text in enumerate(digests))
+        )
     training = whole.split("train")
     if batch % len(training) or batch > whole.config["train"]:
         raise ShardError(
@@ -264,24 +202,3 @@ def _arrays(directory: Path, shard: Shard, whole: Manifest) -> list[np.ndarray]:
     with shards.open_shard(directory, shard, whole.config) as file:
         names = np.array(file["material"].asstr()[:], str)  # type: ignore[union-attr]
         return [file["amplitudes"][:], file["labels"][:], names]  # type: ignore[index]
-
-
-class Timed(Generic[Item]):
-    """An iterator that notes how long each item has been waited for.
-
-    Attributes:
-      seconds: one number for each item taken.
-    """
-
-    def __init__(self, items: Iterator[Item]):
-        self._items = items
-        self.seconds: list[float] = []
-
-    def __iter__(self) -> Iterator[Item]:
-        return self
-
-    def __next__(self) -> Item:
-        began = time.perf_counter()
-        item = next(self._items)
-        self.seconds.append(time.perf_counter() - began)
-        return item

@@ -168,7 +168,7 @@ def read(directory: Path) -> Manifest:
             f"{path} does not exist: simulate the data set, or let the simulation end, "
             "with examples/stemdl/simulate_shards.py"
         ) from None
-    except (OSError, ValueError, KeyError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ShardError(f"{path} is damaged, or not a manifest: {error!r}") from error
     require(path, "format", content.get("format"), FORMAT)
     require(path, "sha256", _digest(content), claimed)

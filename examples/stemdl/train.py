@@ -36,7 +36,7 @@ from jaxcomm.data import Batches
 from network import NETWORKS, StemNet
 from parallel import AXIS, BACKENDS, Backend
 from simulate import data_config, data_option, simulate
-from telemetry import UNTIMED_STEPS, Telemetry
+from telemetry import UNTIMED_STEPS, Telemetry, Timed
 
 WARM_UP_STEPS = 30
 FINAL_LR_FRACTION = 0.02
@@ -271,7 +271,7 @@ def main(
     first, (state, losses) = found or (0, (state, losses))
     state = backend.replicate(state)
     train_step = backend.compile(make_train_step(model, tx))
-    feed = loading.Timed(feed_from(first))
+    feed = Timed(feed_from(first))
     if backend.name == "jaxcomm" and root:
         # Lowering plans and neither runs nor waits: one rank may do it alone.
         train_step.lower(state, next(feed_from(0)))
