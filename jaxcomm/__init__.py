@@ -23,18 +23,18 @@ if TYPE_CHECKING:
     from jaxcomm.collectives import broadcast as broadcast
     from jaxcomm.collectives import plan as plan
     from jaxcomm.communicator import Communicator as Communicator
-    from jaxcomm.communicator import init as init
-    from jaxcomm.communicator import local_rank as local_rank
-    from jaxcomm.communicator import local_size as local_size
-    from jaxcomm.communicator import rank as rank
-    from jaxcomm.communicator import size as size
-    from jaxcomm.communicator import world as world
     from jaxcomm.decorators import data_parallel as data_parallel
     from jaxcomm.decorators import pmap as pmap
     from jaxcomm.planner import cache_clear as cache_clear
     from jaxcomm.planner import cache_info as cache_info
     from jaxcomm.replication import assert_replicated as assert_replicated
     from jaxcomm.schedule import Schedule as Schedule
+    from jaxcomm.startup import init as init
+    from jaxcomm.startup import local_rank as local_rank
+    from jaxcomm.startup import local_size as local_size
+    from jaxcomm.startup import rank as rank
+    from jaxcomm.startup import size as size
+    from jaxcomm.startup import world as world
 
 _MODULES = ("checkpoint", "data", "errors", "flax", "optax")
 _NAMES = {
@@ -48,16 +48,16 @@ _NAMES = {
     "cache_info": "planner",
     "Communicator": "communicator",
     "data_parallel": "decorators",
-    "init": "communicator",
-    "local_rank": "communicator",
-    "local_size": "communicator",
+    "init": "startup",
+    "local_rank": "startup",
+    "local_size": "startup",
     "plan": "collectives",
     "pmap": "decorators",
-    "rank": "communicator",
+    "rank": "startup",
     "reduce_scatter": "arrays",
     "Schedule": "schedule",
-    "size": "communicator",
-    "world": "communicator",
+    "size": "startup",
+    "world": "startup",
 }
 
 

@@ -15,8 +15,9 @@ import jax.numpy as jnp
 
 from jaxcomm import _compat, layout, planner
 from jaxcomm.collectives import all_reduce, flatten, leaf_specs, run_schedule
-from jaxcomm.communicator import Communicator, world
+from jaxcomm.communicator import Communicator
 from jaxcomm.errors import InvalidOptionError
+from jaxcomm.startup import world
 
 Tree = TypeVar("Tree")
 

@@ -29,9 +29,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxcomm import _snapshot, _store, collectives
-from jaxcomm.communicator import Communicator, world
+from jaxcomm.communicator import Communicator
 from jaxcomm.errors import CheckpointError, InvalidOptionError
 from jaxcomm.preemption import Stop as Stop
+from jaxcomm.startup import world
 
 log = logging.getLogger(__name__)
 

@@ -25,7 +25,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxcomm import _compat, agreement, planner
-from jaxcomm.communicator import Communicator, world
+from jaxcomm.communicator import Communicator
 from jaxcomm.errors import (
     InvalidOptionError,
     InvalidTreeError,
@@ -34,6 +34,7 @@ from jaxcomm.errors import (
 )
 from jaxcomm.planner import Groups, Terms
 from jaxcomm.schedule import Bucket, LeafSpec, Schedule
+from jaxcomm.startup import world
 from jaxcomm.transports.base import Call
 
 Tree = TypeVar("Tree")

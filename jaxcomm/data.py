@@ -12,7 +12,7 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
-from jaxcomm import communicator
+from jaxcomm import startup
 from jaxcomm.errors import InvalidOptionError
 
 
@@ -66,8 +66,8 @@ class Batches:
 
     def __post_init__(self) -> None:
         if self.size == 0:
-            object.__setattr__(self, "size", communicator.size())
-            object.__setattr__(self, "rank", communicator.rank())
+            object.__setattr__(self, "size", startup.size())
+            object.__setattr__(self, "rank", startup.rank())
         for name in ("samples", "batch", "size"):
             _require(getattr(self, name) >= 1, name, self, "give a positive number")
         _require(0 <= self.rank < self.size, "rank", self, f"of {self.size} ranks")

@@ -14,10 +14,11 @@ import jax
 import jax.numpy as jnp
 
 from jaxcomm import _compat, agreement, planner, rewrite
-from jaxcomm.communicator import Communicator, world
+from jaxcomm.communicator import Communicator
 from jaxcomm.errors import InvalidOptionError, JaxcommError
 from jaxcomm.planner import Groups
 from jaxcomm.schedule import Schedule
+from jaxcomm.startup import world
 
 log = logging.getLogger(__name__)
 

@@ -8,8 +8,9 @@ from collections.abc import Sequence
 from types import FrameType, TracebackType
 from typing import Any
 
-from jaxcomm.communicator import Communicator, world
+from jaxcomm.communicator import Communicator
 from jaxcomm.errors import InvalidOptionError
+from jaxcomm.startup import world
 
 
 class Stop:

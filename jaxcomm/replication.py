@@ -10,8 +10,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxcomm import collectives
-from jaxcomm.communicator import Communicator, world
+from jaxcomm.communicator import Communicator
 from jaxcomm.errors import JaxcommError
+from jaxcomm.startup import world
 
 
 class ReplicationError(JaxcommError, AssertionError):

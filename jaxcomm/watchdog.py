@@ -77,8 +77,13 @@ class Watchdog:
         with self._turn():
             everyone = self._comm.Ibarrier()
         ended = heard = False
+        since, silent = time.monotonic(), set[int]()
         while not (ended and heard):
             self._answer()
+            late = time.monotonic() - since - min(0.3 * self._rank, 5.0)
+            if 0 < self._abort_after < late and time.monotonic() > self._held:
+                silent = self._ask_the_silent(silent)
+                since = time.monotonic() - self._abort_after / 2
             for before, marks in self._receive(_LAST):
                 heard = True
                 self._hear(before, marks)
@@ -86,6 +91,20 @@ class Watchdog:
             time.sleep(0.01)
             with self._turn():
                 ended = ended or everyone.Test()
+
+    def _ask_the_silent(self, before: set[int]) -> set[int]:
+        """At the end, return who does not answer; end the job for who did not before.
+
+        A rank that is still busy answers, and may be so for as long as it likes.
+        """
+        silent = set(range(self._size)) - set(self._ask())
+        if gone := silent & before:
+            self._refuse(
+                f"jaxcomm: the program has ended on rank {self._rank} of {self._size}, "
+                f"and there is no answer from {rank_names(sorted(gone))}: stopped, out "
+                "of memory, or its interpreter is held; so the job ends.\n"
+            )
+        return silent
 
     def _calls(self) -> tuple[_stall.Call, ...]:
         return _stall.look(self._channel).calls

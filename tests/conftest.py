@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -54,6 +55,24 @@ def launch_ranks(
         timeout=timeout + 30,
         check=False,
     )
+
+
+def settle(processes: Sequence[subprocess.Popen[str]], timeout: float) -> list[int]:
+    """Wait until processes have ended, one has failed or time is up; kill the others.
+
+    Returns:
+      Which had to be killed.
+    """
+    end = time.monotonic() + timeout
+    while any(p.poll() is None for p in processes) and time.monotonic() < end:
+        if any(p.returncode for p in processes):
+            time.sleep(0.3)  # the others' messages
+            break
+        time.sleep(0.01)
+    late = [number for number, p in enumerate(processes) if p.poll() is None]
+    for process in processes:
+        process.kill()
+    return late
 
 
 @functools.cache

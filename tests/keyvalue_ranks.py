@@ -214,7 +214,7 @@ def threads() -> None:
 
 
 def no_growth() -> None:
-    """Keys of two rounds at most, of 200, large ones among them."""
+    """Keys of three rounds at most, of 200, large ones among them."""
     channel = everyone("growth")
     client = _compat.distributed_client()
     assert client is not None
@@ -228,8 +228,9 @@ def no_growth() -> None:
             assert channel.broadcast(k, k % RANKS) == k
         if k % 20 == 19:
             most = max(most, len(client.list(channel._base)))
-    # Per round: one key for each rank and the answer.
-    assert RANKS < most <= 2 * (RANKS + 1), most
+    # Per round: one key for each rank and the answer. A slow rank still deletes those
+    # of the round before last while a fast one writes the next round's.
+    assert RANKS < most <= 3 * (RANKS + 1), most
 
 
 def cannot_be_encoded() -> None:

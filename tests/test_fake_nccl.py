@@ -6,11 +6,10 @@ import ctypes
 import os
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
-from conftest import fake_nccl
+from conftest import fake_nccl, settle
 from nccl_library import SUCCESS, UniqueId, load
 
 HERE = Path(__file__).resolve().parent
@@ -41,15 +40,7 @@ def run_ranks(library: Path, ranks: int, case: str, timeout: float = 30, **env: 
         )
         for rank in range(ranks)
     ]
-    end = time.monotonic() + timeout
-    while any(p.poll() is None for p in processes) and time.monotonic() < end:
-        if any(p.returncode for p in processes):
-            time.sleep(0.3)  # the others' messages
-            break
-        time.sleep(0.01)
-    late = [rank for rank, p in enumerate(processes) if p.poll() is None]
-    for process in processes:
-        process.kill()
+    late = settle(processes, timeout)
     texts = [p.communicate()[0] for p in processes]
     report = "".join(
         f"\nrank {rank}: {text}" for rank, text in enumerate(texts) if text

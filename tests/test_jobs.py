@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from conftest import ROOT, Launch
@@ -59,22 +60,45 @@ def test_ten_lines_equal_numpy(job: Launch, ranks: int) -> None:
     assert done.stdout.count("agrees with NumPy") == ranks
 
 
-def test_plain_mpiexec_works_without_the_launcher(tmp_path) -> None:
+def plain_mpiexec(
+    tmp_path: Path, text: str, **env: str
+) -> subprocess.CompletedProcess[str]:
+    """Run a piece of Python text on two ranks without our launcher."""
     from jaxcomm.launch.run import Job, environment, find_mpiexec
 
     script = tmp_path / "script.py"
-    script.write_text(TEN_LINES)
-    line = [find_mpiexec().path, "-n", "2", sys.executable, str(script)]
-    done = subprocess.run(
-        line,
-        env={**os.environ, **environment(Job(2, ()))},
+    script.write_text(text)
+    return subprocess.run(
+        [find_mpiexec().path, "-n", "2", sys.executable, str(script)],
+        env={**os.environ, **environment(Job(2, ())), **env},
         capture_output=True,
         text=True,
         timeout=120,
         check=False,
     )
+
+
+def test_plain_mpiexec_works_without_the_launcher(tmp_path: Path) -> None:
+    done = plain_mpiexec(tmp_path, TEN_LINES)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("agrees with NumPy over 2") == 2
+
+
+STUCK = """
+import time, jax.numpy as jnp, jaxcomm
+comm = jaxcomm.init()
+jaxcomm.all_reduce(jnp.ones(3)).block_until_ready()
+if comm.rank == 1:
+    time.sleep(1000)
+jaxcomm.all_reduce(jnp.ones(3)).block_until_ready()
+"""
+
+
+def test_the_watchdog_looks_after_plain_mpiexec_too(tmp_path: Path) -> None:
+    done = plain_mpiexec(tmp_path, STUCK, JAXCOMM_ABORT_AFTER="2")
+    assert done.returncode == 70, done.stderr
+    assert "not arrived: rank 1 (host " in done.stderr
+    assert "time.sleep(1000)" in done.stderr
 
 
 def test_schedule_is_equal_on_all_ranks_and_runs(job: Launch, tmp_path) -> None:
@@ -103,19 +127,8 @@ def test_an_exception_on_one_rank_ends_the_others(job: Launch, ranks: int) -> No
     assert "runpy" not in done.stderr
 
 
-def test_an_exception_ends_the_job_under_plain_mpiexec(tmp_path) -> None:
-    from jaxcomm.launch.run import Job, environment, find_mpiexec
-
-    script = tmp_path / "script.py"
-    script.write_text(RAISES)
-    done = subprocess.run(
-        [find_mpiexec().path, "-n", "2", sys.executable, str(script)],
-        env={**os.environ, **environment(Job(2, ()))},
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
+def test_an_exception_ends_the_job_under_plain_mpiexec(tmp_path: Path) -> None:
+    done = plain_mpiexec(tmp_path, RAISES)
     assert done.returncode != 0
     assert "rank 1 of 2 failed" in done.stderr
     assert done.stderr.count("Traceback") == 1

@@ -8,12 +8,12 @@ import os
 import socket
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from conftest import settle
 from keyvalue_ranks import CASES
 
 from jaxcomm import _encoding
@@ -43,20 +43,14 @@ def run_ranks(ranks: int, case: str, timeout: float = 60) -> list[dict[str, str]
         )
         for rank in range(ranks)
     ]
-    end = time.monotonic() + timeout
-    while any(p.poll() is None for p in processes) and time.monotonic() < end:
-        if any(p.returncode for p in processes):
-            time.sleep(0.3)  # the others' messages
-            break
-        time.sleep(0.01)
-    late = [rank for rank, p in enumerate(processes) if p.poll() is None]
-    for process in processes:
-        process.kill()
+    late = settle(processes, timeout)
     found = []
     for rank, process in enumerate(processes):
         out, err = process.communicate()
         said = dict(map(json.loads, out.splitlines()))
-        said["end"] = "" if process.returncode == 0 else f"did not end well: {err}"
+        said["end"] = (
+            "" if process.returncode == 0 else f"exit code {process.returncode}: {err}"
+        )
         if rank in late:
             said["end"] = f"killed after {timeout} s or another's failure: {err}"
         found.append(said)

@@ -10,8 +10,20 @@ from conftest import ROOT, Launch, on_fake_nccl
 CASES = 14
 
 
-@pytest.mark.parametrize("ranks", [2, 4])
-@pytest.mark.parametrize("transport", ["mpi", "mpi4jax", "nccl"])
+more = pytest.mark.thorough
+
+
+@pytest.mark.parametrize(
+    ("transport", "ranks"),
+    [
+        ("mpi", 2),
+        ("mpi", 4),
+        ("nccl", 2),
+        pytest.param("nccl", 4, marks=more),
+        pytest.param("mpi4jax", 2, marks=more),
+        pytest.param("mpi4jax", 4, marks=more),
+    ],
+)
 def test_every_rank_raises(launch: Launch, transport: str, ranks: int) -> None:
     script = ROOT / "tests" / "mismatch_ranks.py"
     env = on_fake_nccl() if transport == "nccl" else {}
@@ -74,16 +86,16 @@ REPORTS = {
 @pytest.mark.parametrize(
     ("what", "ranks", "culprit", "way"),
     [
-        ("retrace", 2, 1, {}),
+        pytest.param("retrace", 2, 1, {}, marks=more),
         ("retrace", 4, 2, {"JAXCOMM_SHARED_MEMORY": "off"}),
         ("skip", 2, 0, {"JAXCOMM_SHARED_MEMORY": "off"}),
-        ("skip", 4, 3, {}),
-        ("lower", 2, 1, {}),
+        pytest.param("skip", 4, 3, {}, marks=more),
+        pytest.param("lower", 2, 1, {}, marks=more),
         ("lower", 4, 1, {}),
-        ("order", 2, 0, {}),
+        pytest.param("order", 2, 0, {}, marks=more),
         ("order", 4, 1, {}),
         ("same size", 2, 1, {"JAXCOMM_SHARED_MEMORY": "off"}),
-        ("same size", 4, 2, {"JAXCOMM_SHARED_MEMORY": "off"}),
+        pytest.param("same size", 4, 2, {"JAXCOMM_SHARED_MEMORY": "off"}, marks=more),
     ],
 )
 def test_the_job_ends(

@@ -167,11 +167,11 @@ def tune(
 
     Start it with -n, or under mpiexec or srun as the job itself would be.
     """
-    from jaxcomm.communicator import launched_ranks
     from jaxcomm.errors import JaxcommError
     from jaxcomm.launch import run as launcher
     from jaxcomm.launch import supervise
     from jaxcomm.launch import tune as tuner
+    from jaxcomm.startup import launched_ranks
 
     if ranks is not None and launched_ranks() == 1:
         command = ("-m", "jaxcomm", "tune", *sys.argv[2:])

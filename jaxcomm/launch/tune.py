@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
-from jaxcomm import communicator, costmodel, tuning
+from jaxcomm import costmodel, startup, tuning
 from jaxcomm.errors import InvalidOptionError
 
 
@@ -22,7 +22,7 @@ def main(
       TransportUnavailableError: there is only one rank.
       InvalidOptionError: there is nowhere to write the profile.
     """
-    comm = communicator.init(transport)
+    comm = startup.init(transport)
     path = out or costmodel.profile_path(comm.topology)
     if path is None:
         raise InvalidOptionError(

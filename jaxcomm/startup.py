@@ -1,0 +1,289 @@
+"""`init`: connect this process to the others, once, and remember how."""
+
+from __future__ import annotations
+
+import atexit
+import importlib
+import importlib.util
+import logging
+import os
+import socket
+import sys
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import jax
+
+from jaxcomm import _compat, _settings, agreement, native, timeline, watchdog
+from jaxcomm._fabric import Alone, Fabric, KeyValueFabric, MpiFabric
+from jaxcomm._settings import Settings
+from jaxcomm.communicator import (
+    Communicator,
+    answer_partition,
+    wait_for_pending_work,
+)
+from jaxcomm.errors import InvalidOptionError, TransportUnavailableError
+
+log = logging.getLogger(__name__)
+
+TRANSPORTS = ("auto", "local", "mpi", "mpi4jax", "nccl", "xla")
+
+_lock = threading.RLock()
+_world: Communicator | None = None
+_forked = False
+_at_exit: list[Callable[[], None]] = []
+
+
+def init(
+    transport: str = "auto",
+    *,
+    timeout: float | None = None,
+    staging_bytes: int | None = None,
+    warn_after: float | None = None,
+    abort_after: float | None = None,
+) -> Communicator:
+    """Connect this process to the other ranks; the first use of anything does it too.
+
+    Args:
+      transport: "auto" takes, when the process was launched as one of several ranks,
+        NCCL if JAX runs on a GPU and MPI if not; else "local". "local", "mpi",
+        "mpi4jax" and "nccl" insist. Under "nccl" the processes find each other by
+        jax.distributed where it is initialised, else by MPI. "xla" is refused in this
+        version, with the reason.
+      timeout: seconds that the one-time schedule check waits for the other ranks
+        before it raises StallError; 600 unless given.
+      staging_bytes: size of the buffer that small leaves share, per communicator; 8 MiB
+        or JAXCOMM_STAGING_BYTES unless given. Rank 0's value holds for all.
+      warn_after: seconds after which a rank that waits in a collective over MPI says
+        so in the log; JAXCOMM_WARN_AFTER or 60 unless given, 0 for never.
+      abort_after: seconds after which the job ends, with a report of which ranks wait
+        in which bucket, which have not come and where their Python is, and which do
+        not answer; JAXCOMM_ABORT_AFTER or 600 unless given, 0 for never. Where both
+        are 0, which all ranks must say alike, nothing watches.
+
+    Returns:
+      The communicator of all ranks; the same object at every call.
+
+    Raises:
+      TransportUnavailableError: what was asked for cannot be used; says why.
+      InvalidOptionError: the transport is unknown, or `init` was called before with
+        other arguments.
+    """
+    global _world
+    if transport not in TRANSPORTS:
+        raise InvalidOptionError(
+            f"transport={transport!r}; use one of {', '.join(TRANSPORTS)}"
+        )
+    if timeout is not None and not timeout > 0:
+        raise InvalidOptionError(
+            f"timeout={timeout!r}; give a positive time in seconds"
+        )
+    with _lock:
+        if _forked:
+            raise TransportUnavailableError(
+                "this process was forked from one that uses jaxcomm; it has no MPI "
+                "and no rank of its own. Reduce in the parent, or start processes that "
+                "do with multiprocessing's 'spawn' or 'forkserver'."
+            )
+        if _world is None:
+            settings = Settings(
+                timeout or _settings.DEFAULT_TIMEOUT,
+                _settings.staging_bytes(staging_bytes),
+            )
+            limits = (
+                _settings.seconds("warn_after", warn_after, watchdog.WARN_AFTER),
+                _settings.seconds("abort_after", abort_after, watchdog.ABORT_AFTER),
+            )
+            _world = _start(transport, settings, limits)
+            log.debug("%r", _world)
+        elif transport not in ("auto", _world.transport):
+            raise InvalidOptionError(
+                f"init(transport={transport!r}), but this process already uses "
+                f"{_world.transport!r}; call init once, before anything else of jaxcomm"
+            )
+        elif timeout not in (None, _world.timeout):
+            raise InvalidOptionError(
+                f"init(timeout={timeout}), but it was set to {_world.timeout} before; "
+                "call init once, before anything else of jaxcomm"
+            )
+        elif staging_bytes not in (None, _world.staging_bytes):
+            raise InvalidOptionError(
+                f"init(staging_bytes={staging_bytes}), but it was set to "
+                f"{_world.staging_bytes} before; call init once, before anything else "
+                "of jaxcomm"
+            )
+        return _world
+
+
+def world() -> Communicator:
+    """Return the communicator of all ranks; initialise if need be."""
+    return _world if _world is not None else init()
+
+
+def rank() -> int:
+    """Return this process's rank, a plain int, constant while tracing."""
+    return world().rank
+
+
+def size() -> int:
+    """Return the number of ranks, a plain int, constant while tracing."""
+    return world().size
+
+
+def local_rank() -> int:
+    """Return this process's rank among those on the same host."""
+    return world().local_rank
+
+
+def local_size() -> int:
+    """Return the number of ranks on this host."""
+    return world().local_size
+
+
+def launched_ranks() -> int:
+    """Return how many ranks the launcher's environment speaks of; 1 without one.
+
+    Open MPI, PMIx and Hydra (MPICH, Intel MPI) set their own variables. Slurm's
+    stand in every batch script too, and count only inside a step, that is under
+    srun.
+    """
+    names = ["OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MPI_LOCALNRANKS"]
+    if "SLURM_STEP_ID" in os.environ and "SLURM_PROCID" in os.environ:
+        names.append("SLURM_STEP_NUM_TASKS")
+    found = [os.environ.get(name, "") for name in names]
+    return max([int(text) for text in found if text.isdigit()], default=1)
+
+
+def _start(
+    transport: str, settings: Settings, limits: tuple[float, float]
+) -> Communicator:
+    launched = launched_ranks()
+    if transport == "auto":
+        transport = _automatic(launched, settings)
+    if transport == "local":
+        return Communicator("world", "local", settings, Alone())
+    if transport == "xla":
+        importlib.import_module("jaxcomm.transports.xla").connect()
+    late = (
+        f"jaxcomm: this process (host {socket.gethostname()}) has waited "
+        f"{limits[1]:g} s in init for the other ranks, so the job ends: one of them "
+        "has not started, was stopped, or is stuck before init. JAXCOMM_ABORT_AFTER "
+        "sets the time.\n"
+    )
+    with native.deadline(limits[1], late, watchdog.STALLED):
+        return _connect(transport, launched, settings, limits)
+
+
+def _connect(
+    transport: str, launched: int, settings: Settings, limits: tuple[float, float]
+) -> Communicator:
+    fabric = _fabric(transport, launched, settings)
+    native.set_agree(agreement.answer, agreement.differ)
+    native.set_partition(answer_partition)
+    if transport == "nccl":
+        importlib.import_module("jaxcomm.transports.nccl").prepare(fabric)
+    else:
+        native.bind_mpi(sys.modules["mpi4py.MPI"])
+    comm = Communicator("world", transport, settings, fabric)
+    if comm.size > 1:
+        from jaxcomm.launch import abort
+
+        abort.install_excepthook()
+    if timeline.wanted():
+        native.timeline_start()
+        atexit.register(_write_timeline, comm)
+    if comm.size > 1 and isinstance(fabric, MpiFabric) and any(limits):
+        watch = watchdog.Watchdog(fabric.duplicate(), fabric.host, *limits)
+        atexit.register(watch.stop)
+        _at_exit.append(watch.stop)
+    atexit.register(wait_for_pending_work)  # runs first
+    os.register_at_fork(after_in_child=_leave_to_parent)
+    return comm
+
+
+def _leave_to_parent() -> None:
+    """In a forked process: neither MPI nor XLA's threads are its own."""
+    global _world, _forked
+    _world, _forked = None, True
+    for call in (wait_for_pending_work, _write_timeline, *_at_exit):
+        atexit.unregister(call)
+
+
+def _automatic(launched: int, settings: Settings) -> str:
+    """Choose a transport: NCCL on GPUs, MPI elsewhere, none for one rank."""
+    mpi_ready = "mpi4py.MPI" in sys.modules and _mpi_size() > 1
+    distributed = _compat.distributed_client()
+    several = launched > 1 or mpi_ready
+    several |= distributed is not None and distributed.num_processes > 1
+    if several and jax.default_backend() == "gpu":
+        return "nccl"
+    return "mpi" if launched > 1 or mpi_ready else "local"
+
+
+def _fabric(transport: str, launched: int, settings: Settings) -> Fabric:
+    """Connect the processes: over MPI, or for NCCL also by jax.distributed or alone."""
+    if transport == "nccl":
+        fabric = KeyValueFabric.world(settings.timeout)
+        if fabric is not None:
+            return fabric
+        if launched == 1 and "mpi4py.MPI" not in sys.modules:
+            return Alone()
+    mpi = _import_mpi(transport, launched)
+    if launched > 1 and mpi.COMM_WORLD.Get_size() == 1:
+        raise TransportUnavailableError(
+            f"the launcher started {launched} ranks, but each of them is alone in its "
+            "MPI world: the launcher and the MPI library that mpi4py loads do not "
+            "match. Use the mpiexec of that library (`jaxcomm doctor` shows both); "
+            "under Slurm try `srun --mpi=pmix`, or on GPUs call "
+            "jax.distributed.initialize() before jaxcomm.init()."
+        )
+    return MpiFabric(mpi.COMM_WORLD, settings.timeout)
+
+
+def _import_mpi(transport: str, launched: int) -> Any:
+    remedy = (
+        "Install it with `pip install 'jaxcomm[mpi]'`, or mpi4py against your "
+        "cluster's MPI; `jaxcomm doctor` shows what is found."
+    )
+    why = f"transport {transport!r}"
+    if launched > 1:
+        why += f" (this process is one of {launched} ranks)"
+    if importlib.util.find_spec("mpi4py") is None:
+        raise TransportUnavailableError(
+            f"{why} needs mpi4py, which is missing. {remedy}"
+        )
+    try:
+        from mpi4py import MPI
+    except Exception as error:  # RuntimeError or ImportError: no usable libmpi
+        raise TransportUnavailableError(
+            f"{why}: mpi4py found no usable MPI library: {error}. {remedy}"
+        ) from error
+    if not MPI.Is_initialized() or MPI.Is_finalized():
+        raise TransportUnavailableError(
+            f"{why}: MPI is not initialised, or already finalised; leave mpi4py's "
+            "automatic initialisation on, or call MPI.Init_thread() before jaxcomm"
+        )
+    least, name = MPI.THREAD_SERIALIZED, "MPI_THREAD_SERIALIZED"
+    if transport == "mpi4jax":  # its calls cannot take turns
+        least, name = MPI.THREAD_MULTIPLE, "MPI_THREAD_MULTIPLE"
+    if MPI.Query_thread() < least:
+        raise TransportUnavailableError(
+            f"{why}: MPI runs with a thread level below {name}, and the custom calls "
+            "run on XLA's threads. Leave mpi4py.rc.thread_level at 'multiple', and "
+            "check that the MPI library was built with threads."
+        )
+    return MPI
+
+
+def _mpi_size() -> int:
+    from mpi4py import MPI
+
+    ready = MPI.Is_initialized() and not MPI.Is_finalized()
+    return MPI.COMM_WORLD.Get_size() if ready else 1
+
+
+def _write_timeline(comm: Communicator) -> None:
+    events = comm.all_gather_object(native.timeline_take())
+    if comm.rank == 0:
+        timeline.write(events)
