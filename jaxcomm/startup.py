@@ -29,6 +29,8 @@ log = logging.getLogger(__name__)
 
 TRANSPORTS = ("auto", "local", "mpi", "mpi4jax", "nccl", "xla")
 
+_LEAST_PATIENCE = 30.0  # seconds
+
 _lock = threading.RLock()
 _world: Communicator | None = None
 _forked = False
@@ -165,13 +167,15 @@ def _start(
         return Communicator("world", "local", settings, Alone())
     if transport == "xla":
         importlib.import_module("jaxcomm.transports.xla").connect()
+    # Many ranks that start from one file system differ by more than steps do.
+    patience = max(limits[1], _LEAST_PATIENCE) if limits[1] else 0.0
     late = (
         f"jaxcomm: this process (host {socket.gethostname()}) has waited "
-        f"{limits[1]:g} s in init for the other ranks, so the job ends: one of them "
+        f"{patience:g} s in init for the other ranks, so the job ends: one of them "
         "has not started, was stopped, or is stuck before init. JAXCOMM_ABORT_AFTER "
         "sets the time.\n"
     )
-    with native.deadline(limits[1], late, watchdog.STALLED):
+    with native.deadline(patience, late, watchdog.STALLED):
         return _connect(transport, launched, settings, limits)
 
 
