@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 from collections.abc import Generator
 from pathlib import Path
-from typing import Any
 
 import grain
 import h5py
@@ -52,25 +51,29 @@ class Source:
         """Open the files that `slots`, this process's rows, come from."""
         self.manifest, self.order = whole, order
         self._slots = slots
-        self._files: dict[int, h5py.File] = {}
+        self._files: list[h5py.File] = []
+        # Looking a data set up in its file takes longer than reading a sample of it.
+        self._arrays: dict[str, dict[int, h5py.Dataset]] = {
+            "amplitudes": {},
+            "labels": {},
+        }
         training = whole.split("train")
         for shard in map(int, np.unique(order.shard_of(slots))):
-            self._files[shard] = shards.open_shard(
-                directory, training[shard], whole.config
-            )
-        self.example = np.zeros(self._shape("amplitudes", directory), np.float32)
-        self._shape("labels", directory)
+            file = shards.open_shard(directory, training[shard], whole.config)
+            self._files.append(file)
+            for name, arrays in self._arrays.items():
+                arrays[shard] = file[name]  # type: ignore[assignment]
+                first = next(iter(arrays.values()))
+                manifest.require(
+                    directory / training[shard].name,
+                    f"shape of {name}",
+                    arrays[shard].shape[1:],
+                    first.shape[1:],
+                )
+        first = next(iter(self._arrays["amplitudes"].values()))
+        self.example = np.zeros(first.shape[1:], np.float32)
         path, shape = directory / manifest.NAME, self.example.shape[2:]
         manifest.require(path, "shape of mean", whole.mean.shape, shape)
-
-    def _shape(self, name: str, directory: Path) -> tuple[int, ...]:
-        """Shape of one sample, which must be the same in all files."""
-        shapes: dict[int, Any] = {k: f[name].shape[1:] for k, f in self._files.items()}  # type: ignore[union-attr]
-        first = next(iter(shapes.values()))
-        for shard, shape in shapes.items():
-            path = directory / self.manifest.split("train")[shard].name
-            manifest.require(path, f"shape of {name}", shape, first)
-        return first
 
     def rows(self, step: int) -> np.ndarray:
         """Indices of this process's samples at a step: (n,) int64."""
@@ -94,8 +97,9 @@ class Source:
         return x.reshape(*shape, *x.shape[1:]), y.reshape(*shape, *y.shape[1:])
 
     def _gather(self, name: str, rows: np.ndarray) -> np.ndarray:
+        arrays = self._arrays[name]
         places = [divmod(int(row), self.order.each) for row in rows]
-        return np.stack([self._files[k][name][place] for k, place in places])  # type: ignore[index]
+        return np.stack([arrays[shard][place] for shard, place in places])
 
     def batches(self, first: int) -> Generator[Batch]:
         """This process's parts of all batches from step `first` on."""
@@ -111,7 +115,7 @@ class Source:
 
     def close(self) -> None:
         """Close the files; copies on staging storage are gone with that."""
-        for file in self._files.values():
+        for file in self._files:
             file.close()
 
 
