@@ -8,9 +8,17 @@ the centres of cells.
 
 from __future__ import annotations
 
+import functools
+
 import numpy as np
 
 SYMMETRIES = 8
+
+
+@functools.lru_cache(maxsize=2)
+def draw(seed: int, epoch: int, samples: int) -> np.ndarray:
+    """Draw each sample's symmetry in an epoch: (samples,) int64, 0 to 7."""
+    return np.random.default_rng([seed, epoch]).integers(SYMMETRIES, size=samples)
 
 
 def transform(patterns: np.ndarray, symmetry: int) -> np.ndarray:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import time
-from typing import Any
+from collections.abc import Iterator
+from typing import Any, Generic, TypeVar
 
 import jax
 import numpy as np
@@ -18,6 +19,8 @@ LATE = 4
 """Steps after which a loss is read: by then it is there, and dispatch stays ahead."""
 
 LINE_EVERY = 100
+
+Item = TypeVar("Item")
 
 
 class NonFiniteLossError(FloatingPointError):
@@ -114,6 +117,27 @@ class Telemetry:
             "samples_per_s": timed / self._seconds if self._seconds else None,
             "losses": self._read,
         }
+
+
+class Timed(Generic[Item]):
+    """An iterator that notes how long each item has been waited for.
+
+    Attributes:
+      seconds: one number for each item taken.
+    """
+
+    def __init__(self, items: Iterator[Item]):
+        self._items = items
+        self.seconds: list[float] = []
+
+    def __iter__(self) -> Iterator[Item]:
+        return self
+
+    def __next__(self) -> Item:
+        began = time.perf_counter()
+        item = next(self._items)
+        self.seconds.append(time.perf_counter() - began)
+        return item
 
 
 def _scalar(loss: jax.Array) -> float:

@@ -11,7 +11,6 @@ first, or by a failure, after which `jaxcomm run --max-restarts 3` starts it aga
 
 from __future__ import annotations
 
-import functools
 import itertools
 import json
 import os
@@ -23,15 +22,17 @@ from typing import Any, NoReturn
 import click
 import jax
 import numpy as np
+from click.core import ParameterSource
 from rich.console import Console
 
 import batchfile
 import checkpoint
 import config
+import loading
 import optimizer
 import precision
 import recipe
-from augment import SYMMETRIES, augment
+from augment import augment, draw
 from dataset import Dataset, load
 from jaxcomm.checkpoint import CheckpointError, Stop, restore, save
 from jaxcomm.data import Batches
@@ -39,39 +40,50 @@ from options import config_options
 from parallel import AXIS, BACKENDS, Backend
 from settings import Communication, Config
 from simulate import data_config, data_option, simulate
-from telemetry import UNTIMED_STEPS, NonFiniteLossError, Telemetry
+from telemetry import UNTIMED_STEPS, NonFiniteLossError, Telemetry, Timed
 
 
-def batches(
-    dataset: Dataset, backend: Backend, batch: int, seed: int, first: int = 0
-) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Endless augmented batches: the same global ones for any number of ranks.
+class Cached:
+    """The data set in memory, with the interface of `loading.Source`.
 
-    Each is a function of the seed and of the number of steps before it, which begins
-    with `first`.
-
-    Yields:
-      This process's part: patterns and labels; pmap's with a leading device axis.
+    Attributes:
+      example: (scan, scan, detector, detector) float32, an input.
+      pixels: side of the labels.
     """
-    order = Batches(len(dataset.train_x), batch, seed, rank=0, size=1)
-    for step in itertools.count(first):
-        rows = backend.share(order.at(step).indices)
-        symmetries = _symmetries(seed, order.epoch(step), order.samples)
-        x, y = augment(
-            dataset.train_x[rows.ravel()],
-            dataset.train_y[rows.ravel()],
-            symmetries[rows.ravel()],
-        )
-        # A second axis of rows, where there is one, is pmap's device axis.
-        yield (
-            x.reshape(*rows.shape, *x.shape[1:]),
-            y.reshape(*rows.shape, *y.shape[1:]),
-        )
 
+    def __init__(self, dataset: Dataset, backend: Backend, batch: int, seed: int):
+        self.example, self.pixels = dataset.train_x[0], dataset.train_y.shape[-1]
+        self._dataset, self._backend = dataset, backend
+        samples = len(dataset.train_x)
+        self._order = Batches(samples, batch, seed, rank=0, size=1)
 
-@functools.lru_cache(maxsize=1)
-def _symmetries(seed: int, epoch: int, samples: int) -> np.ndarray:
-    return np.random.default_rng([seed, epoch]).integers(SYMMETRIES, size=samples)
+    def rows(self, step: int) -> np.ndarray:
+        """Indices of this process's samples at a step; pmap's by device."""
+        return self._backend.share(self._order.at(step).indices)
+
+    def batches(self, first: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """Endless augmented batches: the same global ones for any number of ranks.
+
+        Each is a function of the seed and of the number of steps before it, which
+        begins with `first`.
+
+        Yields:
+          This process's part: patterns and labels; pmap's with a leading device axis.
+        """
+        order, dataset = self._order, self._dataset
+        for step in itertools.count(first):
+            rows = self.rows(step)
+            symmetries = draw(order.seed, order.epoch(step), order.samples)
+            x, y = augment(
+                dataset.train_x[rows.ravel()],
+                dataset.train_y[rows.ravel()],
+                symmetries[rows.ravel()],
+            )
+            # A second axis of rows, where there is one, is pmap's device axis.
+            yield (
+                x.reshape(*rows.shape, *x.shape[1:]),
+                y.reshape(*rows.shape, *y.shape[1:]),
+            )
 
 
 @click.command()
@@ -109,6 +121,17 @@ def _symmetries(seed: int, epoch: int, samples: int) -> np.ndarray:
 )
 @data_option
 @click.option(
+    "--shards",
+    "shards_dir",
+    type=click.Path(path_type=Path),
+    help="train from what simulate_shards.py has written here, instead of --data",
+)
+@click.option(
+    "--stage",
+    type=click.Path(path_type=Path),
+    help="copy the shards to this directory, on each node's own storage, first",
+)
+@click.option(
     "--out", type=click.Path(path_type=Path), default="out/stemdl", show_default=True
 )
 def main(
@@ -119,6 +142,8 @@ def main(
     checkpoint_every: int,
     resume: bool,
     data_dir: Path,
+    shards_dir: Path | None,
+    stage: Path | None,
     out: Path,
 ) -> None:
     """Train the network; rank 0 writes parameters and train.json to --out."""
@@ -128,26 +153,44 @@ def main(
     backend = BACKENDS[backend_name]()
     root = backend.rank == 0
     _check(resolved, backend)
-    samples = data_config(training.samples)
+    samples = training.samples
+    source: Any = None
+    if shards_dir is not None:
+        try:
+            # Unless it was asked for, their number is what the manifest says.
+            asked_for = click.get_current_context().get_parameter_source("samples")
+            explicit = asked_for is ParameterSource.COMMANDLINE
+            expected = data_config(samples) if explicit else None
+            source = loading.open_source(
+                shards_dir, stage, backend, batch, seed, expected
+            )
+        except loading.ShardError as error:
+            raise click.UsageError(str(error)) from error
+    elif stage is not None:
+        raise click.UsageError("--stage copies shards: give --shards too")
     saved = out / "checkpoints"
     if root:
         out.mkdir(parents=True, exist_ok=True)
         if not resume and os.environ.get("JAXCOMM_RESTART", "0") == "0":
             shutil.rmtree(saved, ignore_errors=True)
-        simulate(samples, data_dir, 1, Console(stderr=True))
+        if source is None:
+            simulate(data_config(samples), data_dir, 1, Console(stderr=True))
     backend.barrier()
-    dataset = load(samples, data_dir)
+    if source is None:
+        source = Cached(load(data_config(samples), data_dir), backend, batch, seed)
 
     model = recipe.build(
         resolved.network,
-        dataset.train_y.shape[-1],
+        source.pixels,
         axis_name=AXIS,
         dtype=precision.dtype_of(resolved.precision),
     )
     tx = optimizer.make(resolved.optimizer, resolved.schedule, steps, backend.size)
-    state = recipe.initial_state(model, tx, dataset.train_x[0], resolved)
+    state = recipe.initial_state(model, tx, source.example, resolved)
     losses = np.full(steps, np.nan)
     settings = _settings(resolved, backend)
+    if shards_dir is not None:
+        settings["shards"] = source.manifest.sha256
     try:
         found = restore(saved, (state, losses), settings=settings, fallback=True)
     except CheckpointError as error:
@@ -155,14 +198,14 @@ def main(
     first, (state, losses) = found or (0, (state, losses))
     state = backend.replicate(state)
     train_step = recipe.compile_step(model, tx, resolved, backend)
-    feed = batches(dataset, backend, batch, seed, first)
+    feed = Timed(source.batches(first))
     if root:
         (out / "config.toml").write_text(resolved.to_toml())
         versions = json.dumps(config.versions(), indent=1)
         (out / "versions.json").write_text(versions + "\n")
     if backend.name == "jaxcomm" and root:
         # Lowering plans and neither runs nor waits: one rank may do it alone.
-        train_step.lower(state, next(batches(dataset, backend, batch, seed)))
+        train_step.lower(state, next(source.batches(0)))
         schedule = train_step.schedule.explain()
         Console(stderr=True).print(schedule, highlight=False, soft_wrap=True)
         (out / "schedule.txt").write_text(schedule + "\n")
@@ -192,7 +235,7 @@ def main(
                     click.echo(f"ended on request after step {step}; saved", err=True)
                     return
     except NonFiniteLossError as error:
-        _give_up(error, dataset, backend, batch, seed, out)
+        _give_up(error, source, backend, out)
 
     if root:
         params, batch_stats = backend.fetch((state.params, state.batch_stats))
@@ -205,6 +248,8 @@ def main(
             "control_messages_per_step": _per_step(checks, backend.checks(), stop),
             "schedule_fingerprint": None,
             **telemetry.report(),
+            # Waited for each batch, from this process's first step on.
+            "data_seconds": feed.seconds,
         }
         if state.loss_scale is not None:
             scale = backend.fetch(state.loss_scale)
@@ -246,17 +291,13 @@ def _settings(resolved: Config, backend: Backend) -> dict[str, Any]:
 
 def _give_up(
     error: NonFiniteLossError,
-    dataset: Dataset,
+    source: Any,
     backend: Backend,
-    batch: int,
-    seed: int,
     out: Path,
 ) -> NoReturn:
     """Keep the batch of a loss that is not finite, and end on every rank."""
     before = error.step - 1
-    order = Batches(len(dataset.train_x), batch, seed, rank=0, size=1)
-    rows = backend.share(order.at(before).indices)
-    patterns, labels = next(batches(dataset, backend, batch, seed, before))
+    rows, (patterns, labels) = source.rows(before), next(source.batches(before))
     path = out / f"nonfinite-step{error.step}-rank{backend.rank}.npz"
     found = batchfile.keep(path, error.step, rows, patterns, labels)
     # With exit code 2, so that it is not tried again: it would end the same way.
