@@ -22,7 +22,7 @@ from conftest import ROOT, Launch, documented
 import dataset
 from jaxcomm import checkpoint
 from jaxcomm.errors import InvalidOptionError
-from simulate import data_config
+from simulate_cache import data_config
 
 FAILING = r"""
 import os, re, signal, subprocess, sys, time

@@ -14,10 +14,10 @@ from conftest import ROOT
 
 import augment
 import checkpoint
-import crystals
 import dataset
 from network import StemNet
 from scores import nrmse
+from simulate import crystals
 
 CONFIG = dataset.DataConfig(train=4, test=2)
 
@@ -68,7 +68,7 @@ def test_augmentation_moves_scan_detector_and_label_together(
 
 
 def test_a_bad_cache_is_named(tmp_path: Path, samples: dataset.Arrays) -> None:
-    with pytest.raises(FileNotFoundError, match=r"simulate\.py"):
+    with pytest.raises(FileNotFoundError, match=r"simulate_cache\.py"):
         dataset.load(CONFIG, tmp_path)
     path = dataset.save(CONFIG, samples, tmp_path)
     assert len(dataset.load(CONFIG, tmp_path).test_x) == CONFIG.test

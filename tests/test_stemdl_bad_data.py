@@ -15,7 +15,7 @@ from test_stemdl_data import CONFIG, open_source, produce
 
 import manifest
 from manifest import ShardError
-from simulate import data_config
+from simulate_cache import data_config
 
 
 @pytest.fixture(scope="module")

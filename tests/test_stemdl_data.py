@@ -23,7 +23,7 @@ from jaxcomm.data import Batches
 from manifest import ShardError
 from parallel import Devices
 from shard_order import ShardOrder
-from simulate import data_config
+from simulate_cache import data_config
 from telemetry import Timed
 
 CONFIG = data_config(8)

@@ -26,7 +26,7 @@ from jaxcomm.simulate import networks
 from network import NETWORKS, StemNet, scope_of, scopes
 from precision import LossScale
 from settings import Config, Network, Optimizer, Schedule
-from simulate import data_config
+from simulate_cache import data_config
 
 
 def shapes(model: StemNet, scan: int, detector: int) -> tuple[Any, tuple[int, ...]]:

@@ -9,8 +9,8 @@ from __future__ import annotations
 import numpy as np
 
 from dataset import Dataset
-from optics import Optics
 from scores import nrmse
+from simulate.optics import Optics
 
 VALIDATION_FRACTION = 0.2
 RIDGES = (1e-3, 1e-2, 1e-1, 1.0)

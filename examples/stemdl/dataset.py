@@ -20,10 +20,8 @@ from typing import Any
 import numpy as np
 
 import augment
-import crystals
-import multislice
-import potential
-from optics import Optics
+from simulate import crystals, multislice, potential
+from simulate.optics import Optics
 
 Arrays = dict[str, np.ndarray]
 
@@ -246,7 +244,7 @@ def _read(config: DataConfig, path: Path) -> Arrays:
             arrays = {key: file[key] for key in _KEYS}
     except FileNotFoundError:
         raise FileNotFoundError(
-            f"{path} does not exist; simulate it with examples/stemdl/simulate.py"
+            f"{path} does not exist; simulate it with examples/stemdl/simulate_cache.py"
         ) from None
     except Exception as error:  # np.load raises whatever zipfile, zlib or pickle do
         raise CacheError(

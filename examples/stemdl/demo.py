@@ -23,7 +23,7 @@ from config import versions
 from dataset import load
 from evaluate import evaluate
 from network import NETWORKS
-from simulate import data_config, data_option, simulate
+from simulate_cache import data_config, data_option, simulate
 
 RANKS = 2
 STEPS, SAMPLES = 1600, 1500

@@ -21,7 +21,7 @@ from baselines import baselines
 from dataset import Dataset, load
 from network import StemNet
 from scores import nrmse, pearson
-from simulate import data_config, data_option
+from simulate_cache import data_config, data_option
 
 BATCH = 40
 

@@ -21,9 +21,9 @@ import manifest
 import shards
 from dataset import DataConfig, Dataset
 from manifest import Manifest, Shard, ShardError
-from optics import Optics
 from parallel import Backend
 from shard_order import ShardOrder
+from simulate.optics import Optics
 from staging import staged
 from together import together
 

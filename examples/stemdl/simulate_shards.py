@@ -24,7 +24,7 @@ import manifest
 import shards
 from dataset import DataConfig, simulate_sample
 from manifest import Manifest, Shard, ShardError
-from simulate import data_config
+from simulate_cache import data_config
 from together import together
 
 ROUND_SECONDS = 1.0

@@ -39,7 +39,7 @@ from jaxcomm.data import Batches
 from options import config_options
 from parallel import AXIS, BACKENDS, Backend
 from settings import Communication, Config
-from simulate import data_config, data_option, simulate
+from simulate_cache import data_config, data_option, simulate
 from telemetry import UNTIMED_STEPS, NonFiniteLossError, Telemetry, Timed
 
 

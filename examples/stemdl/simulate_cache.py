@@ -1,6 +1,6 @@
 """Simulate the data set, unless it is cached.
 
-python examples/stemdl/simulate.py --samples 1500 --processes 2
+python examples/stemdl/simulate_cache.py --samples 1500 --processes 2
 """
 
 from __future__ import annotations
@@ -12,8 +12,8 @@ import click
 from rich.console import Console
 from rich.progress import Progress
 
-import crystals
 import dataset
+from simulate import crystals
 
 TEST_FRACTION = 2 / 15
 

@@ -12,8 +12,8 @@ import functools
 import numpy as np
 from periodictable.cromermann import getCMformula
 
-from crystals import Specimen
-from optics import Optics
+from simulate.crystals import Specimen
+from simulate.optics import Optics
 
 BOHR_RADIUS = 0.529177
 """In angstrom."""

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from optics import Optics
+from simulate.optics import Optics
 
 
 def probes(optics: Optics, x: np.ndarray, y: np.ndarray) -> np.ndarray:

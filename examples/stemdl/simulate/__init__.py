@@ -1,0 +1,1 @@
+"""Electron diffraction patterns of crystals, and the potentials behind them."""
