@@ -105,11 +105,16 @@ class Dataset:
         return standardised * self.std + self.mean
 
 
+def specimen_of(config: DataConfig, index: int) -> crystals.Specimen:
+    """Cut the crystal of sample `index`: its atoms and thickness."""
+    rng = np.random.default_rng([config.seed, index])
+    return crystals.cut(config.material(index), rng, config.optics.box)
+
+
 def simulate_sample(config: DataConfig, index: int) -> tuple[np.ndarray, np.ndarray]:
     """Simulate one sample: amplitudes of the diffraction patterns, and the label."""
-    rng = np.random.default_rng([config.seed, index])
     optics = config.optics
-    specimen = crystals.cut(config.material(index), rng, optics.box)
+    specimen = specimen_of(config, index)
     coefficients = potential.fourier_coefficients(specimen, optics)
     slices = int(np.ceil(specimen.thickness / optics.slice_thickness))
     patterns = multislice.scan(potential.slices(coefficients), slices, optics)
