@@ -80,8 +80,8 @@ class Optics:
                 )
         limit = 2 / 3 * 0.5 / self.sampling
         limits = (
-            f"the band limit, {1e3 * limit * self.wavelength:.1f} mrad at a sampling of "
-            f"{self.sampling:g} A: "
+            f"the band limit, {1e3 * limit * self.wavelength:.1f} mrad at a sampling "
+            f"of {self.sampling:g} A: "
         )
         radius = self.aperture_mrad * 1e-3 / self.wavelength + 0.5 / self.box
         if radius >= limit:
@@ -105,16 +105,16 @@ class Optics:
         if not math.isclose(self.window / self.label_pixels, self.sampling):
             raise SettingError(
                 f"optics.label_pixels={self.label_pixels} over a window of "
-                f"{self.window} A do not match the box's sampling of {self.sampling} A: "
-                "window / label_pixels must be box / pixels"
+                f"{self.window} A do not match the box's sampling of {self.sampling} "
+                "A: window / label_pixels must be box / pixels"
             )
         spread, margin = self._probe_radius(), (self.box - self.window) / 2
         if spread > margin:
             raise SettingError(
                 f"optics.c1={self.c1}, c3={self.c3}, c5={self.c5}, "
                 f"astigmatism={self.astigmatism} spread the probe over a radius of "
-                f"{spread:.1f} A; around the window the box has {margin:g} A: lower them "
-                "or optics.aperture_mrad, or enlarge optics.box (and pixels)"
+                f"{spread:.1f} A; around the window the box has {margin:g} A: lower "
+                "them or optics.aperture_mrad, or enlarge optics.box (and pixels)"
             )
 
     def _probe_radius(self) -> float:
