@@ -73,7 +73,8 @@ def read(path: Path) -> Crystal:
             # Most files name their crystal system, which ASE has no need of.
             warnings.filterwarnings("ignore", "crystal system .* is not interpreted")
             text = io.StringIO(content.decode())
-            structures = read_atoms(text, index=":", format="cif")
+            # Under MPI ASE would have all ranks wait for one another here.
+            structures = read_atoms(text, index=":", format="cif", parallel=False)
     except Exception as error:  # ASE raises whatever its parser meets
         raise SettingError(
             f"{path} is no readable CIF file ({type(error).__name__}: {error})"
