@@ -77,7 +77,7 @@ def test_abtems_taper_of_the_band_limit_is_all_the_difference(
 
 
 def test_abtems_aberrations_have_the_same_signs() -> None:
-    fields = {"c1": -80.0, "c3": 2e5, "c5": 1e8, "astigmatism": 40.0}
+    fields: dict[str, Any] = {"c1": -80.0, "c3": 2e5, "c5": 1e8, "astigmatism": 40.0}
     still = Optics(box=32, pixels=128)
     ours = Optics(box=32, pixels=128, astigmatism_deg=25, **fields)
     lens = abtem.CTF(

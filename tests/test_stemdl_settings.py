@@ -147,7 +147,7 @@ def test_a_cif_of_a_crystal_there_is_gives_its_samples(tmp_path: Path) -> None:
     ours = crystal.atoms()
     for symbol in ("Na", "Cl"):
         a, b = (
-            sorted(np.round(c[c.symbols == symbol].get_scaled_positions(), 6).tolist())
+            sorted(np.round(c.get_scaled_positions()[c.symbols == symbol], 6).tolist())
             for c in (ours, built)
         )
         assert a == b
