@@ -22,7 +22,6 @@ import loading
 import manifest
 import recipe
 from baselines import Predictor
-from config import ConfigError
 from dataset import CacheError, DataConfig, Dataset, load
 from evaluation import report
 from network import StemNet
@@ -170,24 +169,16 @@ def main(
         raise click.UsageError("--samples is about --data; shards tell their number")
     try:
         resolved = config.load(run / "config.toml")
-        trained = json.loads((run / "train.json").read_text())
         if shards_dir is None:
-            samples = samples or resolved.training.samples
-            data, dataset = _cached(samples, data_dir)
+            data, dataset = _cached(samples or resolved.training.samples, data_dir)
         else:
             data, dataset = _sharded(shards_dir)
         model = recipe.build(resolved.network, dataset.test_y.shape[-1])
         network = _network(model, run / "params.npz", dataset.test_x[:1])
-        settings = _settings(run, resolved, trained, data)
-    except (
-        ConfigError,
-        CacheError,
-        FileNotFoundError,
-        manifest.ShardError,
-        KeyError,
-        ValueError,
-    ) as error:
+    except (CacheError, FileNotFoundError, manifest.ShardError, ValueError) as error:
         raise click.UsageError(str(error)) from error
+    trained = json.loads((run / "train.json").read_text())
+    settings = _settings(run, resolved, trained, data)
     with console.status("fitting baselines") as status:
         methods = baselines.fit(dataset, strongest) | {report.NETWORK: network}
         out.mkdir(parents=True, exist_ok=True)

@@ -149,12 +149,13 @@ def summarise(samples: list[Comparison]) -> dict[str, float]:
 def _quadratic(image: np.ndarray, row: int, column: int) -> tuple[np.ndarray, float]:
     """Offset in pixels and height of the maximum near a pixel."""
     values = image[row - 1 : row + 2, column - 1 : column + 2].astype(np.float64)
-    constant, gi, gj, ci, cj, cross = _FIT @ values.ravel()
+    _, gi, gj, ci, cj, cross = _FIT @ values.ravel()
     hessian = np.array([[2 * ci, cross], [cross, 2 * cj]])
     gradient = np.array([gi, gj])
     if np.linalg.eigvalsh(hessian).max() >= 0:
         return np.zeros(2), float(image[row, column])
     # The maximum lies in the pixel's own neighbourhood, or the fit is none.
     offset = np.clip(np.linalg.solve(hessian, -gradient), -1, 1)
-    height = constant + gradient @ offset + offset @ hessian @ offset / 2
+    # From the pixel's own value: the fitted constant is an average of nine.
+    height = image[row, column] + gradient @ offset + offset @ hessian @ offset / 2
     return offset, float(height)

@@ -3,7 +3,8 @@
 A label has lost its scale, its depth and its outside, so these are assumed: one gain
 per sample, fitted to the sample's own patterns; the potential spread evenly over the
 sample's slices; the window mirrored at its edges into the rest of the box. The label's
-blur stays. What the true label reaches is therefore the best that this check can show.
+blur is undone as far as it can be. What the true label reaches is therefore the best
+that this check can show.
 """
 
 from __future__ import annotations
@@ -19,6 +20,10 @@ from simulate.optics import Optics
 
 PHASES = np.geomspace(0.02, 8, 12)
 """Gains tried first, as standard deviations of the whole specimen's phase in rad."""
+
+WIENER = 0.01
+"""Power of noise over signal that undoing the blur reckons with. It was chosen on the
+true labels: less, and they fit better still, but errors of a reconstruction grow."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,14 +71,23 @@ def simulate(label: np.ndarray, slices: int, gain: float, optics: Optics) -> np.
     lines = optics.scan()[central(optics)] - optics.sampling / 2
     x, y = np.meshgrid(lines, lines, indexing="ij")
     waves = multislice.probes(optics, x.ravel(), y.ravel())
-    rim = (optics.pixels - optics.label_pixels) // 2
-    image = np.pad(label, rim, mode="symmetric") * (gain / slices)
+    image = _whole(label, optics) * (gain / slices)
     potential = np.zeros((optics.max_slices, optics.pixels, optics.pixels), np.float32)
     potential[:slices] = image
     passed = multislice.diffract(jnp.asarray(potential), slices, waves, optics)
     intensity = np.asarray(passed)
     patterns = np.sqrt(multislice.detector_crop(intensity, optics.detector))
     return patterns.reshape(len(lines), len(lines), *patterns.shape[1:])
+
+
+def _whole(label: np.ndarray, optics: Optics) -> np.ndarray:
+    """Fill the box with a label's mirror images, and undo the blur (Wiener filter)."""
+    rim = (optics.pixels - optics.label_pixels) // 2
+    image = np.pad(label, rim, mode="symmetric")
+    k2 = optics.radial_frequencies() ** 2
+    blur = np.exp(-2 * (np.pi * optics.label_sigma) ** 2 * k2)
+    sharper = blur * (1 + WIENER) / (blur**2 + WIENER)
+    return np.fft.ifft2(np.fft.fft2(image) * sharper).real
 
 
 def fit(label: np.ndarray, slices: int, observed: np.ndarray, optics: Optics) -> Fit:

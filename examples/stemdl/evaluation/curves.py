@@ -27,22 +27,20 @@ def draw_ring_correlation(path: Path, scores: Mapping[str, Scores]) -> None:
       path: the PNG to write.
       scores: by method, the network's last.
     """
-    figure = Figure(figsize=(8.4, 4.8), layout="constrained")
+    figure = Figure(figsize=(7.6, 5.6), layout="constrained")
     axis = figure.subplots()
-    *_, (_, ours) = scores.items()
+    name, ours = list(scores.items())[-1]
     frequencies = ours.frequencies
-    low, high = np.percentile(ours.correlation, [25, 75], axis=0)
+    for (method, found), style in zip(scores.items(), _styles(scores), strict=True):
+        axis.plot(frequencies, found.correlation.mean(0), label=method, **style)
     axis.fill_between(
         frequencies,
-        low,
-        high,
+        *np.percentile(ours.correlation, [25, 75], axis=0),
         color=OURS,
         alpha=0.15,
         lw=0,
-        label="middle half of them",
+        label=f"{name}: middle half of samples",
     )
-    for (name, found), style in zip(scores.items(), _styles(scores), strict=True):
-        axis.plot(frequencies, found.correlation.mean(0), label=name, **style)
     for text, threshold in THRESHOLDS.items():
         axis.axhline(threshold, color="black", lw=1, ls=":")
         axis.annotate(
@@ -62,7 +60,7 @@ def draw_ring_correlation(path: Path, scores: Mapping[str, Scores]) -> None:
     top.set_xticks([1 / length for length in lengths], [f"{v:g}" for v in lengths])
     top.set_xlabel("length (Å)", fontsize=11)
     axis.grid(alpha=0.3)
-    figure.legend(loc="outside right upper", frameon=False, fontsize=10)
+    figure.legend(loc="outside lower center", ncols=2, frameon=False, fontsize=11)
     figure.savefig(path, dpi=DPI)
 
 
@@ -111,7 +109,7 @@ def draw_robustness(
     _lines(left, middles, thickness)
     left.set_xticks(
         middles,
-        [f"{b['from_A']:.0f}–{b['to_A']:.0f}\nn = {b['samples']}" for b in thickness],
+        [f"{b['from_A']:g}–{b['to_A']:g}\nn = {b['samples']}" for b in thickness],
     )
     left.set_xlabel("specimen thickness (Å)", fontsize=11)
     left.set_ylabel("NRMSE, mean over samples", fontsize=11)
@@ -126,12 +124,7 @@ def draw_robustness(
         axis.margins(x=0.1)
     handles, labels = left.get_legend_handles_labels()
     figure.legend(
-        handles,
-        labels,
-        loc="outside lower center",
-        ncols=3,
-        frameon=False,
-        fontsize=10,
+        handles, labels, loc="outside lower center", ncols=3, frameon=False, fontsize=11
     )
     figure.savefig(path, dpi=DPI)
 

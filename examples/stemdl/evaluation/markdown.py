@@ -34,8 +34,8 @@ _DEFINITIONS = f"""\
 - **SSIM**: structural similarity, Gaussian window of {SSIM_SIGMA} pixels (11 x 11),
   data range that of the sample's truth.
 - **FRC**: length at which the Fourier ring correlation with the truth first falls
-  below 0.5, and below 1/7; Hann window, rings one Fourier pixel wide; "inf" if the
-  first ring is below. Median over samples.
+  below 0.5, and below 1/7; Hann window, rings one Fourier pixel wide, the first passed
+  over; "inf" if the second is below. Median over samples.
 - **Atom column**: a local maximum, highest within {columns.SEPARATION} Å along each
   axis and more than {columns.THRESHOLD} standard deviations of the truth above its
   mean; its position by a quadratic fit to 3 x 3 pixels. The same for truth and
@@ -52,8 +52,8 @@ _DEFINITIONS = f"""\
 
 _LIMITS = """\
 - One training, one seed: no spread between trainings.
-- Truth and patterns come from one simulator, and the R factors use it again. The network
-  inverts this simulator, not a microscope.
+- Truth and patterns come from one simulator, and the R factors use it again. The
+  network inverts this simulator, not a microscope.
 - Every structure type of the built-in held-out materials also occurs in training,
   in other materials.
 - Labels are blurred and standardised: absolute potentials and columns closer than the
@@ -122,9 +122,9 @@ def render(report: Mapping[str, Any]) -> str:
         f"{check['samples']} samples; the others' beams see the outside. A label tells "
         "neither scale, depth nor outside. Assumed: one gain per sample, fitted to its "
         "patterns; the potential spread evenly over the sample's slices; the window "
-        "mirrored at its edges. The true label is thus the best that this check can "
-        "show, a flat potential the worst; another sample's label is what a "
-        "wrong crystal reaches by its gain alone.",
+        "mirrored at its edges; the blur undone by a Wiener filter. The true label is "
+        "thus the best that this check can show, a flat potential the worst; another "
+        "sample's label is what a wrong crystal reaches by its gain alone.",
         table(
             "potential",
             ("R mean", "R median"),

@@ -18,9 +18,9 @@ def ring_correlation(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Correlate the Fourier coefficients of two images ring by ring.
 
-    Windows cut from a crystal are not periodic: a Hann window keeps their edges from
-    correlating. Rings are one Fourier pixel wide; the mean and the corners beyond
-    Nyquist are left out.
+    Images cut from a crystal are not periodic: a Hann window keeps their edges from
+    correlating, and its weighted mean is subtracted, which would leak into the first
+    ring. Rings are one Fourier pixel wide; the corners beyond Nyquist are left out.
 
     Args:
       predicted: (n, pixels, pixels).
@@ -54,7 +54,8 @@ def resolution(
 ) -> np.ndarray:
     """Length at which the correlation first falls below a threshold.
 
-    Between rings it is interpolated linearly in frequency.
+    It is interpolated linearly in frequency between rings. The first ring is passed
+    over: it has few coefficients, and a crystal has next to nothing there.
 
     Args:
       frequencies: (rings,) in 1/A.
@@ -62,9 +63,10 @@ def resolution(
       threshold: such as 0.5.
 
     Returns:
-      (n,) in A: infinite where even the first ring is below, and the last ring's
+      (n,) in A: infinite where even the second ring is below, and the last ring's
       length, two pixels and a little, where none is.
     """
+    frequencies, correlation = frequencies[1:], correlation[:, 1:]
     found = np.full(len(correlation), 1 / frequencies[-1])
     for row, curve in enumerate(correlation):
         below = np.flatnonzero(curve < threshold)
@@ -82,4 +84,5 @@ def resolution(
 
 def _coefficients(images: np.ndarray, window: np.ndarray) -> np.ndarray:
     images = images.astype(np.float64)
-    return np.fft.fft2((images - images.mean((-2, -1), keepdims=True)) * window)
+    mean = (images * window).sum((-2, -1), keepdims=True) / window.sum()
+    return np.fft.fft2((images - mean) * window)

@@ -17,7 +17,7 @@ from evaluation.scoring import Scores
 from figures import DPI, scale_bar, shown
 
 PROFILES = 3
-TRUTH, OURS = "#1a1a1a", "#d62728"
+TRUTH, OURS, MARK = "#1a1a1a", "#d62728", "#00a0ff"
 
 _ON_LINE = 0.3
 """Columns so close to a line, in A, are on it."""
@@ -45,7 +45,7 @@ def draw_columns(
         true, found = (columns.find(image, sampling) for image in images)
         for axis, image in zip(pair, images, strict=True):
             _show(axis, image, side, truth.max())
-            _mark(axis, true, "o", mfc="none", mec="#00a0ff", ms=11, mew=1.6)
+            _mark(axis, true, "o", mfc="none", mec=MARK, ms=11, mew=1.6)
         _mark(pair[1], found, "x", mec=OURS, ms=7, mew=1.8)
         result = scores.comparisons[index]
         pair[0].set_title(str(dataset.test_names[index]), fontsize=13)
@@ -89,10 +89,10 @@ def draw_profiles(
         sampling = side / truth.shape[-1]
         start, end = line_through(columns.find(truth, sampling).positions, side)
         _show(picture, truth, side, truth.max())
-        picture.plot([start[1], end[1]], [start[0], end[0]], color="#00a0ff", lw=2)
-        picture.plot(start[1], start[0], "o", color="#00a0ff", ms=7, clip_on=False)
+        ends = _drawn(np.stack([start, end]), side)
+        picture.plot(*ends, color=MARK, lw=2)
+        picture.plot(*ends[:, 0], "o", color=MARK, ms=7, clip_on=False)
         picture.set_ylabel(str(dataset.test_names[index]), fontsize=13)
-        scale_bar(picture)
         along = np.linspace(0, np.linalg.norm(end - start), 200)
         for image, label, style in (
             (truth, "truth", {"color": TRUTH, "lw": 2}),
@@ -103,9 +103,16 @@ def draw_profiles(
         axis.set_xlim(0, along[-1])
         axis.set_ylabel("potential\n(standardised)", fontsize=11)
         axis.grid(alpha=0.3)
+    scale_bar(axes[0, 0])
     axes[0, 0].set_title("true potential", fontsize=12)
     axes[0, 1].set_title("along the line, from its dot", fontsize=12)
-    axes[0, 1].legend(frameon=False, fontsize=11)
+    figure.legend(
+        *axes[0, 1].get_legend_handles_labels(),
+        loc="outside lower right",
+        ncols=2,
+        frameon=False,
+        fontsize=12,
+    )
     axes[-1, 1].set_xlabel("distance (Å)", fontsize=11)
     figure.savefig(path, dpi=DPI)
 
@@ -158,20 +165,24 @@ def _clip(
 
 
 def _show(axis: Axes, image: np.ndarray, side: float, highest: float) -> None:
-    axis.imshow(
-        image, cmap="gray_r", vmin=-1, vmax=highest, extent=(0, side, side, 0)
-    )  # fmt: skip
+    extent = (0, side, 0, side)
+    axis.imshow(image, cmap="gray_r", vmin=-1, vmax=highest, extent=extent)
     axis.set_xticks([])
     axis.set_yticks([])
     axis.set_xlim(0, side)
-    axis.set_ylim(side, 0)
+    axis.set_ylim(0, side)
+
+
+def _drawn(positions: np.ndarray, side: float) -> np.ndarray:
+    """Where (m, 2) positions in the array are in its picture: (2, m), x and y."""
+    return np.stack([positions[:, 1], side - positions[:, 0]])
 
 
 def _mark(axis: Axes, peaks: columns.Peaks, marker: str, **style: object) -> None:
-    rows, cols = peaks.positions.T
-    axis.plot(cols, rows, marker, clip_on=False, **style)  # pyright: ignore
-    # What counts lies inside.
     border, side = columns.BORDER, axis.get_xlim()[1]
+    places = _drawn(peaks.positions, side)
+    axis.plot(*places, marker, ls="", clip_on=False, **style)  # pyright: ignore
+    # What counts lies inside.
     width = side - 2 * border
     axis.add_patch(
         Rectangle((border, border), width, width, fill=False, ls=":", ec="#555555")
