@@ -10,6 +10,7 @@ import dataclasses
 from typing import NamedTuple
 
 import numpy as np
+from scipy.ndimage import map_coordinates
 from scipy.optimize import linear_sum_assignment
 from scipy.spatial.distance import cdist
 from skimage.feature import peak_local_max
@@ -27,7 +28,7 @@ BORDER = 0.5
 """Columns closer to the window's edge than this, in A, may be partners but do not count
 themselves: the edge hides where their maxima are."""
 
-# Least-squares fit of a quadratic to 3 x 3 values, in the order of `_quadratic`.
+# Least-squares fit of a quadratic to 3 x 3 values, in the order of `_maximum`.
 _STEPS = np.array([(i, j) for i in (-1, 0, 1) for j in (-1, 0, 1)], np.float64)
 _FIT = np.linalg.pinv(
     np.column_stack([np.ones(9), _STEPS, _STEPS**2, _STEPS[:, 0] * _STEPS[:, 1]])
@@ -70,10 +71,11 @@ def find(image: np.ndarray, sampling: float) -> Peaks:
         # The fit needs a pixel on each side.
         exclude_border=1,  # pyright: ignore[reportArgumentType]
     )
-    fitted = [_quadratic(image, *pixel) for pixel in pixels]
-    offsets = np.array([offset for offset, _ in fitted]).reshape(-1, 2)
-    heights = np.array([height for _, height in fitted])
-    return Peaks((pixels + 0.5 + offsets) * sampling, heights)
+    offsets = [_maximum(image, *pixel) for pixel in pixels]
+    places = pixels + np.reshape(offsets, (-1, 2))
+    # The quadratic would flatten a maximum that lies between pixels.
+    heights = map_coordinates(image, places.T, order=3, mode="nearest")
+    return Peaks((places + 0.5) * sampling, heights)
 
 
 def match(truth: Peaks, found: Peaks) -> tuple[np.ndarray, np.ndarray]:
@@ -146,16 +148,12 @@ def summarise(samples: list[Comparison]) -> dict[str, float]:
     }
 
 
-def _quadratic(image: np.ndarray, row: int, column: int) -> tuple[np.ndarray, float]:
-    """Offset in pixels and height of the maximum near a pixel."""
+def _maximum(image: np.ndarray, row: int, column: int) -> np.ndarray:
+    """Offset in pixels, (2,), of the quadratic's maximum near a pixel."""
     values = image[row - 1 : row + 2, column - 1 : column + 2].astype(np.float64)
     _, gi, gj, ci, cj, cross = _FIT @ values.ravel()
     hessian = np.array([[2 * ci, cross], [cross, 2 * cj]])
-    gradient = np.array([gi, gj])
     if np.linalg.eigvalsh(hessian).max() >= 0:
-        return np.zeros(2), float(image[row, column])
+        return np.zeros(2)
     # The maximum lies in the pixel's own neighbourhood, or the fit is none.
-    offset = np.clip(np.linalg.solve(hessian, -gradient), -1, 1)
-    # From the pixel's own value: the fitted constant is an average of nine.
-    height = image[row, column] + gradient @ offset + offset @ hessian @ offset / 2
-    return offset, float(height)
+    return np.clip(np.linalg.solve(hessian, [-gi, -gj]), -1, 1)

@@ -38,8 +38,8 @@ _DEFINITIONS = f"""\
   over; "inf" if the second is below. Median over samples.
 - **Atom column**: a local maximum, highest within {columns.SEPARATION} Å along each
   axis and more than {columns.THRESHOLD} standard deviations of the truth above its
-  mean; its position by a quadratic fit to 3 x 3 pixels. The same for truth and
-  reconstruction.
+  mean; its position by a quadratic fit to 3 x 3 pixels, its height by cubic splines.
+  The same for truth and reconstruction.
 - **Matched**: paired one to one within {columns.RADIUS} Å, as many as possible, then as
   close as possible.
 - **Found**: matched true columns over all true columns. **False**: reconstructed
