@@ -1,26 +1,33 @@
 """Score a trained network on materials it has never seen, and draw what it sees.
 
-python examples/stemdl/evaluate.py --run out/stemdl
+python examples/stemdl/evaluate.py --run out/stemdl --out out/stemdl/evaluation
 """
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import click
 import jax
 import numpy as np
 from rich.console import Console
 
+import baselines
 import checkpoint
 import config
 import figures
+import loading
+import manifest
 import recipe
-from baselines import baselines
-from dataset import Dataset, load
+from baselines import Predictor
+from dataset import CacheError, DataConfig, Dataset, load
+from evaluation import report
 from network import StemNet
 from scores import nrmse, pearson
+from settings import Config
+from simulate.optics import Optics
 from simulate_cache import data_config, data_option
 
 BATCH = 40
@@ -37,15 +44,7 @@ def reconstruct(model: StemNet, params_file: Path, patterns: np.ndarray) -> np.n
     Returns:
       (n, pixels, pixels) float32 potentials.
     """
-    shapes = jax.eval_shape(model.init, jax.random.key(0), patterns[:1])
-    variables = checkpoint.load(params_file, shapes)
-    apply = jax.jit(model.apply)
-    return np.concatenate(
-        [
-            np.asarray(apply(variables, patterns[start : start + BATCH]))
-            for start in range(0, len(patterns), BATCH)
-        ]
-    )
+    return _network(model, params_file, patterns[:1])(patterns)
 
 
 def evaluate(dataset: Dataset, run: Path, out: Path) -> dict[str, float]:
@@ -71,20 +70,124 @@ def evaluate(dataset: Dataset, run: Path, out: Path) -> dict[str, float]:
     }
 
 
+def _network(model: StemNet, params_file: Path, example: np.ndarray) -> Predictor:
+    shapes = jax.eval_shape(model.init, jax.random.key(0), example)
+    variables = checkpoint.load(params_file, shapes)
+    apply = jax.jit(model.apply)
+
+    def predict(patterns: np.ndarray) -> np.ndarray:
+        return np.concatenate(
+            [
+                np.asarray(apply(variables, patterns[start : start + BATCH]))
+                for start in range(0, len(patterns), BATCH)
+            ]
+        )
+
+    return predict
+
+
+def _cached(samples: int, directory: Path) -> tuple[DataConfig, Dataset]:
+    wanted = data_config(samples)
+    return wanted, load(wanted, directory)
+
+
+def _sharded(directory: Path) -> tuple[DataConfig, Dataset]:
+    """The data set of a manifest, and what it was simulated from."""
+    simulated = dict(manifest.read(directory).config)
+    # The format has checked it.
+    del simulated["version"]
+    optics = Optics(**simulated.pop("optics"))
+    return DataConfig(**simulated, optics=optics), loading.load(directory)
+
+
+def _settings(
+    run: Path, resolved: Config, trained: dict[str, Any], data: DataConfig
+) -> dict[str, Any]:
+    """What the report says of the run."""
+    versions = config.versions()
+    return {
+        "run": str(run),
+        "network": resolved.network.name,
+        "loss": resolved.loss.name,
+        "precision": resolved.precision.compute,
+        "seed": resolved.training.seed,
+        "steps": trained["steps"],
+        "batch": resolved.training.batch,
+        "ranks": trained["ranks"],
+        "backend": trained["backend"],
+        "training samples": data.train,
+        "held-out samples": data.test,
+        "data": data.to_json(),
+        "versions": ", ".join(f"{name} {v}" for name, v in versions.items()),
+    }
+
+
 @click.command()
 @click.option(
-    "--run", type=click.Path(path_type=Path), default="out/stemdl", show_default=True
+    "--run",
+    type=click.Path(path_type=Path),
+    default="out/stemdl",
+    show_default=True,
+    help="what train.py has written",
 )
-@click.option("--samples", default=1500, show_default=True, help="as in training")
+@click.option("--samples", type=int, help="training samples  [default: the run's]")
 @data_option
-def main(run: Path, samples: int, data_dir: Path) -> None:
-    """Score a run beside linear baselines and draw its reconstructions."""
-    console = Console()
-    dataset = load(data_config(samples), data_dir)
-    result = evaluate(dataset, run, run)
-    console.print(f"network: NRMSE {result['nrmse']:.3f}, r {result['pearson']:.3f}")
-    for name, score in baselines(dataset).items():
-        console.print(f"{name}: NRMSE {score:.3f}")
+@click.option(
+    "--shards",
+    "shards_dir",
+    type=click.Path(path_type=Path),
+    help="evaluate on what simulate_shards.py has written here, instead of --data",
+)
+@click.option(
+    "--strongest",
+    is_flag=True,
+    help="add the strongest linear map, from unbinned patterns; takes a minute",
+)
+@click.option(
+    "--out",
+    type=click.Path(path_type=Path),
+    help="for the report  [default: RUN/evaluation]",
+)
+def main(
+    run: Path,
+    samples: int | None,
+    data_dir: Path,
+    shards_dir: Path | None,
+    strongest: bool,
+    out: Path | None,
+) -> None:
+    """Score a run beside linear baselines; writes report.md, report.json, pictures."""
+    console = Console(stderr=True)
+    out = out or run / "evaluation"
+    for name in ("params.npz", "config.toml", "train.json"):
+        if not (run / name).exists():
+            raise click.UsageError(
+                f"--run {run}: {run / name} does not exist; train.py writes it when it "
+                "ends"
+            )
+    if shards_dir is not None and samples is not None:
+        raise click.UsageError("--samples is about --data; shards tell their number")
+    try:
+        resolved = config.load(run / "config.toml")
+        if shards_dir is None:
+            data, dataset = _cached(samples or resolved.training.samples, data_dir)
+        else:
+            data, dataset = _sharded(shards_dir)
+        model = recipe.build(resolved.network, dataset.test_y.shape[-1])
+        network = _network(model, run / "params.npz", dataset.test_x[:1])
+    except (CacheError, FileNotFoundError, manifest.ShardError, ValueError) as error:
+        raise click.UsageError(str(error)) from error
+    trained = json.loads((run / "train.json").read_text())
+    settings = _settings(run, resolved, trained, data)
+    with console.status("fitting baselines") as status:
+        methods = baselines.fit(dataset, strongest) | {report.NETWORK: network}
+        out.mkdir(parents=True, exist_ok=True)
+        found = report.write(
+            out, dataset, data, methods, settings, trained["losses"], status.update
+        )
+    for name, scored in found["methods"].items():
+        console.print(f"{name}: NRMSE {scored['nrmse_mean']:.3f}", highlight=False)
+    console.print(f"Report and pictures: {out / 'report.md'}", highlight=False)
 
 
 if __name__ == "__main__":

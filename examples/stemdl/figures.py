@@ -29,11 +29,7 @@ def draw_reconstructions(path: Path, dataset: Dataset, predicted: np.ndarray) ->
       predicted: (n, pixels, pixels) reconstructions of all of them.
     """
     errors = nrmse(predicted, dataset.test_y)
-    chosen = [
-        _median_sample(errors, np.flatnonzero(dataset.test_names == name))
-        for name in SHOWN
-        if name in dataset.test_names
-    ]
+    chosen = shown(errors, dataset.test_names)
     titles = ("4 × 4 diffraction patterns", "true potential", "reconstruction",
               "difference")  # fmt: skip
     figure = Figure(figsize=(9.4, 2.15 * len(chosen) + 0.5), layout="constrained")
@@ -57,7 +53,7 @@ def draw_reconstructions(path: Path, dataset: Dataset, predicted: np.ndarray) ->
             )
         row[3].set_ylabel(f"NRMSE {errors[index]:.2f}", fontsize=9)
         row[3].yaxis.set_label_position("right")
-        _scale_bar(row[1])
+        scale_bar(row[1])
     for axis in axes.ravel():
         axis.set_xticks([])
         axis.set_yticks([])
@@ -92,8 +88,20 @@ def draw_losses(path: Path, losses: list[float]) -> None:
     figure.savefig(path, dpi=DPI)
 
 
-def _median_sample(errors: np.ndarray, candidates: np.ndarray) -> int:
-    return int(candidates[np.argsort(errors[candidates])[len(candidates) // 2]])
+def shown(errors: np.ndarray, names: np.ndarray) -> list[int]:
+    """Choose a sample of each material of `SHOWN`, or of the first where none is there.
+
+    Args:
+      errors: (n,) by which each is its material's median one.
+      names: (n,) of str.
+    """
+    there = [name for name in SHOWN if name in names]
+    chosen = []
+    for name in there or list(dict.fromkeys(names))[: len(SHOWN)]:
+        candidates = np.flatnonzero(names == name)
+        middle = np.argsort(errors[candidates])[len(candidates) // 2]
+        chosen.append(int(candidates[middle]))
+    return chosen
 
 
 def _draw_patterns(axis: Axes, amplitudes: np.ndarray) -> None:
@@ -108,8 +116,8 @@ def _draw_patterns(axis: Axes, amplitudes: np.ndarray) -> None:
     axis.set_frame_on(False)
 
 
-def _scale_bar(axis: Axes) -> None:
-    """Mark 2 A in the lower left corner."""
+def scale_bar(axis: Axes) -> None:
+    """Mark 2 A in the lower left corner of a picture whose axes are in A."""
     axis.plot([0.5, 2.5], [0.5, 0.5], color="black", linewidth=3)
     axis.text(
         1.5, 0.75, "2 Å", ha="center", va="bottom", fontsize=9,

@@ -1,0 +1,1 @@
+"""Evaluation of reconstructions on held-out materials, beyond one number."""
