@@ -103,13 +103,10 @@ def split(trace: dict[str, Any], buckets: int) -> list[dict[str, float]]:
 
 def _tail(row: list[dict[str, Any]], buckets: int) -> int:
     """How many whole steps of the same buckets a rank's row ends with."""
-    names = [e["name"] for e in row]
-    last, count = names[-buckets:], 0
-    while names[len(names) - (count + 1) * buckets :][:buckets] == last:
-        count += 1
-        if (count + 1) * buckets > len(names):
-            break
-    return count
+    names = [e["name"] for e in reversed(row)]
+    groups = [names[k : k + buckets] for k in range(0, len(names), buckets)]
+    differing = (k for k, group in enumerate(groups) if group != groups[0])
+    return next(differing, len(groups))
 
 
 def markdown(result: dict[str, Any]) -> str:
@@ -117,7 +114,7 @@ def markdown(result: dict[str, Any]) -> str:
     machine = result["machine"]
     lines = [
         f"{machine['processor']}, {machine['cores']} cores, {result['date']}"
-        f"{', **a quick trial**' if result['quick'] else ''}. The STEMDL training step, "
+        f"{', **a quick trial**' if result['quick'] else ''}. STEMDL's training step, "
         "float32, Adam, probes as channels; a core and a fixed batch for every rank. "
         "Efficiency is a median of ratios of neighbouring samples: the time of one "
         "process alone (mean of both cores), or of two that do not communicate, over "
@@ -128,9 +125,9 @@ def markdown(result: dict[str, Any]) -> str:
             continue
         lines += [
             "",
-            f"**{name}**: {entry['parameters']:,} parameters, {entry['bytes'] / 1e6:.2f} "
-            f"MB a step in {entry['buckets']} buckets (batch statistics included), "
-            f"{entry['batch_per_rank']} samples a rank.",
+            f"**{name}**: {entry['parameters']:,} parameters, "
+            f"{entry['bytes'] / 1e6:.2f} MB a step in {entry['buckets']} buckets "
+            f"(batch statistics included), {entry['batch_per_rank']} samples a rank.",
             "",
             "| | step, ms | quartiles | of one alone | of the ceiling |",
             "|---|--:|--:|--:|--:|",
@@ -182,8 +179,8 @@ def _shares(steps: Sequence[dict[str, float]]) -> str:
     median = {key: statistics.median(s[key] for s in steps) for key in steps[0]}
     whole = median["step"]
     return (
-        f"By the timeline of {len(steps)} more of jaxcomm's steps, {whole:.4g} ms each: "
-        f"data travel for {median['travelling']:.3g} ms "
+        f"By the timeline of {len(steps)} more of jaxcomm's steps, {whole:.4g} ms "
+        f"each: data travel for {median['travelling']:.3g} ms "
         f"({median['travelling'] / whole:.1%}), a rank waits for the other for "
         f"{median['waiting']:.3g} ms ({median['waiting'] / whole:.1%}), the rest is "
         "computation."

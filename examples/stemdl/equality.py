@@ -120,7 +120,7 @@ def train(run: Run, out: Path, common: Sequence[str]) -> dict[str, Any]:
 
 
 def bitwise_equal(a: Path, b: Path) -> bool:
-    """Whether two files of `checkpoint.save` hold the same bits under the same names."""
+    """Whether two files of `checkpoint.save` hold the same names and bits."""
     with np.load(a) as first, np.load(b) as second:
         return set(first.files) == set(second.files) and all(
             first[key].dtype == second[key].dtype
@@ -176,9 +176,10 @@ def markdown(report: dict[str, Any]) -> str:
     """The report as a table."""
     dtypes = list(report["results"])
     lines = [
-        f"`{report['network']}`, {report['steps']} steps, {report['batch']} samples a "
-        f"step over all ranks. Differences of parameters are max\\|a - b\\| / max\\|a\\| "
-        f"of the worst array, from {REFERENCE}; float64 must stay below {TOLERANCE:g}.",
+        f"`{report['network']}`, {report['steps']} steps, {report['batch']} samples "
+        "a step over all ranks. Differences of parameters are max\\|a - b\\| / "
+        f"max\\|a\\| of the worst array, from {REFERENCE}; float64 must stay below "
+        f"{report['tolerance_float64']:g}.",
         "",
         f"| | buckets | {' | '.join(dtypes)} | bitwise equal to |",
         "|---|--:|" + "--:|" * len(dtypes) + "---|",
