@@ -56,6 +56,7 @@ def test_shares_of_a_step_from_a_timeline() -> None:
         assert shares["travelling"] == pytest.approx(0.030)
 
 
+@pytest.mark.thorough
 @pytest.mark.timeout(200)
 def test_the_job_on_two_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
     # Half of the time is XLA's optimiser, which has little to do here.
