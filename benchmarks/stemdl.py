@@ -37,7 +37,7 @@ HERE = Path(__file__).resolve().parent
 TRAIN = HERE.parent / "examples" / "stemdl" / "train.py"
 NETWORKS_TIMED = ("tiny", "small", "medium")
 # A step of medium takes as long as a hundred of tiny's: one round of it must do.
-REPEATS = {"tiny": 9, "small": 9, "medium": 3, "toy": 3}
+REPEATS = {"tiny": 7, "small": 6, "medium": 2, "toy": 3}
 ONE_ROUND = ("medium",)
 TRAINING = {"network": "tiny", "steps": 60, "samples": 64}
 
