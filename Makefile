@@ -10,7 +10,8 @@ DEMO_ARGS := $(if $(DEMO_STEPS),--steps $(DEMO_STEPS))
 TESTS ?= tests
 
 .PHONY: setup demo stemdl examples test test-all test-mpich nccl-abi lint sanitize faults bench \
-  bench-safety bench-peers bench-horovod bench-overlap bench-tracing bench-control scaling clean
+  bench-safety bench-stemdl bench-peers bench-horovod bench-overlap bench-tracing bench-control \
+  scaling clean
 .DEFAULT_GOAL := help
 
 help:
@@ -26,6 +27,7 @@ help:
 	@echo "make faults  kill, stop, delay and mislead ranks 200 times, and 100,000 calls"
 	@echo "make bench  measure the gradient reduction beside its peers"
 	@echo "make bench-safety  what the watchdog and JAXCOMM_CHECK=every cost"
+	@echo "make bench-stemdl  weak scaling of the STEMDL step, beside pmap and, if there, torch"
 	@echo "make bench-peers  the same beside torch.distributed, which it installs first"
 	@echo "make bench-horovod  the same beside Horovod too, which it builds first"
 	@echo "make bench-overlap  how much of a slow wire hides behind computation (root)"
@@ -93,6 +95,10 @@ bench: $(STAMP)
 
 bench-safety: $(STAMP)
 	$(BIN)/python benchmarks/safety.py
+
+# Beside torch where make bench-peers or make .venv-peers/bin/python has installed it.
+bench-stemdl: $(STAMP)
+	$(BIN)/python benchmarks/stemdl.py
 
 # Peers that need torch live in an environment of their own.
 bench-peers: $(STAMP) .venv-peers/bin/python

@@ -18,6 +18,7 @@ HERE = Path(__file__).resolve().parent
 PEERS_PYTHON = HERE.parent / ".venv-peers" / "bin" / "python"
 PEERS_MPIEXEC = PEERS_PYTHON.with_name("mpiexec")
 TIMEOUT = 580
+_HOST_DEVICES = "--xla_force_host_platform_device_count"
 
 
 class JobError(Exception):
@@ -48,7 +49,7 @@ def run_job(work: str, peer: str, ranks: int, *arguments: str) -> list[Any]:
                 extra.pop(name, None)
             _run([launcher.command_line(job)], [extra])
         elif peer == "devices" or peer == "plain devices":
-            flags = f"--xla_force_host_platform_device_count={ranks}"
+            flags = f"{_HOST_DEVICES}={ranks}"
             extra = {"XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} {flags}"}
             if peer == "devices":
                 extra |= launcher.MALLOC
@@ -90,6 +91,37 @@ def run_safety(ranks: int, environment: dict[str, str]) -> dict[str, float]:
         launch += ["--timeout", str(TIMEOUT), str(HERE / "worker_safety.py"), str(out)]
         _run([launch], [environment])
         return json.loads(out.read_text())
+
+
+def run_stemdl(network: str, peer: str, repeats: int) -> list[Any]:
+    """Run one job of worker_stemdl.py; return what each process wrote."""
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder) / "result"
+        command = [str(HERE / "worker_stemdl.py"), str(out), network, str(repeats)]
+        if peer == "devices":
+            flags = f"{os.environ.get('XLA_FLAGS', '')} {_HOST_DEVICES}=2"
+            extra = {"XLA_FLAGS": flags, **launcher.MALLOC}
+            _run([[sys.executable, *command, peer]], [extra])
+            return _results(out)
+        launch = [sys.executable, "-m", "jaxcomm", "run", "-n", "2"]
+        launch += ["--timeout", str(TIMEOUT), *command, peer]
+        trace = Path(folder) / "timeline.json"
+        extra = {"JAXCOMM_TIMELINE": str(trace)} if peer == "timeline" else {}
+        _run([launch], [extra])
+        found = _results(out)
+        if peer == "timeline":
+            found[0]["trace"] = json.loads(trace.read_text())
+        return found
+
+
+def run_torch_stemdl(network: dict[str, Any], repeats: int) -> list[Any]:
+    """Run one job of worker_torch_stemdl.py in its own environment."""
+    with tempfile.TemporaryDirectory() as folder:
+        out, file = Path(folder) / "result", Path(folder) / "network.json"
+        file.write_text(json.dumps(network))
+        command = [str(PEERS_PYTHON), str(HERE / "worker_torch_stemdl.py")]
+        _run([[*command, str(out), str(file), str(repeats)]] * 2, _together(2))
+        return _results(out)
 
 
 @functools.cache

@@ -1,0 +1,140 @@
+"""The STEMDL benchmark's job for JAX: steps of the example's training.
+
+worker_stemdl.py OUT NETWORK REPEATS PEER. PEER is "ranks", started by `jaxcomm run`;
+"timeline", which is the same with jaxcomm's step alone; or "devices", one process with
+two host devices under `jax.pmap`. Every process writes OUT.<rank>.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
+import jaxcomm
+import taking_turns
+from stemdl_sizes import SIZES
+
+sys.path.append(str(Path(__file__).resolve().parent.parent / "examples" / "stemdl"))
+import config  # pyright: ignore
+import optimizer  # pyright: ignore
+import recipe  # pyright: ignore
+from parallel import AXIS, Devices, Ranks  # pyright: ignore
+
+OURS, PMAP = "jaxcomm", "jax.pmap"
+TIMELINE_BLOCKS = 4
+
+Block = Callable[[], None]
+
+
+class Steps:
+    """The example's train step on synthetic data of the right shape."""
+
+    def __init__(self, network: str):
+        size = SIZES[network]
+        sets = (f"network.name={network}", "network.layout=probes")
+        self.calls = size.calls
+        self.config = config.load(None, sets)
+        self.model = recipe.build(self.config.network, size.pixels, axis_name=AXIS)
+        steps = self.config.training.steps
+        self.tx = optimizer.make(self.config.optimizer, self.config.schedule, steps)
+        pattern = (size.scan, size.scan, size.pixels, size.pixels)
+        rng = np.random.default_rng(0)
+        self.batch = (
+            rng.normal(size=(size.batch, *pattern)).astype(np.float32),
+            rng.normal(size=(size.batch, size.pixels, size.pixels)).astype(np.float32),
+        )
+
+    def state(self) -> Any:
+        """A first state of its own: the step is given it to reuse."""
+        example = self.batch[0][0]
+        return recipe.initial_state(self.model, self.tx, example, self.config)
+
+    def block(self, step: Any, state: Any, batch: Any) -> Block:
+        """`calls` steps, one dispatched after the other as in a training."""
+
+        def run() -> None:
+            nonlocal state
+            for _ in range(self.calls):
+                state, loss = step(state, batch)
+            jax.block_until_ready((state, loss))
+
+        return run
+
+    def plain(self) -> Block:
+        """The step where nothing travels: collectives over an axis of one device."""
+        mesh = jax.make_mesh((1,), (AXIS,), axis_types=(AxisType.Auto,))
+        everywhere, split = PartitionSpec(), PartitionSpec(AXIS)
+        mapped = jax.shard_map(
+            recipe.make_train_step(self.model, self.tx, self.config),
+            mesh=mesh,
+            in_specs=(everywhere, split),
+            out_specs=everywhere,
+            check_vma=False,
+        )
+        step = jax.jit(mapped, donate_argnums=0)
+        # Where the step leaves it, so that it is compiled once.
+        state = jax.device_put(self.state(), NamedSharding(mesh, everywhere))
+        return self.block(step, state, self.batch)
+
+
+def on_ranks(steps: Steps, repeats: int, folder: Path, plain: bool) -> dict[str, Any]:
+    """Time jaxcomm's step beside the one without communication, or run it alone."""
+    backend, comm = Ranks(), jaxcomm.init()
+    if len(os.sched_getaffinity(0)) != 1:
+        raise SystemExit("a rank may use several cores; jaxcomm run was to pin it")
+    step = recipe.compile_step(steps.model, steps.tx, steps.config, backend)
+    state = backend.replicate(steps.state())
+    parameters = sum(leaf.size for leaf in jax.tree.leaves(state.params))
+    ours = steps.block(step, state, steps.batch)
+    if plain:
+        blocks = {OURS: ours, taking_turns.TOGETHER: steps.plain()}
+        samples = taking_turns.seconds_of(
+            blocks, comm.rank, repeats, folder, comm.barrier
+        )
+    else:
+        samples = {}
+        for _ in range(taking_turns.WARM_UP + TIMELINE_BLOCKS):
+            ours()
+    schedule = step.schedule
+    about = {"buckets": len(schedule.buckets), "bytes": schedule.nbytes}
+    return {"seconds": samples, "parameters": parameters, **about}
+
+
+def on_devices(steps: Steps, repeats: int) -> dict[str, Any]:
+    """Time the step under `jax.pmap`, in one process."""
+    backend = Devices()
+    if backend.size != taking_turns.RANKS:
+        raise SystemExit(
+            f"{backend.size} devices; XLA_FLAGS was to make two of the CPU"
+        )
+    step = recipe.compile_step(steps.model, steps.tx, steps.config, backend)
+    state = backend.replicate(steps.state())
+    batch = tuple(np.stack([part] * backend.size) for part in steps.batch)
+    run, samples = steps.block(step, state, batch), []
+    for repeat in range(taking_turns.WARM_UP + repeats):
+        seconds = taking_turns.timed(run)
+        if repeat >= taking_turns.WARM_UP:
+            samples.append(seconds)
+    return {"seconds": {PMAP: samples}}
+
+
+def main(out: Path, network: str, repeats: int, peer: str) -> None:
+    steps = Steps(network)
+    if peer == "devices":
+        found, rank = on_devices(steps, repeats), 0
+    else:
+        found = on_ranks(steps, repeats, out.parent, plain=peer == "ranks")
+        rank = jaxcomm.rank()
+    out.with_suffix(f".{rank}").write_text(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), sys.argv[2], int(sys.argv[3]), sys.argv[4])
