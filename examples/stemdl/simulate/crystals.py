@@ -94,7 +94,12 @@ def materials(held_out: bool) -> tuple[str, ...]:
     return tuple(n for n in crystals() if (n in HELD_OUT) == held_out)
 
 
-def cut(name: str, rng: np.random.Generator, box: float) -> Specimen:
+def cut(
+    name: str,
+    rng: np.random.Generator,
+    box: float,
+    zone: tuple[int, int, int] | None = None,
+) -> Specimen:
     """Cut a randomly placed and oriented specimen from a crystal.
 
     Zone, in-plane angle, origin, thickness and thermal displacements are drawn.
@@ -103,12 +108,15 @@ def cut(name: str, rng: np.random.Generator, box: float) -> Specimen:
       name: a material of `crystals()`.
       rng: source of everything random.
       box: side of the square that the specimen fills, in A.
+      zone: beam direction as a lattice vector of the cell; drawn from `ZONES` unless
+        given.
 
     Returns:
       The atoms with 0 <= x, y < box and 0 <= z < thickness before displacement.
     """
     cell = crystals()[name]
-    zone = ZONES[rng.integers(len(ZONES))]
+    if zone is None:
+        zone = ZONES[rng.integers(len(ZONES))]
     thickness = float(rng.uniform(MIN_THICKNESS, MAX_THICKNESS))
     turn = _orientation(zone @ cell.cell.array, rng.uniform(0, 2 * np.pi))
     vectors = cell.cell.array @ turn.T
