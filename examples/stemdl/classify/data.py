@@ -1,10 +1,10 @@
 """Diffraction patterns with the space group they come from.
 
-A sample is one material along three zone axes. Its thickness, in-plane angle and
-origin are drawn for each: the lattice lies at random, so a probe in the middle of the
-box stands at a random position of the crystal. Averaging over positions would add
-nothing here: the beam is so narrow in angle that most disks stay apart, and where disks
-do not overlap intensities do not depend on the position.
+A sample is one material along three zone axes, a focused probe's pattern of each. Its
+thickness, in-plane angle and origin are drawn for each: the lattice lies at random, so a
+probe in the middle of the box stands at a random position of the crystal, as in a scan.
+Averaging over positions would need many patterns for one, and take away the fringes in
+which overlapping disks show their phases.
 
 Sample i is a pure function of (configuration, i). The cache has a fixed number of parts,
 so any number of ranks can share the simulation and finds the same data.
