@@ -1,13 +1,13 @@
 """Diffraction patterns with the space group they come from.
 
 A sample is one material along three zone axes, a focused probe's pattern of each. Its
-thickness, in-plane angle and origin are drawn for each: the lattice lies at random, so a
-probe in the middle of the box stands at a random position of the crystal, as in a scan.
-Averaging over positions would need many patterns for one, and take away the fringes in
-which overlapping disks show their phases.
+thickness, in-plane angle and origin are drawn for each: the lattice lies at random, so
+a probe in the middle of the box stands at a random position of the crystal, as in a
+scan. Averaging over positions would need many patterns for one, and take away the
+fringes in which overlapping disks show their phases.
 
-Sample i is a pure function of (configuration, i). The cache has a fixed number of parts,
-so any number of ranks can share the simulation and finds the same data.
+Sample i is a pure function of (configuration, i). The cache has a fixed number of
+parts, so any number of ranks can share the simulation and finds the same data.
 """
 
 from __future__ import annotations
@@ -31,10 +31,15 @@ VERSION = 1
 ZONES = crystals.ZONES[:3]
 """The three projections of a sample."""
 
+OPTICS = Optics(aperture_mrad=8.0, probes=1, detector=43)
+"""A narrower aperture than the reconstruction's, so that disks stand apart, and a
+detector that reaches to the band limit."""
+
 FLOOR = 1e-6
 """Fraction of the beam below which `log_scaled` tells little apart."""
 
 PARTS = 16
+"""Files of a cache."""
 
 _KEYS = ("patterns", "groups", "material")
 
@@ -54,7 +59,7 @@ class PatternConfig:
     train: int = 1400
     test: int = 280
     seed: int = 0
-    optics: Optics = Optics(aperture_mrad=8.0, probes=1, detector=43)
+    optics: Optics = OPTICS
 
     def __post_init__(self) -> None:
         if self.train < 1 or self.test < 1:
@@ -76,6 +81,10 @@ class PatternConfig:
         """Canonical text of the configuration and the simulation's version."""
         content = {"version": VERSION, "zones": ZONES, **dataclasses.asdict(self)}
         return json.dumps(content, sort_keys=True)
+
+    def describe(self, part: int) -> str:
+        """What a cache file says that it holds."""
+        return f"part {part} of {PARTS} of {self.to_json()}"
 
     def path(self, directory: Path, part: int) -> Path:
         """The cache file of a part of this configuration's samples."""
@@ -165,7 +174,7 @@ def ensure(
     for done, part in enumerate(mine, 1):
         path = config.path(directory, part)
         if not path.exists():
-            text = np.array(config.to_json())
+            text = np.array(config.describe(part))
             write(path, {"config": text, **simulate_part(config, part)})
         yield done / len(mine)
 
@@ -217,10 +226,9 @@ def _read(config: PatternConfig, directory: Path, part: int) -> Arrays:
             f"{path} is not a readable part of a data set ({type(error).__name__}: "
             f"{error}); delete it and it is simulated again"
         ) from error
-    expected = len(range(part, config.samples, PARTS))
-    if stored != config.to_json() or len(arrays["patterns"]) != expected:
+    if stored != config.describe(part):
         raise CacheError(
-            f"{path} holds samples of another configuration; delete it and they are "
-            f"simulated again. Wanted {config.to_json()}, found {stored}"
+            f"{path} holds other samples; delete it and they are simulated again. "
+            f"Wanted {config.describe(part)}, found {stored}"
         )
     return arrays

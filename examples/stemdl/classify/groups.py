@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import spglib
 import spglib.error
@@ -38,7 +39,7 @@ def space_group(cell: Atoms) -> int:
     Raises:
       ValueError: the cell describes no crystal, for instance as atoms coincide.
     """
-    described = (cell.cell.array, cell.get_scaled_positions(), cell.numbers)
+    described: Any = (cell.cell.array, cell.get_scaled_positions(), cell.numbers)
     try:
         dataset = spglib.get_symmetry_dataset(described, symprec=_TOLERANCE)
     except spglib.SpglibError as error:
@@ -47,7 +48,7 @@ def space_group(cell: Atoms) -> int:
             f"spglib finds no space group of {formula}: {error}; check its cell and "
             "positions"
         ) from error
-    assert dataset is not None
+    assert dataset is not None  # which older releases returned instead of raising
     return dataset.number
 
 

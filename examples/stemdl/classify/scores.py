@@ -20,8 +20,10 @@ def score(truth: np.ndarray, predicted: np.ndarray) -> dict[str, float]:
       predicted: (n,) space groups; one that `truth` lacks is wrong, and no class that
         the F1 is averaged over.
     """
+    classes = np.unique(truth)
+    nothing: Any = 0.0  # scikit-learn annotates it as a str
     f1 = f1_score(
-        truth, predicted, labels=np.unique(truth), average="macro", zero_division=0.0
+        truth, predicted, labels=classes, average="macro", zero_division=nothing
     )
     top1 = accuracy_score(truth, predicted)
     return {"top1": float(top1), "macro_f1": float(f1)}
@@ -45,7 +47,7 @@ def score_logits(logits: np.ndarray, truth: np.ndarray) -> dict[str, Any]:
 def most_frequent(train: np.ndarray, truth: np.ndarray) -> dict[str, float]:
     """Score the answer that is always the training samples' most frequent group."""
     majority = DummyClassifier(strategy="most_frequent").fit(train[:, None], train)
-    return score(truth, majority.predict(truth[:, None]))
+    return score(truth, np.asarray(majority.predict(truth[:, None])))
 
 
 def radial_profiles(patterns: np.ndarray) -> np.ndarray:
@@ -74,7 +76,7 @@ def radial_forest(
     forest = RandomForestClassifier(300, random_state=0)
     forest.fit(seen.reshape(-1, seen.shape[-1]), train_y.repeat(seen.shape[1]))
     probabilities = forest.predict_proba(unseen.reshape(-1, unseen.shape[-1]))
-    # A tree's share is never below this unless it is none.
+    # Where no tree votes for a group its logarithm would be infinite.
     logits = np.log(np.maximum(np.asarray(probabilities), 1e-6))
     mean = logits.reshape(*unseen.shape[:2], -1).mean(1)
     return score(test_y, forest.classes_[mean.argmax(-1)])
