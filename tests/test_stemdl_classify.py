@@ -202,7 +202,7 @@ def test_the_rate_goes_by_the_global_batch() -> None:
 
     def first_update(batch: int) -> float:
         tx = training.optimizer(1e-3, batch, 1000)
-        updates, _ = tx.update(gradient, tx.init(gradient), gradient)
+        updates: Any = tx.update(gradient, tx.init(gradient), gradient)[0]
         return float(updates["w"][0])
 
     # At 32 a rank: 1e-3 times the ranks, after a warm-up of 100 steps. The decay adds
@@ -212,9 +212,11 @@ def test_the_rate_goes_by_the_global_batch() -> None:
         assert first_update(32 * ranks) == pytest.approx(wanted, rel=1e-4)
 
 
-def train(ranks: int, cache: Path, out: Path) -> dict[str, Any]:
-    options = (*TINY, "--batch", "8", "--float64", "--data", cache, "--out", out)
-    done = launch_ranks(ranks, [SCRIPT, *options])
+OPTIONS = (*TINY, "--batch", "8", "--float64")
+
+
+def on_ranks(ranks: int, cache: Path, out: Path) -> dict[str, Any]:
+    done = launch_ranks(ranks, [SCRIPT, *OPTIONS, "--data", cache, "--out", out])
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     return json.loads((out / "classify.json").read_text())
 
@@ -222,12 +224,12 @@ def train(ranks: int, cache: Path, out: Path) -> dict[str, Any]:
 @pytest.fixture(scope="module")
 def on_two_ranks(cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("two")
-    train(2, cache, out)
+    on_ranks(2, cache, out)
     return out
 
 
 def assert_same_training(one: Path, two: Path) -> None:
-    reports = [json.loads((p / "classify.json").read_text()) for p in (one, two)]
+    reports = [json.loads((path / "classify.json").read_text()) for path in (one, two)]
     losses = [report["losses"] for report in reports]
     assert len(set(losses[0])) == 5
     np.testing.assert_allclose(*losses, rtol=1e-10)
@@ -237,13 +239,20 @@ def assert_same_training(one: Path, two: Path) -> None:
     assert difference < 1e-10
 
 
-def test_two_ranks_train_as_one(
+def test_two_ranks_train_as_one_device(
     on_two_ranks: Path, cache: Path, tmp_path: Path
 ) -> None:
-    alone = train(1, cache, tmp_path)
+    # In this process, which has imported everything: a launch would cost ten seconds.
+    arguments = [*OPTIONS, "--backend", "pmap", "--data", cache, "--out", tmp_path]
+    try:
+        train_classifier.main.main([str(a) for a in arguments], standalone_mode=False)
+    finally:
+        jax.config.update("jax_enable_x64", False)
     assert_same_training(tmp_path, on_two_ranks)
+    alone = json.loads((tmp_path / "classify.json").read_text())
     together = json.loads((on_two_ranks / "classify.json").read_text())
     assert (alone["ranks"], together["ranks"]) == (1, 2)
+    assert alone["schedule"] is None
     planned = together["schedule"]
     # Each normalisation reduces once forward and once backward, and then the loss.
     assert together["gradients"] == 11
@@ -255,12 +264,14 @@ def test_two_ranks_train_as_one(
 
 
 @pytest.mark.thorough
-def test_pmap_trains_as_two_ranks(
+def test_one_rank_and_two_devices_train_alike(
     on_two_ranks: Path, cache: Path, tmp_path: Path
 ) -> None:
+    on_ranks(1, cache, tmp_path / "rank")
+    assert_same_training(tmp_path / "rank", on_two_ranks)
     flags = "--xla_force_host_platform_device_count=2"
-    command = [sys.executable, SCRIPT, *TINY, "--batch", "8", "--float64"]
-    command += ["--backend", "pmap", "--data", cache, "--out", tmp_path]
+    command = [sys.executable, SCRIPT, *OPTIONS, "--backend", "pmap"]
+    command += ["--data", cache, "--out", tmp_path / "devices"]
     environment = os.environ | {"XLA_FLAGS": flags}
     subprocess.run(command, env=environment, check=True, timeout=120, cwd=ROOT)
-    assert_same_training(tmp_path, on_two_ranks)
+    assert_same_training(tmp_path / "devices", on_two_ranks)
