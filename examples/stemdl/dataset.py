@@ -154,17 +154,22 @@ def join(parts: list[Arrays]) -> Arrays:
 def save(config: DataConfig, arrays: Arrays, directory: Path) -> Path:
     """Write the cache file, all of it or nothing."""
     path = config.path(directory)
-    directory.mkdir(parents=True, exist_ok=True)
+    write(path, {"config": np.array(config.to_json()), **arrays})
+    return path
+
+
+def write(path: Path, arrays: Arrays) -> None:
+    """Write an .npz file, all of it or nothing."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     # An interrupted write, or two processes at once, must not leave a torn file.
-    handle, name = tempfile.mkstemp(dir=directory, prefix=path.stem, suffix=".tmp")
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=path.stem, suffix=".tmp")
     try:
         with os.fdopen(handle, "wb") as file:
-            np.savez(file, config=np.array(config.to_json()), **arrays)  # pyright: ignore
+            np.savez(file, **arrays)  # pyright: ignore
         os.replace(name, path)
     except BaseException:
         Path(name).unlink(missing_ok=True)
         raise
-    return path
 
 
 def ensure(config: DataConfig, directory: Path, processes: int = 1) -> Iterator[float]:

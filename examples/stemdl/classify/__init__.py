@@ -1,0 +1,1 @@
+"""Space groups from diffraction patterns: MLCommons' STEMDL classification, small."""
