@@ -5,6 +5,7 @@ python examples/stemdl/evaluate.py --run out/stemdl --out out/stemdl/evaluation
 
 from __future__ import annotations
 
+import functools
 import json
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ import config
 import figures
 import loading
 import manifest
+import monitor
 import recipe
 from baselines import Predictor
 from dataset import CacheError, DataConfig, Dataset, load
@@ -27,10 +29,7 @@ from evaluation import report
 from network import StemNet
 from scores import nrmse, pearson
 from settings import Config
-from simulate.optics import Optics
 from simulate_cache import data_config, data_option
-
-BATCH = 40
 
 
 def reconstruct(model: StemNet, params_file: Path, patterns: np.ndarray) -> np.ndarray:
@@ -73,17 +72,7 @@ def evaluate(dataset: Dataset, run: Path, out: Path) -> dict[str, float]:
 def _network(model: StemNet, params_file: Path, example: np.ndarray) -> Predictor:
     shapes = jax.eval_shape(model.init, jax.random.key(0), example)
     variables = checkpoint.load(params_file, shapes)
-    apply = jax.jit(model.apply)
-
-    def predict(patterns: np.ndarray) -> np.ndarray:
-        return np.concatenate(
-            [
-                np.asarray(apply(variables, patterns[start : start + BATCH]))
-                for start in range(0, len(patterns), BATCH)
-            ]
-        )
-
-    return predict
+    return functools.partial(monitor.Predictor(model), variables)
 
 
 def _cached(samples: int, directory: Path) -> tuple[DataConfig, Dataset]:
@@ -93,11 +82,8 @@ def _cached(samples: int, directory: Path) -> tuple[DataConfig, Dataset]:
 
 def _sharded(directory: Path) -> tuple[DataConfig, Dataset]:
     """The data set of a manifest, and what it was simulated from."""
-    simulated = dict(manifest.read(directory).config)
-    # The format has checked it.
-    del simulated["version"]
-    optics = Optics(**simulated.pop("optics"))
-    return DataConfig(**simulated, optics=optics), loading.load(directory)
+    simulated = manifest.read(directory).config
+    return DataConfig.from_json(simulated), loading.load(directory)
 
 
 def _settings(
