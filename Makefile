@@ -9,12 +9,13 @@ EXTRAS ?= dev
 DEMO_ARGS := $(if $(DEMO_STEPS),--steps $(DEMO_STEPS))
 TESTS ?= tests
 
-.PHONY: setup demo examples test test-all test-mpich nccl-abi lint sanitize faults bench \
+.PHONY: setup demo stemdl examples test test-all test-mpich nccl-abi lint sanitize faults bench \
   bench-safety bench-peers bench-horovod bench-overlap bench-tracing bench-control scaling clean
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make demo   train a small STEMDL network on two MPI ranks; results in out/demo"
+	@echo "make stemdl  the whole STEMDL example: simulate, train, evaluate, report"
 	@echo "make test   run the tests on 1, 2 and 4 ranks"
 	@echo "make test-all  the same on more ranks of more transports"
 	@echo "make examples  train three clients under jax.pmap and under jaxcomm, and compare"
@@ -48,6 +49,9 @@ $(STAMP): pyproject.toml $(NATIVE)
 
 demo: $(STAMP)
 	$(BIN)/jaxcomm demo $(DEMO_ARGS)
+
+stemdl: $(STAMP)
+	$(BIN)/python examples/stemdl/pipeline.py $(if $(RECIPE),--recipe $(RECIPE))
 
 examples: $(STAMP)
 	$(BIN)/python examples/clients/compare.py

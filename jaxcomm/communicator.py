@@ -244,8 +244,9 @@ class Communicator:
     def counters(self) -> dict[str, int]:
         """Return what the native library counted on this communicator.
 
-        `calls` are custom calls, `mpi_all_reduce` and `mpi_broadcast` the MPI calls
-        they made, `segments` what went through shared memory instead, `moved` the
+        `calls` are custom calls, `nanoseconds` the time inside those that have ended,
+        with waiting for other ranks; `mpi_all_reduce` and `mpi_broadcast` the MPI calls
+        they made. `segments` what went through shared memory instead, `moved` the
         leaves gathered, scattered, exchanged or permuted, `bytes` the payload, and
         `agreements` the schedule checks: the only control messages there are. Over
         NCCL, `nccl_collectives` are its calls. Empty for one rank alone.

@@ -117,6 +117,7 @@ else:
 
 SHARED = """
 import sys
+import time
 import jax.numpy as jnp, numpy as np, jaxcomm
 comm = jaxcomm.init("mpi")
 assert comm.shared_memory == (sys.argv[1] == "shared"), comm.shared_memory
@@ -127,7 +128,7 @@ def tree_of(rank):
     tree = [rng.integers(-8, 9, n) for n in sizes]
     return [x.astype(d) for x in tree for d in ("float32", "bfloat16", "int8")]
 parts = [tree_of(rank) for rank in range(comm.size)]
-before = comm.counters()
+before, began = comm.counters(), time.perf_counter_ns()
 for repeat in range(3):
     out = jaxcomm.all_reduce(parts[comm.rank], op="sum")
     for k, leaf in enumerate(out):
@@ -139,6 +140,7 @@ for repeat in range(3):
         want = np.mean([part[3 * k] for part in parts], axis=0)
         np.testing.assert_array_equal(leaf, want)  # multiples of 1/4 below 8: exact
 counted = {k: n - before[k] for k, n in comm.counters().items()}
+assert 0 < counted["nanoseconds"] < time.perf_counter_ns() - began, counted
 through = {"shared": ["segments"], "apart": ["mpi_all_reduce"]}
 through["ring"] = ["segments", "mpi_all_reduce"]
 for name in ("segments", "mpi_all_reduce"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import os
 import random
@@ -19,9 +20,13 @@ import numpy as np
 import pytest
 from conftest import ROOT, Launch, documented
 
+import checkpoint as parameters
 import dataset
 from jaxcomm import checkpoint
 from jaxcomm.errors import InvalidOptionError
+from monitor import Predictor
+from network import NETWORKS
+from scores import nrmse
 from simulate_cache import data_config
 
 FAILING = r"""
@@ -290,6 +295,8 @@ def test_stemdl_killed_and_asked_to_end_trains_as_without_a_break(
     script = ROOT / "examples" / "stemdl" / "train.py"
     command = [script, "--network", "toy", "--data", tmp_path]
     command += ["--samples", 8, "--batch", 2, "--steps", 80, "--checkpoint-every", 4]
+    command += ["--evaluate-every", 40, "--log-every", 10]
+    command += ["--set", "noise.least_dose=1e5"]
 
     def train(out: Path, *options: str, ranks: int = 2) -> subprocess.Popen[str]:
         line = ["-n", ranks, "--timeout", "120", "--max-restarts", "2", *command]
@@ -344,3 +351,23 @@ def test_stemdl_killed_and_asked_to_end_trains_as_without_a_break(
     reports = [json.loads((out / "train.json").read_text()) for out in (whole, broken)]
     assert reports[0]["losses"] == reports[1]["losses"]
     assert len(reports[0]["losses"]) == 80
+    logs = [_rows(out / "metrics.csv") for out in (whole, broken)]
+    for rows in logs:
+        assert [step for step in rows if step % 10 == 0] == list(range(10, 81, 10))
+        assert all(float(row["communication_ms"]) > 0 for row in rows.values())
+    for step in (40, 80):
+        scores = [rows[step]["held_out_nrmse"] for rows in logs]
+        assert scores[0] == scores[1]
+    # What two ranks have scored in shares, once more in one piece.
+    loaded = dataset.load(config, tmp_path)
+    model = NETWORKS["toy"].clone(pixels=pixels)
+    patterns = loaded.test_x
+    shapes = jax.eval_shape(model.init, jax.random.key(0), patterns[:1])
+    variables = parameters.load(whole / "params.npz", shapes)
+    scored = nrmse(Predictor(model)(variables, patterns), loaded.test_y).mean()
+    assert abs(scored - float(logs[0][80]["held_out_nrmse"])) < 1e-4 * scored
+
+
+def _rows(path: Path) -> dict[int, dict[str, str]]:
+    with path.open(newline="") as file:
+        return {int(row["step"]): row for row in csv.DictReader(file)}

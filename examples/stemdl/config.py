@@ -169,6 +169,12 @@ def _consistent(config: Config, sources: Mapping[str, str]) -> None:
         "training.accumulate",
         f"does not divide training.batch={training.batch}",
     )
+    noise = config.noise
+    require(
+        noise.least_dose == 0 or 1 <= noise.least_dose <= noise.most_dose,
+        "noise.least_dose",
+        f"is neither 0 nor from 1 to noise.most_dose={noise.most_dose:g}",
+    )
     for key in ("precision.compute", "communication.wire_dtype"):
         require(
             not double or config.flat()[key] == "float32",

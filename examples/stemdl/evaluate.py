@@ -5,6 +5,7 @@ python examples/stemdl/evaluate.py --run out/stemdl --out out/stemdl/evaluation
 
 from __future__ import annotations
 
+import functools
 import json
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ import config
 import figures
 import loading
 import manifest
+import monitor
 import recipe
 from baselines import Predictor
 from dataset import CacheError, DataConfig, Dataset, load
@@ -27,10 +29,7 @@ from evaluation import report
 from network import StemNet
 from scores import nrmse, pearson
 from settings import Config
-from simulate.optics import Optics
 from simulate_cache import data_config, data_option
-
-BATCH = 40
 
 
 def reconstruct(model: StemNet, params_file: Path, patterns: np.ndarray) -> np.ndarray:
@@ -73,17 +72,7 @@ def evaluate(dataset: Dataset, run: Path, out: Path) -> dict[str, float]:
 def _network(model: StemNet, params_file: Path, example: np.ndarray) -> Predictor:
     shapes = jax.eval_shape(model.init, jax.random.key(0), example)
     variables = checkpoint.load(params_file, shapes)
-    apply = jax.jit(model.apply)
-
-    def predict(patterns: np.ndarray) -> np.ndarray:
-        return np.concatenate(
-            [
-                np.asarray(apply(variables, patterns[start : start + BATCH]))
-                for start in range(0, len(patterns), BATCH)
-            ]
-        )
-
-    return predict
+    return functools.partial(monitor.Predictor(model), variables)
 
 
 def _cached(samples: int, directory: Path) -> tuple[DataConfig, Dataset]:
@@ -93,23 +82,23 @@ def _cached(samples: int, directory: Path) -> tuple[DataConfig, Dataset]:
 
 def _sharded(directory: Path) -> tuple[DataConfig, Dataset]:
     """The data set of a manifest, and what it was simulated from."""
-    simulated = dict(manifest.read(directory).config)
-    # The format has checked it.
-    del simulated["version"]
-    optics = Optics(**simulated.pop("optics"))
-    return DataConfig(**simulated, optics=optics), loading.load(directory)
+    simulated = DataConfig.from_json(manifest.read(directory).config)
+    return simulated, loading.load(directory)
 
 
 def _settings(
     run: Path, resolved: Config, trained: dict[str, Any], data: DataConfig
 ) -> dict[str, Any]:
     """What the report says of the run."""
-    versions = config.versions()
+    optics, prepared = data.optics, data.preparation
+    versions, noise = config.versions(), resolved.noise
+    doses = f"{noise.least_dose:g} to {noise.most_dose:g} electrons per pattern"
     return {
         "run": str(run),
         "network": resolved.network.name,
         "loss": resolved.loss.name,
         "precision": resolved.precision.compute,
+        "trained on noise": doses if noise.least_dose else "none",
         "seed": resolved.training.seed,
         "steps": trained["steps"],
         "batch": resolved.training.batch,
@@ -117,7 +106,19 @@ def _settings(
         "backend": trained["backend"],
         "training samples": data.train,
         "held-out samples": data.test,
-        "data": data.to_json(),
+        "microscope": (
+            f"{optics.energy_ev / 1e3:g} kV, {optics.aperture_mrad:g} mrad, "
+            f"{optics.probes} x {optics.probes} probes over {optics.window:g} Å, "
+            f"{optics.sampling:g} Å pixels, "
+            f"C1 {optics.c1:g} Å, C3 {optics.c3:g} Å, C5 {optics.c5:g} Å, "
+            f"astigmatism {optics.astigmatism:g} Å"
+        ),
+        "specimens": (
+            f"{prepared.min_thickness:g} to {prepared.max_thickness:g} Å, "
+            f"mistilt up to {prepared.mistilt_mrad:g} mrad, "
+            f"displacements of {prepared.rms_displacement:g} Å, "
+            f"{prepared.phonons} phonon configurations"
+        ),
         "versions": ", ".join(f"{name} {v}" for name, v in versions.items()),
     }
 

@@ -18,9 +18,11 @@ import numpy as np
 import augment
 import jaxcomm
 import manifest
+import settings
 import shards
 from dataset import DataConfig, Dataset
 from manifest import Manifest, Shard, ShardError
+from noise import Noise
 from parallel import Backend
 from shard_order import ShardOrder
 from simulate.optics import Optics
@@ -47,11 +49,22 @@ class Source:
     """
 
     def __init__(
-        self, whole: Manifest, order: ShardOrder, slots: np.ndarray, directory: Path
+        self,
+        whole: Manifest,
+        order: ShardOrder,
+        backend: Backend,
+        directory: Path,
+        home: Path,
+        noise: Noise,
     ):
-        """Open the files that `slots`, this process's rows, come from."""
+        """Open the files in `directory` that this process's rows come from.
+
+        In `home` are all, those of held-out samples too.
+        """
         self.manifest, self.order = whole, order
-        self._slots = slots
+        self._noise, self._home = noise, home
+        self._held_out = whole.split("test")[backend.process :: backend.processes]
+        slots = self._slots = backend.share(np.arange(order.batch))
         self._files: list[h5py.File] = []
         # Looking a data set up in its file takes longer than reading a sample of it.
         self._arrays: dict[str, dict[int, h5py.Dataset]] = {
@@ -90,10 +103,10 @@ class Source:
         rows = self.rows(step)
         x = self._gather("amplitudes", rows)
         x = (x - self.manifest.mean) / self.manifest.std
-        symmetries = augment.draw(
-            self.order.seed, self.order.epoch(step), self.order.samples
-        )
+        epoch = self.order.epoch(step)
+        symmetries = augment.draw(self.order.seed, epoch, self.order.samples)
         x, y = augment.augment(x, self._gather("labels", rows), symmetries[rows])
+        x = self._noise.add(x, rows, epoch)
         # A second axis of slots, where there is one, is pmap's device axis.
         shape = self._slots.shape
         return x.reshape(*shape, *x.shape[1:]), y.reshape(*shape, *y.shape[1:])
@@ -115,6 +128,20 @@ class Source:
         finally:
             ahead.close()
 
+    def held_out(self) -> Batch:
+        """This process's share of the held-out samples: patterns and labels.
+
+        Raises:
+          ShardError: a file is damaged, foreign or missing.
+        """
+        x = np.zeros((0, *self.example.shape), np.float32)
+        y = np.zeros((0, self.pixels, self.pixels), np.float32)
+        for shard in self._held_out:
+            more_x, more_y, _ = _arrays(self._home, shard, self.manifest)
+            x = np.concatenate([x, (more_x - self.manifest.mean) / self.manifest.std])
+            y = np.concatenate([y, more_y])
+        return x, y
+
     def close(self) -> None:
         """Close the files; copies on staging storage are gone with that."""
         for file in self._files:
@@ -128,6 +155,7 @@ def open_source(
     batch: int,
     seed: int,
     expected: DataConfig | None = None,
+    noise: settings.Noise | None = None,
 ) -> Source:
     """Open the training shards; all ranks call it together.
 
@@ -137,8 +165,9 @@ def open_source(
         read where they are, each file's checksum being compared by one rank.
       backend: divides the rows of a batch.
       batch: rows of a global batch.
-      seed: of order and augmentation.
+      seed: of order, augmentation and noise.
       expected: the configuration that the manifest must have; None: any.
+      noise: that training patterns get; None: none.
 
     Raises:
       ShardError: on every rank, if a file is damaged, foreign or missing on any, or the
@@ -168,9 +197,12 @@ def open_source(
         )
     order = ShardOrder(len(training), training[0].samples, batch, seed)
     slots = backend.share(np.arange(batch))
+    noisy = Noise.of(noise or settings.Noise(), seed, whole.mean, whole.std)
 
     def source(place: Path) -> Source:
-        return together(comm, lambda: Source(whole, order, slots, place))
+        return together(
+            comm, lambda: Source(whole, order, backend, place, directory, noisy)
+        )
 
     def verify() -> None:
         for shard in training[comm.rank :: comm.size]:

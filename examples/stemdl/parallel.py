@@ -25,6 +25,8 @@ class Backend(Protocol):
     name: str
     rank: int
     size: int
+    process: int
+    processes: int
 
     def compile(self, step: Step, **options: Any) -> Any:
         """Make `(state, batch) -> (state, loss)` run on all devices.
@@ -49,8 +51,16 @@ class Backend(Protocol):
         """Wait for all processes."""
         ...
 
+    def mean(self, tree: Any) -> Any:
+        """Average values of this process over all, as NumPy arrays."""
+        ...
+
     def checks(self) -> int | None:
         """Times that ranks have compared schedules so far; None without ranks."""
+        ...
+
+    def communication_seconds(self) -> float | None:
+        """Time inside collectives so far, with waiting for others; None if unknown."""
         ...
 
 
@@ -62,6 +72,7 @@ class Ranks:
     def __init__(self) -> None:
         self._comm = jaxcomm.init()
         self.rank, self.size = jaxcomm.rank(), jaxcomm.size()
+        self.process, self.processes = self.rank, self.size
 
     def compile(self, step: Step, **options: Any) -> Any:
         return jaxcomm.data_parallel(step, axis_name=AXIS, donate_argnums=0, **options)
@@ -78,8 +89,14 @@ class Ranks:
     def barrier(self) -> None:
         self._comm.barrier()
 
+    def mean(self, tree: Any) -> Any:
+        return self.fetch(jaxcomm.all_reduce(tree, op="mean"))
+
     def checks(self) -> int | None:
         return self._comm.counters().get("agreements", 0)
+
+    def communication_seconds(self) -> float | None:
+        return 1e-9 * self._comm.counters().get("nanoseconds", 0)
 
 
 class Devices:
@@ -89,7 +106,8 @@ class Devices:
     """
 
     name = "pmap"
-    rank = 0
+    rank = process = 0
+    processes = 1
 
     def __init__(self) -> None:
         self.size = jax.local_device_count()
@@ -113,7 +131,13 @@ class Devices:
     def barrier(self) -> None:
         pass
 
+    def mean(self, tree: Any) -> Any:
+        return jax.tree.map(np.asarray, tree)
+
     def checks(self) -> int | None:
+        return None
+
+    def communication_seconds(self) -> float | None:
         return None
 
 

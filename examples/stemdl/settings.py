@@ -47,6 +47,19 @@ class Training:
 
 
 @dataclasses.dataclass(frozen=True)
+class Noise:
+    """Electrons per pattern, drawn anew for each sample and epoch (see `noise`).
+
+    Attributes:
+      least_dose: 0 trains without noise.
+      most_dose: draws are log-uniform between the two.
+    """
+
+    least_dose: float = _number(0.0)
+    most_dose: float = _number(1e7, 1)
+
+
+@dataclasses.dataclass(frozen=True)
 class Network:
     """Which network; layout "default" is the named one's own (see `StemNet`)."""
 
@@ -125,6 +138,7 @@ class Config:
     """Everything that the trained parameters depend on, but data and ranks."""
 
     training: Training = dataclasses.field(default_factory=Training)
+    noise: Noise = dataclasses.field(default_factory=Noise)
     network: Network = dataclasses.field(default_factory=Network)
     loss: Loss = dataclasses.field(default_factory=Loss)
     optimizer: Optimizer = dataclasses.field(default_factory=Optimizer)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any, Generic, TypeVar
 
 import jax
@@ -49,12 +49,18 @@ class Telemetry:
             TextColumn("{task.completed}/{task.total}"),
             TextColumn("loss {task.fields[loss]:.3f}"),
             TextColumn("{task.fields[speed]:.0f} samples/s"),
+            TextColumn("{task.fields[held_out]}"),
             TimeRemainingColumn(),
             console=console,
             disable=not (shown and console.is_terminal),
         )
         self._task = self._bar.add_task(
-            "", total=steps, completed=self._first, loss=float("nan"), speed=0.0
+            "",
+            total=steps,
+            completed=self._first,
+            loss=math.nan,
+            speed=0.0,
+            held_out="",
         )
 
     def __enter__(self) -> Telemetry:
@@ -77,6 +83,17 @@ class Telemetry:
         if step > len(self._read) + LATE:
             self._read_next()
             self._show(step)
+
+    def latest(self, steps: int) -> float:
+        """Mean loss of the last so many steps whose loss has been read."""
+        return float(np.mean(self._read[-steps:])) if self._read else math.nan
+
+    def note(self, scores: Mapping[str, float]) -> None:
+        """Show scores on held-out materials."""
+        text = ", ".join(f"{name} {score:.3f}" for name, score in scores.items())
+        if self._log:
+            self._log.print(f"step {len(self._losses)}: held out: {text}")
+        self._bar.update(self._task, held_out=f"held out {text}")
 
     def losses(self) -> list[float]:
         """The losses of all steps so far; waits for the last of them.

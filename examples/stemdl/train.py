@@ -11,11 +11,9 @@ first, or by a failure, after which `jaxcomm run --max-restarts 3` starts it aga
 
 from __future__ import annotations
 
-import itertools
 import json
 import os
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -32,58 +30,16 @@ import loading
 import optimizer
 import precision
 import recipe
-from augment import augment, draw
-from dataset import Dataset, load
+from cached import Cached
+from dataset import load
 from jaxcomm.checkpoint import CheckpointError, Stop, restore, save
-from jaxcomm.data import Batches
+from monitor import Monitor
 from options import config_options
 from parallel import AXIS, BACKENDS, Backend
 from settings import Communication, Config
 from simulate_cache import data_config, data_option, simulate
+from steplog import StepLog
 from telemetry import UNTIMED_STEPS, NonFiniteLossError, Telemetry, Timed
-
-
-class Cached:
-    """The data set in memory, with the interface of `loading.Source`.
-
-    Attributes:
-      example: (scan, scan, detector, detector) float32, an input.
-      pixels: side of the labels.
-    """
-
-    def __init__(self, dataset: Dataset, backend: Backend, batch: int, seed: int):
-        self.example, self.pixels = dataset.train_x[0], dataset.train_y.shape[-1]
-        self._dataset, self._backend = dataset, backend
-        samples = len(dataset.train_x)
-        self._order = Batches(samples, batch, seed, rank=0, size=1)
-
-    def rows(self, step: int) -> np.ndarray:
-        """Indices of this process's samples at a step; pmap's by device."""
-        return self._backend.share(self._order.at(step).indices)
-
-    def batches(self, first: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        """Endless augmented batches: the same global ones for any number of ranks.
-
-        Each is a function of the seed and of the number of steps before it, which
-        begins with `first`.
-
-        Yields:
-          This process's part: patterns and labels; pmap's with a leading device axis.
-        """
-        order, dataset = self._order, self._dataset
-        for step in itertools.count(first):
-            rows = self.rows(step)
-            symmetries = draw(order.seed, order.epoch(step), order.samples)
-            x, y = augment(
-                dataset.train_x[rows.ravel()],
-                dataset.train_y[rows.ravel()],
-                symmetries[rows.ravel()],
-            )
-            # A second axis of rows, where there is one, is pmap's device axis.
-            yield (
-                x.reshape(*rows.shape, *x.shape[1:]),
-                y.reshape(*rows.shape, *y.shape[1:]),
-            )
 
 
 @click.command()
@@ -105,6 +61,20 @@ class Cached:
     default=20,
     show_default=True,
     help="keep the parameters after so many steps",
+)
+@click.option(
+    "--evaluate-every",
+    type=click.IntRange(0),
+    default=0,
+    show_default=True,
+    help="score the held-out materials after every so many steps; 0: never",
+)
+@click.option(
+    "--log-every",
+    type=click.IntRange(1),
+    default=20,
+    show_default=True,
+    help="steps between two lines of metrics.csv",
 )
 @click.option(
     "--checkpoint-every",
@@ -139,6 +109,8 @@ def main(
     backend_name: str,
     stop: int | None,
     compare_steps: int,
+    evaluate_every: int,
+    log_every: int,
     checkpoint_every: int,
     resume: bool,
     data_dir: Path,
@@ -162,7 +134,7 @@ def main(
             explicit = asked_for is ParameterSource.COMMANDLINE
             expected = data_config(samples) if explicit else None
             source = loading.open_source(
-                shards_dir, stage, backend, batch, seed, expected
+                shards_dir, stage, backend, batch, seed, expected, resolved.noise
             )
         except loading.ShardError as error:
             raise click.UsageError(str(error)) from error
@@ -177,7 +149,8 @@ def main(
             simulate(data_config(samples), data_dir, 1, Console(stderr=True))
     backend.barrier()
     if source is None:
-        source = Cached(load(data_config(samples), data_dir), backend, batch, seed)
+        dataset = load(data_config(samples), data_dir)
+        source = Cached(dataset, backend, batch, seed, resolved.noise)
 
     model = recipe.build(
         resolved.network,
@@ -210,6 +183,8 @@ def main(
         Console(stderr=True).print(schedule, highlight=False, soft_wrap=True)
         (out / "schedule.txt").write_text(schedule + "\n")
 
+    monitor = Monitor(model, source.held_out(), backend) if evaluate_every else None
+    log = StepLog(out / "metrics.csv" if root else None, log_every, first, backend)
     checks = backend.checks()
     # Without it a signal ends the process at once.
     asked = Stop() if checkpoint_every else None
@@ -227,6 +202,11 @@ def main(
                 if step == compare_steps and root:
                     params = backend.fetch(state.params)
                     checkpoint.save(out / f"params_{step}.npz", params)
+                scores: dict[str, float] = {}
+                if monitor and (step % evaluate_every == 0 or step == stop):
+                    scores = monitor(*backend.fetch((state.params, state.batch_stats)))
+                    telemetry.note(scores)
+                log.record(step, telemetry, feed, scores)
                 stopped = asked is not None and asked.requested(step)
                 if checkpoint_every and (stopped or step % checkpoint_every == 0):
                     losses[:step] = telemetry.losses()

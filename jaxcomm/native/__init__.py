@@ -56,6 +56,7 @@ HANDLERS = (
 )
 COUNTERS = (
     "calls",
+    "nanoseconds",
     "mpi_all_reduce",
     "mpi_broadcast",
     "bytes",

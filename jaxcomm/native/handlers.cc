@@ -452,12 +452,13 @@ JAXCOMM_API int64_t jaxcomm_timeline_take(Event* out, int64_t capacity) {
 }
 
 // Writes how many calls of a communicator have begun, and its counters, to
-// out[1 + kCounters]. Returns 0 if it exists.
+// out[2 + kCounters]. Returns 0 if it exists.
 JAXCOMM_API int jaxcomm_counters(int64_t id, int64_t* out) {
   Communicator* comm = FindCommunicator(id);
   if (comm == nullptr) return 1;
   out[0] = comm->progress.calls();
-  for (int i = 0; i < kCounters; ++i) out[1 + i] = comm->counters[i];
+  out[1] = comm->progress.inside();
+  for (int i = 0; i < kCounters; ++i) out[2 + i] = comm->counters[i];
   return 0;
 }
 

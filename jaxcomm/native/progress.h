@@ -24,12 +24,20 @@ class Progress {
     schedule_.store(schedule, std::memory_order_relaxed);
     bucket_.store(bucket, std::memory_order_relaxed);
     calls_.store(number, std::memory_order_release);
-    entered_.store(std::chrono::steady_clock::now().time_since_epoch().count(),
-                   std::memory_order_release);
+    entered_.store(Now(), std::memory_order_release);
     return number;
   }
 
-  void End() { entered_.store(0, std::memory_order_release); }
+  void End() {
+    const int64_t entered = entered_.load(std::memory_order_relaxed);
+    if (entered == 0) return;
+    const int64_t lasted = Now() - entered;
+    inside_.store(inside_.load(std::memory_order_relaxed) + lasted, std::memory_order_relaxed);
+    entered_.store(0, std::memory_order_release);
+  }
+
+  // Nanoseconds spent in calls that have ended, with waiting for other ranks.
+  int64_t inside() const { return inside_.load(std::memory_order_relaxed); }
 
   int64_t calls() const { return calls_.load(std::memory_order_acquire); }
 
@@ -85,10 +93,17 @@ class Progress {
     std::atomic<int64_t> hash{0};
   };
 
+  static int64_t Now() {
+    return std::chrono::duration_cast<std::chrono::nanoseconds>(
+               std::chrono::steady_clock::now().time_since_epoch())
+        .count();
+  }
+
   std::atomic<int64_t> calls_{0};
   std::atomic<int64_t> schedule_{0};
   std::atomic<int64_t> bucket_{0};
   std::atomic<int64_t> entered_{0};  // ns of the monotonic clock
+  std::atomic<int64_t> inside_{0};
   uint64_t hash_ = 0;
   Mark marks_[kLevels][kKept];
 };

@@ -1,0 +1,100 @@
+"""Simulate, train on two ranks, evaluate on held-out materials, report.
+
+`make stemdl` runs it, `make stemdl RECIPE=small` with another recipe.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import click
+from rich.console import Console
+from rich.table import Table
+
+import config
+
+HERE = Path(__file__).resolve().parent
+RANKS = 2
+SHARDS = 4
+
+BUDGETS = {
+    "tiny": (1.5, 3.0, 2.0),
+    "tiny-probes": (1.5, 3.0, 2.0),
+    "tiny-dose": (1.5, 3.0, 2.0),
+    "small": (3.5, 30.0, 4.0),
+}
+"""Minutes on two cores: simulation, training, evaluation."""
+
+
+def run(title: str, console: Console, *command: str | Path) -> float:
+    """Run a step and return its minutes; ends this process where it fails."""
+    console.rule(title)
+    began = time.monotonic()
+    done = subprocess.run([sys.executable, *map(str, command)], check=False)
+    if done.returncode:
+        line = " ".join(map(str, command))
+        raise click.ClickException(f"exit code {done.returncode} from: {line}")
+    return (time.monotonic() - began) / 60
+
+
+@click.command()
+@click.option(
+    "--recipe",
+    default="tiny",
+    show_default=True,
+    help=f"one of {', '.join(BUDGETS)}, or a TOML file",
+)
+@click.option(
+    "--data", type=click.Path(path_type=Path), default="data", show_default=True
+)
+@click.option(
+    "--out", type=click.Path(path_type=Path), help="[default: out/stemdl-RECIPE]"
+)
+def main(recipe: str, data: Path, out: Path | None) -> None:
+    """Run the whole example and leave a report."""
+    console = Console(stderr=True)
+    named = recipe in BUDGETS
+    path = HERE / "recipes" / f"{recipe}.toml" if named else Path(recipe)
+    try:
+        resolved = config.load(path)
+    except config.ConfigError as error:
+        raise click.UsageError(str(error)) from error
+    out = out or Path("out") / f"stemdl-{path.stem}"
+    samples = resolved.training.samples
+    shards = data / f"shards-{samples}"
+    budget = BUDGETS.get(recipe)
+    if budget:
+        simulation, training, evaluation = budget
+        text = (
+            f"On two cores: {simulation:g} min of simulation (none if {shards} is "
+            f"there), {training:g} min of training, {evaluation:g} min of evaluation"
+        )
+    else:
+        text = f"{resolved.training.steps} steps; no time is known for {path}"
+    console.print(text, highlight=False, soft_wrap=True)
+
+    launch = ("-m", "jaxcomm", "run", "-n", str(RANKS))
+    simulator = HERE / "simulate_shards.py"
+    options = ("--samples", str(samples), "--shards", str(SHARDS), "--out", shards)
+    spent = [run("1  simulate", console, *launch, simulator, *options)]
+    trainer, each = HERE / "train.py", max(1, resolved.training.steps // 10)
+    options = ("--config", path, "--shards", shards, "--out", out / "run")
+    options += ("--no-resume", "--evaluate-every", str(each))
+    title = f"2  train on {RANKS} MPI ranks"
+    spent.append(run(title, console, *launch, trainer, *options))
+    options = ("--run", out / "run", "--shards", shards, "--out", out)
+    title = "3  evaluate on materials the network has never seen"
+    spent.append(run(title, console, HERE / "evaluate.py", *options))
+
+    table = Table("step", "minutes", "budget")
+    for k, name in enumerate(("simulation", "training", "evaluation")):
+        table.add_row(name, f"{spent[k]:.1f}", f"{budget[k]:g}" if budget else "")
+    console.print(table)
+    console.print(f"report: {out / 'report.md'}", highlight=False, soft_wrap=True)
+
+
+if __name__ == "__main__":
+    main()
