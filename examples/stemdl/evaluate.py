@@ -82,20 +82,23 @@ def _cached(samples: int, directory: Path) -> tuple[DataConfig, Dataset]:
 
 def _sharded(directory: Path) -> tuple[DataConfig, Dataset]:
     """The data set of a manifest, and what it was simulated from."""
-    simulated = manifest.read(directory).config
-    return DataConfig.from_json(simulated), loading.load(directory)
+    simulated = DataConfig.from_json(manifest.read(directory).config)
+    return simulated, loading.load(directory)
 
 
 def _settings(
     run: Path, resolved: Config, trained: dict[str, Any], data: DataConfig
 ) -> dict[str, Any]:
     """What the report says of the run."""
-    versions = config.versions()
+    optics, prepared = data.optics, data.preparation
+    versions, noise = config.versions(), resolved.noise
+    doses = f"{noise.least_dose:g} to {noise.most_dose:g} electrons per pattern"
     return {
         "run": str(run),
         "network": resolved.network.name,
         "loss": resolved.loss.name,
         "precision": resolved.precision.compute,
+        "trained on noise": doses if noise.least_dose else "none",
         "seed": resolved.training.seed,
         "steps": trained["steps"],
         "batch": resolved.training.batch,
@@ -103,7 +106,19 @@ def _settings(
         "backend": trained["backend"],
         "training samples": data.train,
         "held-out samples": data.test,
-        "data": data.to_json(),
+        "microscope": (
+            f"{optics.energy_ev / 1e3:g} kV, {optics.aperture_mrad:g} mrad, "
+            f"{optics.probes} x {optics.probes} probes over {optics.window:g} Å, "
+            f"{optics.sampling:g} Å pixels, "
+            f"C1 {optics.c1:g} Å, C3 {optics.c3:g} Å, C5 {optics.c5:g} Å, "
+            f"astigmatism {optics.astigmatism:g} Å"
+        ),
+        "specimens": (
+            f"{prepared.min_thickness:g} to {prepared.max_thickness:g} Å, "
+            f"mistilt up to {prepared.mistilt_mrad:g} mrad, "
+            f"displacements of {prepared.rms_displacement:g} Å, "
+            f"{prepared.phonons} phonon configurations"
+        ),
         "versions": ", ".join(f"{name} {v}" for name, v in versions.items()),
     }
 

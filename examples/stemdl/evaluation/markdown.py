@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from evaluation import columns
-from scores import SSIM_SIGMA
+from evaluation import columns, similarity
 
 _SCORES = {
     "nrmse_mean": "NRMSE mean",
@@ -31,8 +30,8 @@ _DEFINITIONS = f"""\
 - **NRMSE**: root mean square error over root mean square truth; 0 is perfect, 1 is
   what predicting the mean scores.
 - **Pearson**: correlation coefficient of the pixels.
-- **SSIM**: structural similarity, Gaussian window of {SSIM_SIGMA} pixels (11 x 11),
-  data range that of the sample's truth.
+- **SSIM**: structural similarity, Gaussian window of {similarity.SIGMA} pixels
+  (11 x 11), data range that of the sample's truth.
 - **FRC**: length at which the Fourier ring correlation with the truth first falls
   below 0.5, and below 1/7; Hann window, rings one Fourier pixel wide, the first passed
   over; "inf" if the second is below. Median over samples.
@@ -58,7 +57,8 @@ _LIMITS = """\
   in other materials.
 - Labels are blurred and standardised: absolute potentials and columns closer than the
   blur are not tested.
-- Noise is counting noise alone, and no method was trained on it."""
+- Noise is counting noise alone. Baselines were not fitted to it; the settings say
+  whether the network was trained on it."""
 
 
 def render(report: Mapping[str, Any]) -> str:

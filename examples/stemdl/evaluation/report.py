@@ -62,6 +62,7 @@ def write(
     told("simulating patterns from reconstructions")
     report = {
         "settings": dict(settings),
+        "data": json.loads(config.to_json()),
         "methods": {name: s.summary() for name, s in scores.items()},
         "materials": _by_group(scores, dataset.test_names),
         "thickness": _by_thickness(scores, edges, places),

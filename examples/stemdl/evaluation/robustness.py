@@ -40,7 +40,7 @@ def by_dose(
 ) -> Iterator[tuple[float, dict[str, Scores]]]:
     """Score all methods on the held-out patterns as a detector counts them.
 
-    None was trained on noise.
+    Baselines are fitted without noise.
 
     Yields:
       A dose, and the scores by method.

@@ -9,7 +9,8 @@ import numpy as np
 from evaluation import columns
 from evaluation.columns import Comparison
 from evaluation.ring_correlation import THRESHOLDS, resolution, ring_correlation
-from scores import nrmse, pearson, ssim
+from evaluation.similarity import ssim
+from scores import nrmse, pearson
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -19,7 +20,7 @@ class Scores:
     Attributes:
       nrmse: (n,), see `scores.nrmse`.
       pearson: (n,), see `scores.pearson`.
-      ssim: (n,), see `scores.ssim`.
+      ssim: (n,), see `similarity.ssim`.
       frequencies: (rings,) in 1/A.
       correlation: (n, rings), Fourier ring correlation.
       comparisons: atom columns, sample by sample.
