@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import concurrent.futures
 import dataclasses
-import hashlib
-import json
 import multiprocessing
 import os
 import tempfile
@@ -20,57 +18,17 @@ from typing import Any
 import numpy as np
 
 import augment
+from dataconfig import DataConfig as DataConfig
 from simulate import crystals, multislice, potential
 from simulate.optics import Optics
 
 Arrays = dict[str, np.ndarray]
-
-VERSION = 1
-"""Raise it whenever the simulation changes: old caches then have other names."""
 
 _KEYS = ("amplitudes", "labels", "material")
 
 
 class CacheError(RuntimeError):
     """A cache file that cannot be used."""
-
-
-@dataclasses.dataclass(frozen=True)
-class DataConfig:
-    """Everything the samples depend on.
-
-    Attributes:
-      train: number of training samples, spread evenly over the training materials.
-      test: number of samples of the held-out materials.
-      seed: of all random draws.
-      optics: the microscope.
-    """
-
-    train: int = 1500
-    test: int = 200
-    seed: int = 0
-    optics: Optics = dataclasses.field(default_factory=Optics)
-
-    @property
-    def samples(self) -> int:
-        """Training and held-out samples together."""
-        return self.train + self.test
-
-    def to_json(self) -> str:
-        """Canonical text of the configuration and the simulation's version."""
-        content = {"version": VERSION, **dataclasses.asdict(self)}
-        return json.dumps(content, sort_keys=True)
-
-    def path(self, directory: Path) -> Path:
-        """The cache file of this configuration."""
-        key = hashlib.sha256(self.to_json().encode()).hexdigest()[:12]
-        return directory / f"stemdl-{self.samples}-{key}.npz"
-
-    def material(self, index: int) -> str:
-        """Material of sample `index`; held-out samples follow the training samples."""
-        held_out = index >= self.train
-        names = crystals.materials(held_out)
-        return names[(index - self.train if held_out else index) % len(names)]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -105,20 +63,34 @@ class Dataset:
         return standardised * self.std + self.mean
 
 
-def specimen_of(config: DataConfig, index: int) -> crystals.Specimen:
-    """Cut the crystal of sample `index`: its atoms and thickness."""
+def configurations_of(config: DataConfig, index: int) -> Iterator[crystals.Specimen]:
+    """Cut the crystal of sample `index`; yields its frozen phonons."""
     rng = np.random.default_rng([config.seed, index])
-    return crystals.cut(config.material(index), rng, config.optics.box)
+    crystal = config.crystal(config.material(index))
+    return crystals.configurations(
+        crystal, rng, config.optics.box, preparation=config.preparation
+    )
+
+
+def specimen_of(config: DataConfig, index: int) -> crystals.Specimen:
+    """Cut the crystal of sample `index`: its atoms, displaced once, and thickness."""
+    return next(configurations_of(config, index))
 
 
 def simulate_sample(config: DataConfig, index: int) -> tuple[np.ndarray, np.ndarray]:
-    """Simulate one sample: amplitudes of the diffraction patterns, and the label."""
-    optics = config.optics
-    specimen = specimen_of(config, index)
-    coefficients = potential.fourier_coefficients(specimen, optics)
-    slices = int(np.ceil(specimen.thickness / optics.slice_thickness))
-    patterns = multislice.scan(potential.slices(coefficients), slices, optics)
-    return np.sqrt(patterns), potential.label(coefficients, optics)
+    """Simulate one sample: amplitudes of the diffraction patterns, and the label.
+
+    Both are those of the mean over frozen phonons: of intensities, and of potentials.
+    """
+    optics, phonons = config.optics, config.preparation.phonons
+    intensity = coefficients = np.float32(0)
+    for specimen in configurations_of(config, index):
+        frozen = potential.fourier_coefficients(specimen, optics)
+        slices = int(np.ceil(specimen.thickness / optics.slice_thickness))
+        coefficients = coefficients + frozen
+        intensity += multislice.scan(potential.slices(frozen), slices, optics)
+    label = potential.label(np.asarray(coefficients) / np.float32(phonons), optics)
+    return np.sqrt(intensity / np.float32(phonons)), label
 
 
 def simulate_part(config: DataConfig, part: int, parts: int) -> Arrays:

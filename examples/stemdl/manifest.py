@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 
 import augment
-import dataset
+import dataconfig
 
 FORMAT = 1
 """Raise it whenever the layout of shards or manifest changes."""
@@ -92,7 +92,7 @@ class Manifest:
         return _digest(self.content())
 
 
-def plan(config: dataset.DataConfig, count: int) -> tuple[Shard, ...]:
+def plan(config: dataconfig.DataConfig, count: int) -> tuple[Shard, ...]:
     """Divide a data set into `count` equal training shards, and held-out ones.
 
     Raises:
@@ -172,7 +172,7 @@ def read(directory: Path) -> Manifest:
         raise ShardError(f"{path} is damaged, or not a manifest: {error!r}") from error
     require(path, "format", content.get("format"), FORMAT)
     require(path, "sha256", _digest(content), claimed)
-    require(path, "config.version", content["config"]["version"], dataset.VERSION)
+    require(path, "config.version", content["config"]["version"], dataconfig.VERSION)
     shards = tuple(Shard(**shard) for shard in content["shards"])
     manifest = Manifest(
         config=content["config"],

@@ -19,7 +19,7 @@ from typing import Any
 import h5py
 import numpy as np
 
-from dataset import DataConfig
+from dataconfig import DataConfig
 from manifest import Shard, ShardError, require, sync
 
 Sample = Callable[[DataConfig, int], tuple[np.ndarray, np.ndarray]]
@@ -40,7 +40,9 @@ def write(
     """
     new = directory / f".{shard.name}.writing"
     try:
-        with h5py.File(new, "w") as file:
+        # HDF5's first format limits attributes to 64 kB, and a configuration with many
+        # crystals has more.
+        with h5py.File(new, "w", libver=("v108", "latest")) as file:
             yield from _fill(file, shard, config, sample)
         sync(new)
         done = _described(new, shard)

@@ -5,15 +5,16 @@ python examples/stemdl/simulate_cache.py --samples 1500 --processes 2
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from pathlib import Path
+from typing import Any
 
 import click
 from rich.console import Console
 from rich.progress import Progress
 
 import dataset
-from simulate import crystals
 
 TEST_FRACTION = 2 / 15
 
@@ -27,10 +28,19 @@ data_option = click.option(
 )
 
 
-def data_config(samples: int) -> dataset.DataConfig:
-    """The data set of so many training samples, and held-out ones in proportion."""
-    held_out = max(len(crystals.HELD_OUT), round(samples * TEST_FRACTION))
-    return dataset.DataConfig(train=samples, test=held_out)
+def data_config(samples: int, **physics: Any) -> dataset.DataConfig:
+    """The data set of so many training samples, and held-out ones in proportion.
+
+    Args:
+      samples: to train on.
+      physics: other fields of `DataConfig`.
+
+    Raises:
+      SettingError: the fields contradict each other.
+    """
+    config = dataset.DataConfig(train=samples, **physics)
+    held_out = max(len(config.materials(True)), round(samples * TEST_FRACTION))
+    return dataclasses.replace(config, test=held_out)
 
 
 def simulate(

@@ -1,17 +1,23 @@
-"""Simulate the data set into shards, each rank its own.
+r"""Simulate the data set into shards, each rank its own.
 
 jaxcomm run -n 2 examples/stemdl/simulate_shards.py --samples 1500 --out data/shards
 
 Started again after an interruption, it simulates what is not complete. One job at a
-time may write to a directory.
+time may write to a directory. Another microscope comes from a file, and other crystals
+from CIF files:
+
+python examples/stemdl/microscope.py > microscope.toml
+jaxcomm run -n 2 examples/stemdl/simulate_shards.py --out data/mine \
+        --optics microscope.toml --cif a.cif --cif b.cif --held-out-cif c.cif
 """
 
 from __future__ import annotations
 
 import json
 import time
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
 from pathlib import Path
+from typing import Any
 
 import click
 import h5py
@@ -21,9 +27,13 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemaining
 
 import jaxcomm
 import manifest
+import microscope
 import shards
-from dataset import DataConfig, simulate_sample
+from dataconfig import DataConfig
+from dataset import simulate_sample
 from manifest import Manifest, Shard, ShardError
+from simulate import cif
+from simulate.optics import SettingError
 from simulate_cache import data_config
 from together import together
 
@@ -155,6 +165,39 @@ def _describe(
     return Manifest(config=parsed, shards=complete, mean=mean, std=std)
 
 
+def configured(
+    comm: jaxcomm.Communicator,
+    samples: int,
+    optics: Path | None = None,
+    cifs: Sequence[Path] = (),
+    held_out_cifs: Sequence[Path] = (),
+    built_in: bool = True,
+) -> DataConfig:
+    """Read microscope and crystals; all ranks call it together.
+
+    Rank 0 alone reads the files, so that all have the same, and none else needs them.
+
+    Raises:
+      ShardError: on every rank: a file is bad, or the settings contradict each other.
+    """
+
+    def read() -> DataConfig | None:
+        if comm.rank:
+            return None
+        try:
+            return data_config(
+                samples,
+                **microscope.load(optics),
+                cifs=tuple(map(cif.read, cifs)),
+                held_out_cifs=tuple(map(cif.read, held_out_cifs)),
+                built_in=built_in,
+            )
+        except SettingError as error:
+            raise ShardError(str(error)) from error
+
+    return comm.all_gather_object(together(comm, read))[0]
+
+
 @click.command()
 @click.option("--samples", default=1500, show_default=True, help="training samples")
 @click.option(
@@ -167,14 +210,41 @@ def _describe(
     "the number of ranks or the other way around",
 )
 @click.option(
+    "--optics",
+    type=click.Path(path_type=Path),
+    help="a TOML file: energy, aberrations, grids, mistilt, frozen phonons, ...; "
+    "python examples/stemdl/microscope.py prints one with all fields",
+)
+@click.option(
+    "--cif",
+    "cifs",
+    multiple=True,
+    type=click.Path(path_type=Path),
+    help="a crystal to train on; may be repeated",
+)
+@click.option(
+    "--held-out-cif",
+    "held_out_cifs",
+    multiple=True,
+    type=click.Path(path_type=Path),
+    help="a crystal never trained on; may be repeated",
+)
+@click.option(
+    "--built-in/--no-built-in",
+    default=True,
+    show_default=True,
+    help="simulate the materials of simulate/crystals.py too",
+)
+@click.option(
     "--out", type=click.Path(path_type=Path), default="data/shards", show_default=True
 )
-def main(samples: int, count: int, out: Path) -> None:
+def main(samples: int, count: int, out: Path, **physics: Any) -> None:
     """Simulate the data set into shards; goes on where it was interrupted."""
     comm, console = jaxcomm.world(), Console(stderr=True)
     began = time.monotonic()
     try:
-        done = produce(data_config(samples), out, count, comm, console)
+        config = configured(comm, samples, **physics)
+        done = produce(config, out, count, comm, console)
     except ShardError as error:
         raise click.UsageError(str(error)) from error
     if comm.rank == 0:

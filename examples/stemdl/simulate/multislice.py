@@ -19,7 +19,7 @@ def probes(optics: Optics, x: np.ndarray, y: np.ndarray) -> np.ndarray:
     """Waves of focused probes in the aperture plane.
 
     Args:
-      optics: grid and aperture.
+      optics: grid, aperture and aberrations.
       x: positions along the first axis, (n,), in A.
       y: positions along the second axis, (n,), in A.
 
@@ -29,7 +29,8 @@ def probes(optics: Optics, x: np.ndarray, y: np.ndarray) -> np.ndarray:
     k = optics.frequencies()
     shift_x = np.exp(-2j * np.pi * np.outer(x, k))
     shift_y = np.exp(-2j * np.pi * np.outer(y, k))
-    waves = optics.aperture() * shift_x[:, :, None] * shift_y[:, None, :]
+    lens = optics.aperture() * np.exp(-1j * optics.aberration())
+    waves = lens * shift_x[:, :, None] * shift_y[:, None, :]
     return waves.astype(np.complex64)
 
 

@@ -13,7 +13,7 @@ import numpy as np
 from periodictable.cromermann import getCMformula
 
 from simulate.crystals import Specimen
-from simulate.optics import Optics
+from simulate.optics import Optics, SettingError
 
 BOHR_RADIUS = 0.529177
 """In angstrom."""
@@ -37,8 +37,16 @@ def scattering_factor(symbol: str, s: np.ndarray) -> np.ndarray:
     Returns:
       f_e in A, the shape of `s`; without the relativistic mass factor, which
       `Optics.interaction` holds.
+
+    Raises:
+      SettingError: there is no such element, or no form factor of it.
     """
-    formula = getCMformula(symbol)
+    try:
+        formula = getCMformula(symbol)
+    except KeyError:
+        raise SettingError(
+            f"no form factor of {symbol!r}; they reach from H to Cf"
+        ) from None
     s2 = np.asarray(s, np.float64)[..., None] ** 2
     limit = formula.a * formula.b
     with np.errstate(invalid="ignore"):
@@ -69,7 +77,16 @@ def fourier_coefficients(specimen: Specimen, optics: Optics) -> np.ndarray:
     Returns:
       (max_slices, pixels, pixels) complex64 in V A: v(x) = sum_k c_k exp(2 pi i k x).
       Slices behind the specimen are zero.
+
+    Raises:
+      SettingError: the specimen is thicker than all slices.
     """
+    most = optics.max_slices * optics.slice_thickness
+    if specimen.thickness > most:
+        raise SettingError(
+            f"a specimen of {specimen.thickness:.1f} A is thicker than "
+            f"optics.max_slices={optics.max_slices} slices, {most:g} A: raise it"
+        )
     k = optics.frequencies()
     phase_x, phase_y = (
         np.exp(-2j * np.pi * np.outer(k, specimen.positions[:, axis])).astype(
@@ -109,16 +126,11 @@ def label(coefficients: np.ndarray, optics: Optics) -> np.ndarray:
 
     Args:
       coefficients: as `fourier_coefficients` returns.
-      optics: the grid; its label pixels must be as large as the box's.
+      optics: the grid, whose label pixels are as large as the box's.
 
     Returns:
       (label_pixels, label_pixels) float32 of mean 0 and variance 1; zeros for vacuum.
     """
-    if not np.isclose(optics.window / optics.label_pixels, optics.sampling):
-        raise ValueError(
-            f"{optics.label_pixels} label pixels over {optics.window} A do not match "
-            f"the box's sampling of {optics.sampling} A"
-        )
     k = optics.frequencies()
     blur = np.exp(-2 * (np.pi * optics.label_sigma * k) ** 2)
     axis = blur * np.exp(1j * np.pi * k * optics.sampling)
