@@ -79,7 +79,7 @@ def draw_losses(path: Path, losses: list[float]) -> None:
         steps[width - 1 :], mean, color="#08519c", label=f"mean of {width} steps"
     )
     axis.set_xlabel("step")
-    axis.set_ylabel("training loss: mean squared error")
+    axis.set_ylabel("training loss")
     axis.set_xlim(0, len(losses))
     axis.yaxis.set_major_formatter(FormatStrFormatter("%g"))
     axis.yaxis.set_minor_formatter(NullFormatter())
