@@ -21,10 +21,10 @@ RANKS = 2
 SHARDS = 4
 
 BUDGETS = {
-    "tiny": (1.5, 3.0, 2.0),
-    "tiny-probes": (1.5, 3.0, 2.0),
-    "tiny-dose": (1.5, 3.0, 2.0),
-    "small": (3.5, 30.0, 4.0),
+    "tiny": (2.0, 3.0, 2.0),
+    "tiny-probes": (2.0, 3.0, 2.0),
+    "tiny-dose": (2.0, 3.0, 2.0),
+    "small": (2.0, 20.0, 2.0),
 }
 """Minutes on two cores: simulation, training, evaluation."""
 
