@@ -247,6 +247,7 @@ def assert_same_training(one: Path, two: Path) -> None:
     assert difference < 1e-10
 
 
+@pytest.mark.thorough
 def test_two_ranks_train_as_one_device(
     on_two_ranks: Path, cache: Path, tmp_path: Path
 ) -> None:

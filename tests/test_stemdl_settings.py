@@ -222,6 +222,7 @@ def test_crystals_that_contradict_are_refused(tmp_path: Path) -> None:
         DataConfig(cifs=(crystal,), built_in=False).materials(True)
 
 
+@pytest.mark.thorough
 def test_two_ranks_simulate_what_one_rank_reads(job: Launch, tmp_path: Path) -> None:
     salt(tmp_path / "salt.cif")
     other(tmp_path)
