@@ -131,7 +131,9 @@ def test_a_zone_may_be_given(zone: tuple[int, int, int], spacing: float) -> None
 
 
 def test_bad_caches_and_configurations_are_named(cache: Path, tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match=r"train_classifier\.py simulates it"):
+    with pytest.raises(
+        FileNotFoundError, match=r"simulate it with .*train_classifier\.py"
+    ):
         data.load(CONFIG, tmp_path)
     for part in range(data.PARTS):
         path = CONFIG.path(cache, part)

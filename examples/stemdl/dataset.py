@@ -11,7 +11,7 @@ import dataclasses
 import multiprocessing
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -218,21 +218,38 @@ def load(config: DataConfig, directory: Path) -> Dataset:
     )
 
 
-def _read(config: DataConfig, path: Path) -> Arrays:
+def read(path: Path, keys: Sequence[str], script: str) -> tuple[str, Arrays]:
+    """Read what `write` has written.
+
+    Args:
+      path: the file.
+      keys: of the arrays wanted.
+      script: simulates it, for messages.
+
+    Returns:
+      The text of its configuration, and the arrays.
+
+    Raises:
+      FileNotFoundError: it is not there.
+      CacheError: it is damaged.
+    """
     try:
         # Given a path, np.load leaves a damaged file open.
         with path.open("rb") as raw, np.load(raw, allow_pickle=False) as file:
-            stored = str(file["config"])
-            arrays = {key: file[key] for key in _KEYS}
+            return str(file["config"]), {key: file[key] for key in keys}
     except FileNotFoundError:
         raise FileNotFoundError(
-            f"{path} does not exist; simulate it with examples/stemdl/simulate_cache.py"
+            f"{path} does not exist; simulate it with examples/stemdl/{script}"
         ) from None
     except Exception as error:  # np.load raises whatever zipfile, zlib or pickle do
         raise CacheError(
             f"{path} is not a readable data set ({type(error).__name__}: {error}); "
             "delete it and it is simulated again"
         ) from error
+
+
+def _read(config: DataConfig, path: Path) -> Arrays:
+    stored, arrays = read(path, _KEYS, "simulate_cache.py")
     shape = (config.samples, config.optics.probes, config.optics.probes)
     if stored != config.to_json() or arrays["amplitudes"].shape[:3] != shape:
         raise CacheError(

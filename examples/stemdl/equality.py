@@ -51,24 +51,22 @@ class Run:
     Attributes:
       ranks: processes, or devices of `jax.pmap`.
       options: of train.py.
-      transport: of jaxcomm; None: jaxcomm's choice.
+      transport: of jaxcomm.
       pmap: in one process, on so many host devices.
     """
 
     ranks: int
     options: tuple[str, ...] = ()
-    transport: str | None = None
+    transport: str = "auto"
     pmap: bool = False
 
     def command(self) -> list[str]:
         """What starts it, but for the options that all runs share."""
         if self.pmap:
             return [sys.executable, str(HERE / "train.py"), "--backend", "pmap"]
-        script = [str(HERE / "train.py")]
-        if self.transport is not None:
-            script = [str(HERE / "over_transport.py"), self.transport]
         launch = [sys.executable, "-m", "jaxcomm", "run", "-n", str(self.ranks)]
-        return [*launch, *script, *self.options]
+        transport = ["--transport", self.transport]
+        return [*launch, str(HERE / "train.py"), *transport, *self.options]
 
     def environment(self) -> dict[str, str]:
         """What it runs with on top of ours."""

@@ -26,6 +26,7 @@ from rich.console import Console
 import batchfile
 import checkpoint
 import config
+import jaxcomm
 import loading
 import optimizer
 import precision
@@ -49,6 +50,12 @@ from telemetry import UNTIMED_STEPS, NonFiniteLossError, Telemetry, Timed
     type=click.Choice(sorted(BACKENDS)),
     default="jaxcomm",
     show_default=True,
+)
+@click.option(
+    "--transport",
+    default="auto",
+    show_default=True,
+    help="what jaxcomm sends by, such as mpi or mpi4jax",
 )
 @config_options
 @click.option(
@@ -107,6 +114,7 @@ from telemetry import UNTIMED_STEPS, NonFiniteLossError, Telemetry, Timed
 def main(
     resolved: Config,
     backend_name: str,
+    transport: str,
     stop: int | None,
     compare_steps: int,
     evaluate_every: int,
@@ -122,6 +130,11 @@ def main(
     training = resolved.training
     steps, batch, seed = training.steps, training.batch, training.seed
     jax.config.update("jax_enable_x64", training.float64)
+    if backend_name == "jaxcomm":
+        # The first call decides; the backend's own returns the same communicator.
+        jaxcomm.init(transport)
+    elif transport != "auto":
+        raise click.UsageError("--transport is jaxcomm's; --backend pmap has none")
     backend = BACKENDS[backend_name]()
     root = backend.rank == 0
     _check(resolved, backend)

@@ -21,7 +21,7 @@ from pathlib import Path
 import numpy as np
 
 from classify import groups
-from dataset import Arrays, CacheError, write
+from dataset import Arrays, CacheError, read, write
 from simulate import crystals, multislice, potential
 from simulate.optics import Optics
 
@@ -212,20 +212,7 @@ def load(config: PatternConfig, directory: Path) -> tuple[Patterns, Patterns]:
 
 def _read(config: PatternConfig, directory: Path, part: int) -> Arrays:
     path = config.path(directory, part)
-    try:
-        # Given a path, np.load leaves a damaged file open.
-        with path.open("rb") as raw, np.load(raw, allow_pickle=False) as file:
-            stored = str(file["config"])
-            arrays = {key: file[key] for key in _KEYS}
-    except FileNotFoundError:
-        raise FileNotFoundError(
-            f"{path} does not exist; examples/stemdl/train_classifier.py simulates it"
-        ) from None
-    except Exception as error:  # np.load raises whatever zipfile, zlib or pickle do
-        raise CacheError(
-            f"{path} is not a readable part of a data set ({type(error).__name__}: "
-            f"{error}); delete it and it is simulated again"
-        ) from error
+    stored, arrays = read(path, _KEYS, "train_classifier.py")
     if stored != config.describe(part):
         raise CacheError(
             f"{path} holds other samples; delete it and they are simulated again. "
