@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from jaxcomm import errors as errors
     from jaxcomm import flax as flax
     from jaxcomm import optax as optax
+    from jaxcomm._pmap import pmap as pmap
     from jaxcomm.arrays import all_gather as all_gather
     from jaxcomm.arrays import all_to_all as all_to_all
     from jaxcomm.arrays import barrier as barrier
@@ -24,7 +25,6 @@ if TYPE_CHECKING:
     from jaxcomm.collectives import plan as plan
     from jaxcomm.communicator import Communicator as Communicator
     from jaxcomm.decorators import data_parallel as data_parallel
-    from jaxcomm.decorators import pmap as pmap
     from jaxcomm.planner import cache_clear as cache_clear
     from jaxcomm.planner import cache_info as cache_info
     from jaxcomm.replication import assert_replicated as assert_replicated
@@ -52,7 +52,7 @@ _NAMES = {
     "local_rank": "startup",
     "local_size": "startup",
     "plan": "collectives",
-    "pmap": "decorators",
+    "pmap": "_pmap",
     "rank": "startup",
     "reduce_scatter": "arrays",
     "Schedule": "schedule",

@@ -13,9 +13,9 @@ from jax import lax
 
 from jaxcomm import _compat, timeline
 from jaxcomm._jaxprs import Body, Unit, is_var
-from jaxcomm.collectives import chained_p, local_result, mark
 from jaxcomm.communicator import Communicator
 from jaxcomm.errors import UnsupportedCollectiveError
+from jaxcomm.primitives import chained_p, local_result, mark
 from jaxcomm.schedule import Schedule
 
 

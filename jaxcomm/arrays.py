@@ -14,9 +14,10 @@ import jax
 import jax.numpy as jnp
 
 from jaxcomm import _compat, layout, planner
-from jaxcomm.collectives import all_reduce, flatten, leaf_specs, run_schedule
+from jaxcomm.collectives import all_reduce, flatten, leaf_specs
 from jaxcomm.communicator import Communicator
 from jaxcomm.errors import InvalidOptionError
+from jaxcomm.primitives import run_schedule
 from jaxcomm.startup import world
 
 Tree = TypeVar("Tree")

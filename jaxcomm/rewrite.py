@@ -42,10 +42,10 @@ from jaxcomm._jaxprs import (
 from jaxcomm._named import COLLECTIVES, Meaning, axes_of, meaning_of
 from jaxcomm._naming import Reduction, name_leaves
 from jaxcomm._uniform import Checker
-from jaxcomm.collectives import bucket_p, moved_shape, new_token, rank_p
 from jaxcomm.communicator import Communicator
 from jaxcomm.errors import UnsupportedCollectiveError
 from jaxcomm.planner import Groups
+from jaxcomm.primitives import bucket_p, moved_shape, new_token, rank_p
 from jaxcomm.schedule import Bucket, LeafSpec, Schedule
 
 _THREADED = {"scan", "while", "cond", "checkpoint", "remat", "remat2"}

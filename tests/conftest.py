@@ -32,6 +32,11 @@ os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", _compiled)
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
 
+# LLVM's optimiser takes half of what is left. XLA's own passes, which decide what the
+# tests are about (fusion, aliasing, order of calls), all run.
+QUICKLY = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
+os.environ.setdefault("XLA_FLAGS", QUICKLY)
+
 
 def launch_ranks(
     ranks: int,

@@ -16,7 +16,7 @@ from typing import Any
 
 if sys.argv[1:2] == ["pmap"]:
     flag = f"--xla_force_host_platform_device_count={sys.argv[2]}"
-    os.environ["XLA_FLAGS"] = flag
+    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flag}".strip()
 
 import jax
 import jax.numpy as jnp

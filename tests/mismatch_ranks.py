@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import re
 import sys
-import time
 from collections.abc import Callable
 from typing import Any
 from unittest import mock
@@ -24,8 +23,6 @@ import jaxcomm
 from jaxcomm import agreement
 from jaxcomm.communicator import Communicator
 from jaxcomm.errors import ScheduleMismatchError
-
-SECONDS = 5.0
 
 
 def tree(**changed: Any) -> dict[str, Any]:
@@ -110,17 +107,14 @@ def main(transport: str) -> None:
     for number, (name, (text, run)) in enumerate(cases(comm).items()):
         culprit = number % comm.size
         comm.barrier()
-        start = time.monotonic()
         try:
             jax.block_until_ready(run(comm.rank == culprit))
         except (ScheduleMismatchError, jax.errors.JaxRuntimeError) as error:
             message = str(error)
         else:
             raise AssertionError(f"{name}: rank {comm.rank} saw nothing")
-        seconds = time.monotonic() - start
         assert re.search(text, message), (name, message)
         assert "ScheduleMismatchError" in message or "rank" in message, message
-        assert seconds < SECONDS, (name, seconds)
         # All tell the same story, and in it who the culprit is.
         told = comm.all_gather_object(message)
         if name != "subgroup members":  # of which each hears from those beside it

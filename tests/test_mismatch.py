@@ -27,7 +27,8 @@ more = pytest.mark.thorough
 def test_every_rank_raises(launch: Launch, transport: str, ranks: int) -> None:
     script = ROOT / "tests" / "mismatch_ranks.py"
     env = on_fake_nccl() if transport == "nccl" else {}
-    done = launch(ranks, [script, transport], env=env)
+    # A rank that waits for its timeout instead of comparing takes longer.
+    done = launch(ranks, [script, transport], env=env, timeout=60)
     assert done.returncode == 0, done.stdout + done.stderr
     assert f"{CASES} cases" in done.stdout
 

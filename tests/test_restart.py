@@ -295,7 +295,7 @@ def test_stemdl_killed_and_asked_to_end_trains_as_without_a_break(
     script = ROOT / "examples" / "stemdl" / "train.py"
     command = [script, "--network", "toy", "--data", tmp_path]
     command += ["--samples", 8, "--batch", 2, "--steps", 80, "--checkpoint-every", 4]
-    command += ["--evaluate-every", 40, "--log-every", 10]
+    command += ["--evaluate-every", 40, "--log-every", 10, "--tensorboard"]
     command += ["--set", "noise.least_dose=1e5"]
 
     def train(out: Path, *options: str, ranks: int = 2) -> subprocess.Popen[str]:

@@ -280,7 +280,8 @@ def test_one_rank_and_two_devices_train_alike(
 ) -> None:
     on_ranks(1, cache, tmp_path / "rank")
     assert_same_training(tmp_path / "rank", on_two_ranks)
-    flags = "--xla_force_host_platform_device_count=2"
+    devices = "--xla_force_host_platform_device_count=2"
+    flags = f"{os.environ['XLA_FLAGS']} {devices}"
     command = [sys.executable, SCRIPT, *OPTIONS, "--backend", "pmap"]
     command += ["--data", cache, "--out", tmp_path / "devices"]
     environment = os.environ | {"XLA_FLAGS": flags}

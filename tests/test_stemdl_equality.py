@@ -19,16 +19,7 @@ from simulate_cache import data_config
 
 SCOPES = "2 ranks, a bucket per scope"
 SAMPLES = 16
-TOY = ("--network", "toy", "--steps", "6", "--batch", "8", "--samples", str(SAMPLES))
-
-
-# Half of the time is XLA's optimiser, which has little to do here.
-FLAGS = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
-
-
-@pytest.fixture(autouse=True)
-def _compile_quickly(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("XLA_FLAGS", FLAGS)
+SHORT = ("--steps", "6", "--batch", "8", "--samples", str(SAMPLES))
 
 
 def run(folder: Path, *options: str) -> dict[str, Any]:
@@ -50,7 +41,8 @@ def run(folder: Path, *options: str) -> dict[str, Any]:
 @pytest.mark.timeout(300)
 def test_one_rank_and_two(tmp_path: Path) -> None:
     # All ways, and what is bitwise equal: thorough, below.
-    report = run(tmp_path, *TOY, "--run", SCOPES, "--dtype", "float64")
+    options = ("--network", "tiny", "--run", SCOPES, "--dtype", "float64")
+    report = run(tmp_path, *SHORT, *options)
     found = report["results"]["float64"]
     assert list(found) == [equality.REFERENCE, SCOPES]
     for entry in found.values():
@@ -104,7 +96,7 @@ def test_a_training_that_fails_shows_its_output(tmp_path: Path) -> None:
 @pytest.mark.thorough
 @pytest.mark.timeout(1500)
 def test_all_ways_in_both_dtypes(tmp_path: Path) -> None:
-    report = run(tmp_path, *TOY)
+    report = run(tmp_path, *SHORT, "--network", "toy")
     assert list(report["results"]) == ["float32", "float64"]
     for found in report["results"].values():
         assert list(found) == list(equality.RUNS)

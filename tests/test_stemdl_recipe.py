@@ -288,12 +288,8 @@ def test_on_two_ranks(tmp_path: Path) -> None:
     dataset.save(wanted, arrays, tmp_path)
     text = '[training]\nsamples = 8\nbatch = 4\n[network]\nname = "toy"\n'
     (tmp_path / "recipe.toml").write_text(text + '[communication]\ngroups = "scopes"\n')
-    # Half of the time is XLA's optimiser, which has little to do here.
-    flags = (
-        "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
-    )
     script = ROOT / "tests" / "recipe_ranks.py"
-    done = launch_ranks(2, [script, tmp_path], timeout=200, env={"XLA_FLAGS": flags})
+    done = launch_ranks(2, [script, tmp_path], timeout=200)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
     for check in (
         "overflow_on_one_rank_skips_on_both",

@@ -21,10 +21,10 @@ RANKS = 2
 SHARDS = 4
 
 BUDGETS = {
-    "tiny": (2.0, 3.0, 2.0),
-    "tiny-probes": (2.0, 3.0, 2.0),
-    "tiny-dose": (2.0, 3.0, 2.0),
-    "small": (2.0, 20.0, 2.0),
+    "tiny": (2.0, 3.0, 4.0),
+    "tiny-probes": (2.0, 3.0, 4.0),
+    "tiny-dose": (2.0, 3.0, 4.0),
+    "small": (2.0, 30.0, 4.0),
 }
 """Minutes on two cores: simulation, training, evaluation."""
 
@@ -85,7 +85,7 @@ def main(recipe: str, data: Path, out: Path | None) -> None:
     options += ("--no-resume", "--evaluate-every", str(each))
     title = f"2  train on {RANKS} MPI ranks"
     spent.append(run(title, console, *launch, trainer, *options))
-    options = ("--run", out / "run", "--shards", shards, "--out", out)
+    options = ("--run", out / "run", "--shards", shards, "--out", out, "--strongest")
     title = "3  evaluate on materials the network has never seen"
     spent.append(run(title, console, HERE / "evaluate.py", *options))
 

@@ -1,4 +1,4 @@
-"""metrics.csv: one line every few steps, for plots and spreadsheets."""
+"""metrics.csv, one line every few steps, and the same numbers for TensorBoard."""
 
 from __future__ import annotations
 
@@ -32,12 +32,33 @@ collectives on this rank, with waiting for others; `compute_ms` is the rest of t
 class StepLog:
     """Writes the file, on one process; elsewhere it does nothing."""
 
-    def __init__(self, path: Path | None, every: int, first: int, backend: Backend):
-        """Keep the lines of steps up to `first`, which an earlier process has done."""
+    def __init__(
+        self,
+        path: Path | None,
+        every: int,
+        first: int,
+        backend: Backend,
+        events: Path | None = None,
+    ):
+        """Keep the lines of steps up to `first`, which an earlier process has done.
+
+        Args:
+          path: the file; None where another process writes.
+          every: steps between two lines.
+          first: steps done before.
+          backend: tells the time inside collectives.
+          events: folder for TensorBoard, or None.
+        """
         self._path, self._every, self._backend = path, every, backend
         self._mark = (first, time.perf_counter(), 0, backend.communication_seconds())
+        self._events = None
         if path is None:
             return
+        if events is not None:
+            from tensorboardX import SummaryWriter
+
+            # What an earlier process wrote of later steps is hidden, as below.
+            self._events = SummaryWriter(str(events), purge_step=first + 1)
         kept = []
         if first and path.exists():
             with path.open(newline="") as file:
@@ -72,4 +93,8 @@ class StepLog:
         with self._path.open("a", newline="") as file:
             values = {k: v if k == "step" else f"{v:.6g}" for k, v in row.items()}
             csv.DictWriter(file, COLUMNS).writerow(values)
+        if self._events is not None:
+            for name in row.keys() - {"step"}:
+                self._events.add_scalar(name, row[name], step)
+            self._events.flush()
         self._mark = (step, now, len(feed.seconds), communicated)

@@ -84,6 +84,11 @@ from telemetry import UNTIMED_STEPS, NonFiniteLossError, Telemetry, Timed
     help="steps between two lines of metrics.csv",
 )
 @click.option(
+    "--tensorboard",
+    is_flag=True,
+    help="write metrics.csv's numbers to --out/tensorboard too",
+)
+@click.option(
     "--checkpoint-every",
     type=click.IntRange(0),
     default=0,
@@ -119,6 +124,7 @@ def main(
     compare_steps: int,
     evaluate_every: int,
     log_every: int,
+    tensorboard: bool,
     checkpoint_every: int,
     resume: bool,
     data_dir: Path,
@@ -197,7 +203,9 @@ def main(
         (out / "schedule.txt").write_text(schedule + "\n")
 
     monitor = Monitor(model, source.held_out(), backend) if evaluate_every else None
-    log = StepLog(out / "metrics.csv" if root else None, log_every, first, backend)
+    events = out / "tensorboard" if tensorboard else None
+    path = out / "metrics.csv" if root else None
+    log = StepLog(path, log_every, first, backend, events)
     checks = backend.checks()
     # Without it a signal ends the process at once.
     asked = Stop() if checkpoint_every else None

@@ -1,0 +1,377 @@
+"""A schedule's buckets as JAX primitives, and how they are run.
+
+Each bucket of a schedule is one equation. There are two primitives, because the
+calls of a program need one total order and must all be made, whatever happens to
+their results:
+
+- `bucket_p` carries an ordered JAX effect. It is what a bare collective binds in a
+  user's own `jit`: JAX then keeps its order and never prunes it, at the price of
+  Python dispatch (docs/performance.md says what that costs).
+- `chained_p` takes and returns a token, a uint32 scalar, and has no effect: order and
+  liveness follow from the data alone and dispatch stays on JAX's fast path. Only a
+  pass that owns the whole function can thread the token: see `rewrite`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxcomm import _compat, agreement
+from jaxcomm.communicator import Communicator
+from jaxcomm.errors import InvalidOptionError, TransportUnavailableError
+from jaxcomm.schedule import Bucket, Schedule
+from jaxcomm.transports.base import Call
+
+TOKEN_DTYPE = np.dtype("uint32")
+
+
+def run_schedule(
+    leaves: Sequence[Any], comm: Communicator, schedule: Schedule
+) -> list[Any]:
+    """Reduce leaves bucket by bucket: traced where they are tracers, else now."""
+    if comm.transport == "local" or not schedule.buckets:
+        out = list(leaves)
+        for bucket in schedule.buckets:
+            for i in bucket.leaves:
+                out[i] = local_result(bucket, out[i])
+        return out
+    if any(isinstance(leaf, _compat.Tracer) for leaf in leaves):
+        return bind_buckets(leaves, comm, schedule)
+    return _run_now(leaves, comm, schedule, range(len(schedule.buckets)))
+
+
+def _run_now(
+    leaves: Sequence[Any],
+    comm: Communicator,
+    schedule: Schedule,
+    buckets: Sequence[int],
+) -> list[Any]:
+    first = (comm.key, schedule.fingerprint) not in _checked
+    try:
+        out, token = _compiled(tuple(leaves), comm, schedule, tuple(buckets))
+        if first:
+            jax.block_until_ready(token)
+            _checked.add((comm.key, schedule.fingerprint))
+    except jax.errors.JaxRuntimeError as error:
+        agreement.raise_failure(comm.key, error)
+        raise
+    return out
+
+
+_checked: set[tuple[int, str]] = set()
+
+
+@functools.partial(jax.jit, static_argnums=(1, 2, 3))
+def _compiled(
+    leaves: tuple[Any, ...],
+    comm: Communicator,
+    schedule: Schedule,
+    buckets: tuple[int, ...],
+) -> tuple[list[Any], Any]:
+    out, token = list(leaves), new_token()
+    for k in buckets:
+        bucket = schedule.buckets[k]
+        *reduced, token = chained_p.bind(
+            *(out[i] for i in bucket.leaves),
+            token,
+            comm=comm,
+            schedule=schedule,
+            index=k,
+        )
+        for i, leaf in zip(bucket.leaves, reduced, strict=True):
+            out[i] = leaf
+    return out, token
+
+
+def bind_buckets(
+    leaves: Sequence[Any], comm: Communicator, schedule: Schedule
+) -> list[Any]:
+    """Bind one `bucket_p` equation per bucket."""
+    out = list(leaves)
+    for k, bucket in enumerate(schedule.buckets):
+        with jax.named_scope(f"jaxcomm/bucket_{k:02d}"):
+            reduced = bucket_p.bind(
+                *(out[i] for i in bucket.leaves), comm=comm, schedule=schedule, index=k
+            )
+        for i, leaf in zip(bucket.leaves, reduced, strict=True):
+            out[i] = leaf
+    return out
+
+
+def new_token() -> Any:
+    """Return the start of a token chain."""
+    return jnp.zeros((), TOKEN_DTYPE)
+
+
+# Primitives: abstract evaluation, lowering, JVP, transpose, batching.
+
+
+class _CollectiveOrder(_compat.Effect):
+    """Orders bare collectives in a user's own jitted function."""
+
+    def __str__(self) -> str:
+        return "jaxcomm order"
+
+    # Equal in every process, so that programs are.
+    def __hash__(self) -> int:
+        return 0x6A617863
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _CollectiveOrder)
+
+
+_effect = _CollectiveOrder()
+_compat.register_ordered_effect(_effect)
+
+bucket_p = _compat.Primitive("jaxcomm_bucket")
+bucket_p.multiple_results = True
+chained_p = _compat.Primitive("jaxcomm_chained_bucket")
+chained_p.multiple_results = True
+
+
+def _bucket_abstract_eval(
+    *avals: Any, comm: Communicator, schedule: Schedule, index: int
+) -> tuple[list[Any], set[Any]]:
+    bucket = schedule.buckets[index]
+    return [
+        _compat.shaped_array(moved_shape(bucket, a.shape, comm.size), a.dtype)
+        for a in avals
+    ], {_effect}
+
+
+def _chained_abstract_eval(*avals: Any, **params: Any) -> list[Any]:
+    *leaves, token = avals
+    out, _ = _bucket_abstract_eval(*leaves, **params)
+    return [*out, _compat.shaped_array(token.shape, token.dtype)]
+
+
+def moved_shape(bucket: Bucket, shape: tuple[int, ...], size: int) -> tuple[int, ...]:
+    """Return a leaf's shape after its collective."""
+    if bucket.op == "all_gather":
+        return (len(bucket.groups[0]) if bucket.groups else size, *shape)
+    return shape[1:] if bucket.op == "reduce_scatter" else shape
+
+
+def local_result(bucket: Bucket, leaf: Any) -> Any:
+    """Return what the collective gives where this rank is the only one."""
+    if bucket.op == "all_gather":
+        return leaf[None]
+    if bucket.op == "reduce_scatter":
+        return leaf[0]
+    if bucket.op == "permute" and not bucket.permutation:
+        return jnp.zeros_like(leaf)
+    return leaf
+
+
+def _call(ctx: Any, comm: Communicator, schedule: Schedule, index: int) -> Call:
+    if "cuda" in ctx.module_context.platforms and comm.transport != "nccl":
+        raise TransportUnavailableError(
+            f"transport {comm.transport!r} moves arrays of the CPU, and this program "
+            "is for a GPU: use jaxcomm.init('nccl'), or set JAX_PLATFORMS=cpu"
+        )
+    bucket = schedule.buckets[index]
+    groups = bucket.groups
+    return Call(
+        comm=comm.key,
+        size=len(groups[0]) if groups else comm.size,
+        op=bucket.op,
+        digest=agreement.register(comm.key, schedule, comm.transport),
+        bucket=index,
+        pack_bytes=bucket.pack_bytes,
+        root=bucket.root,
+        wire=bucket.wire,
+        permutation=bucket.permutation,
+        partition=comm.partition(groups) if groups else 0,
+        groups=groups,
+    )
+
+
+def _chained_lowering(
+    ctx: Any, *values: Any, comm: Communicator, schedule: Schedule, index: int
+) -> Sequence[Any]:
+    return comm.lowering.lower(ctx, _call(ctx, comm, schedule, index), values)
+
+
+def _bucket_lowering(
+    ctx: Any, *values: Any, comm: Communicator, schedule: Schedule, index: int
+) -> Sequence[Any]:
+    token = ctx.tokens_in.get(_effect)
+    avals_in = (*ctx.avals_in, _compat.abstract_token)
+    avals_out = (*ctx.avals_out, _compat.abstract_token)
+    *out, token = comm.lowering.lower(
+        ctx.replace(avals_in=avals_in, avals_out=avals_out),
+        _call(ctx, comm, schedule, index),
+        (*values, token),
+    )
+    ctx.set_tokens_out(_compat.mlir.TokenSet({_effect: token}))
+    return out
+
+
+def _bucket_impl(
+    *values: Any, comm: Communicator, schedule: Schedule, index: int
+) -> list[Any]:
+    """Run one bucket outside jit, as `jax.grad` of a bare collective does."""
+    bucket = schedule.buckets[index]
+    leaves: list[Any] = [jnp.zeros(())] * len(schedule.leaves)
+    for i, value in zip(bucket.leaves, values, strict=True):
+        leaves[i] = value
+    out = _run_now(leaves, comm, schedule, (index,))
+    return [out[i] for i in bucket.leaves]
+
+
+def _check_linear(schedule: Schedule, index: int) -> None:
+    op = schedule.buckets[index].op
+    if op in ("min", "max", "prod", "broadcast"):
+        raise InvalidOptionError(
+            f"op={op!r} is not differentiable; use mean or sum, or stop the gradient "
+            "with jax.lax.stop_gradient"
+        )
+
+
+def _bucket_jvp(
+    primals: Sequence[Any], tangents: Sequence[Any], **params: Any
+) -> tuple[Any, Any]:
+    _check_linear(params["schedule"], params["index"])
+    out = bucket_p.bind(*primals, **params)
+    return out, bucket_p.bind(*map(_compat.instantiate_zeros, tangents), **params)
+
+
+def _bucket_transpose(
+    cotangents: Sequence[Any], *_: Any, comm: Communicator, **params: Any
+) -> Sequence[Any]:
+    cotangents = [_compat.instantiate_zeros(ct) for ct in cotangents]
+    schedule = _transposed(cotangents, comm.size, **params)
+    return bucket_p.bind(
+        *cotangents, comm=comm, schedule=schedule, index=params["index"]
+    )
+
+
+def _transposed(
+    cotangents: Sequence[Any], size: int, schedule: Schedule, index: int
+) -> Schedule:
+    """The schedule whose bucket `index` takes cotangents back where they came from."""
+    bucket = schedule.buckets[index]
+    if bucket.op in ("mean", "sum", "all_to_all"):
+        return schedule
+    op = {"all_gather": "reduce_scatter", "reduce_scatter": "all_gather"}.get(bucket.op)
+    back = tuple((target, source) for source, target in bucket.permutation)
+    bucket = dataclasses.replace(bucket, op=op or bucket.op, permutation=back)
+    return _replaced(schedule, index, bucket, [ct.shape for ct in cotangents])
+
+
+def _replaced(
+    schedule: Schedule, index: int, bucket: Bucket, shapes: Sequence[tuple[int, ...]]
+) -> Schedule:
+    """Return a schedule with one bucket, and the shapes of its leaves, replaced."""
+    specs = list(schedule.leaves)
+    for i, shape in zip(bucket.leaves, shapes, strict=True):
+        specs[i] = dataclasses.replace(specs[i], shape=tuple(shape))
+    buckets = list(schedule.buckets)
+    buckets[index] = bucket
+    return dataclasses.replace(schedule, leaves=tuple(specs), buckets=tuple(buckets))
+
+
+def _chained_jvp(
+    primals: Sequence[Any], tangents: Sequence[Any], **params: Any
+) -> tuple[Any, Any]:
+    # Whoever differentiates a decorated function from outside breaks the chain: the
+    # transposed calls would hang on no token. The effect orders all of them instead.
+    *leaves, token = primals
+    out, d_out = _bucket_jvp(leaves, tangents[:-1], **params)
+    return [*out, token], [*d_out, _compat.zero_tangent(token)]
+
+
+def _batching(
+    primitive: Any, leaves: int | None, args: Any, dims: Any, params: Any
+) -> Any:
+    """Let the batched axis travel with its leaf, under a schedule that says so."""
+    schedule, index = params["schedule"], params["index"]
+    bucket = schedule.buckets[index]
+    args, dims = list(args), list(dims)
+    # An axis that the collective itself makes, takes or reorders stays in front.
+    leading = bucket.op in ("reduce_scatter", "all_to_all")
+    for k in range(len(args[:leaves])):
+        if leading and dims[k] is not None:
+            args[k], dims[k] = jnp.moveaxis(args[k], dims[k], 1), 1
+    shapes = [leaf.shape for leaf in args[:leaves]]
+    batched = _replaced(schedule, index, bucket, shapes)
+    out = primitive.bind(*args, **{**params, "schedule": batched})
+    shift = {"all_gather": 1, "reduce_scatter": -1}.get(bucket.op, 0)
+    for k in range(len(args[:leaves])):
+        if dims[k] is not None:
+            dims[k] += shift
+    return out, dims
+
+
+def _bucket_batching(args: Any, dims: Any, **params: Any) -> Any:
+    return _batching(bucket_p, None, args, dims, params)
+
+
+def _chained_batching(args: Any, dims: Any, **params: Any) -> Any:
+    return _batching(chained_p, -1, args, dims, params)
+
+
+# This rank's number, which a program must not hold: it is the same on every rank.
+rank_p = _compat.Primitive("jaxcomm_rank")
+
+
+def _rank_lowering(ctx: Any, *, comm: Communicator) -> Sequence[Any]:
+    if comm.transport == "local":
+        rule = _compat.mlir.lower_fun(lambda: jnp.int32(0), multiple_results=False)
+        return rule(ctx)
+    target = "jaxcomm_nccl_rank" if comm.transport == "nccl" else "jaxcomm_rank"
+    rule = jax.ffi.ffi_lowering(target)
+    return rule(ctx, comm=np.int64(comm.key))
+
+
+# Records when a bucket's operands are there; only where a timeline is asked for.
+mark_p = _compat.Primitive("jaxcomm_mark")
+
+
+def mark(
+    values: Sequence[Any],
+    token: Any,
+    comm: Communicator,
+    schedule: Schedule,
+    index: int,
+) -> Any:
+    """Return the token, made to wait for `values`, and record when they came."""
+    return token + mark_p.bind(*values, comm=comm, schedule=schedule, index=index)
+
+
+def _mark_lowering(
+    ctx: Any, *values: Any, comm: Communicator, schedule: Schedule, index: int
+) -> Sequence[Any]:
+    rule = jax.ffi.ffi_lowering("jaxcomm_mark", has_side_effect=True)
+    digest = agreement.register(comm.key, schedule, comm.transport)
+    numbers = {"comm": comm.key, "schedule": digest, "bucket": index}
+    return rule(ctx, *values, **{k: np.int64(v) for k, v in numbers.items()})
+
+
+mark_p.def_abstract_eval(lambda *_, **__: _compat.shaped_array((), TOKEN_DTYPE))
+_compat.mlir.register_lowering(mark_p, _mark_lowering, platform="cpu")
+
+rank_p.def_abstract_eval(lambda *, comm: _compat.shaped_array((), np.dtype("int32")))
+rank_p.def_impl(lambda *, comm: jnp.int32(comm.rank))
+bucket_p.def_impl(_bucket_impl)
+bucket_p.def_effectful_abstract_eval(_bucket_abstract_eval)
+chained_p.def_abstract_eval(_chained_abstract_eval)
+for _platform in ("cpu", "cuda"):
+    for _primitive, _rule in (
+        (rank_p, _rank_lowering),
+        (bucket_p, _bucket_lowering),
+        (chained_p, _chained_lowering),
+    ):
+        _compat.mlir.register_lowering(_primitive, _rule, platform=_platform)
+_compat.ad.primitive_jvps[bucket_p] = _bucket_jvp
+_compat.ad.primitive_jvps[chained_p] = _chained_jvp
+_compat.ad.primitive_transposes[bucket_p] = _bucket_transpose
+_compat.batching.primitive_batchers[bucket_p] = _bucket_batching
+_compat.batching.primitive_batchers[chained_p] = _chained_batching
