@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import struct
+import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -43,7 +44,8 @@ def test_a_log_goes_on_where_a_checkpoint_was(
 ) -> None:
     log(tmp_path, 0, 35)
     # Its files are named after the second in which they were made.
-    monkeypatch.setattr("time.time", lambda: 4e9)
+    now = time.time
+    monkeypatch.setattr(time, "time", lambda: now() + 100)
     log(tmp_path, 20, 40)
     with (tmp_path / "metrics.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
