@@ -25,6 +25,7 @@ def log(folder: Path, first: int, last: int) -> None:
         feed.seconds.append(0.001)
         scores = {"nrmse": 0.5 / step} if step == last else {}
         steps.record(step, cast(Any, telemetry), cast(Any, feed), scores)
+    steps.close()
 
 
 def events(file: Path) -> list[Any]:

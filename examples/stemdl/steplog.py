@@ -28,6 +28,9 @@ exceeds what the step before still had to do. `communication_ms` is time inside
 collectives on this rank, with waiting for others; `compute_ms` is the rest of the step.
 """
 
+FLUSH_SECONDS = 10
+"""After which TensorBoard sees a number, at the latest."""
+
 
 class StepLog:
     """Writes the file, on one process; elsewhere it does nothing."""
@@ -58,7 +61,8 @@ class StepLog:
             from tensorboardX import SummaryWriter
 
             # What an earlier process wrote of later steps is hidden, as below.
-            self._events = SummaryWriter(str(events), purge_step=first + 1)
+            options = {"purge_step": first + 1, "flush_secs": FLUSH_SECONDS}
+            self._events = SummaryWriter(str(events), **options)
         kept = []
         if first and path.exists():
             with path.open(newline="") as file:
@@ -69,6 +73,11 @@ class StepLog:
             writer = csv.DictWriter(file, COLUMNS)
             writer.writeheader()
             writer.writerows(kept)
+
+    def close(self) -> None:
+        """Write what TensorBoard's thread still holds."""
+        if self._events is not None:
+            self._events.close()
 
     def record(
         self,
@@ -96,5 +105,4 @@ class StepLog:
         if self._events is not None:
             for name in row.keys() - {"step"}:
                 self._events.add_scalar(name, row[name], step)
-            self._events.flush()
         self._mark = (step, now, len(feed.seconds), communicated)

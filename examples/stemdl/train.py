@@ -11,6 +11,7 @@ first, or by a failure, after which `jaxcomm run --max-restarts 3` starts it aga
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -211,7 +212,10 @@ def main(
     asked = Stop() if checkpoint_every else None
     stop = min(stop or steps, steps)
     try:
-        with Telemetry(stop, batch, root, losses[:first]) as telemetry:
+        with (
+            contextlib.closing(log),
+            Telemetry(stop, batch, root, losses[:first]) as telemetry,
+        ):
             for step, local_batch in zip(
                 range(first + 1, stop + 1), feed, strict=False
             ):
