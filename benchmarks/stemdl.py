@@ -10,9 +10,11 @@ Writes results/stemdl.json, after every job, and .md.
 
 from __future__ import annotations
 
+import csv
 import datetime
 import json
 import os
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -31,15 +33,15 @@ from stemdl_sizes import SIZES
 
 sys.path.append(str(Path(__file__).resolve().parent.parent / "examples" / "stemdl"))
 from network import NETWORKS  # pyright: ignore
-from telemetry import UNTIMED_STEPS  # pyright: ignore
 
 HERE = Path(__file__).resolve().parent
-TRAIN = HERE.parent / "examples" / "stemdl" / "train.py"
+EXAMPLE = HERE.parent / "examples" / "stemdl"
+TRAIN, SIMULATE = EXAMPLE / "train.py", EXAMPLE / "simulate_shards.py"
 NETWORKS_TIMED = ("tiny", "small", "medium")
 # A step of medium takes as long as a hundred of tiny's: one round of it must do.
 REPEATS = {"tiny": 7, "small": 6, "medium": 2, "toy": 3}
 ONE_ROUND = ("medium",)
-TRAINING = {"network": "tiny", "steps": 60, "samples": 64}
+TRAINING: dict[str, Any] = {"network": "tiny", "steps": 200, "samples": 64}
 
 
 def twin(name: str) -> dict[str, Any]:
@@ -85,24 +87,44 @@ def measure(name: str, peer: str, repeats: int, entry: dict[str, Any]) -> None:
         samples.setdefault(way, []).extend(1e3 * t / calls for t in times)
 
 
-def data_time() -> dict[str, Any]:
-    """A short real training's seconds per step, and what of them it waits for data."""
-    with tempfile.TemporaryDirectory() as folder:
-        command = [sys.executable, "-m", "jaxcomm", "run", "-n", "2"]
-        command += [str(TRAIN), "--data", folder, "--out", folder]
-        for option, value in TRAINING.items():
-            command += [f"--{option}", str(value)]
-        done = subprocess.run(command, capture_output=True, text=True)
-        if done.returncode:
-            raise jobs.JobError(f"{' '.join(command)}\n{done.stderr[-3000:]}")
-        report = json.loads((Path(folder) / "train.json").read_text())
-    # As "seconds" does, this leaves out the first steps.
-    timed = report["data_seconds"][UNTIMED_STEPS:]
+def data_time(rounds: int) -> dict[str, Any]:
+    """Steps of real trainings from shards and from memory, and their waits for data."""
+    steps, samples = TRAINING["steps"], str(TRAINING["samples"])
+    taken: dict[str, list[dict[str, float]]] = {"shards": [], "memory": []}
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        sources = {"shards": folder / "shards", "memory": folder / "data"}
+        _on_ranks(SIMULATE, "--samples", samples, "--out", sources["shards"])
+        for _ in range(rounds):
+            for source, place in sources.items():
+                option = "--shards" if source == "shards" else "--data"
+                options = [option, place, "--out", folder / "run", "--log-every", 10]
+                for key, value in TRAINING.items():
+                    options += [f"--{key}", value]
+                _on_ranks(TRAIN, *options)
+                with (folder / "run/metrics.csv").open(newline="") as file:
+                    rows = list(csv.DictReader(file))
+                taken[source] += [
+                    {key: float(row[key]) for key in ("step_ms", "data_ms")}
+                    for row in rows
+                    if int(row["step"]) > steps // 4
+                ]
     return {
         **TRAINING,
-        "step_ms": 1e3 * report["seconds"] / len(timed),
-        "data_ms": 1e3 * sum(timed) / len(timed),
+        "rounds": rounds,
+        **{
+            source: {key: statistics.median(r[key] for r in rows) for key in rows[0]}
+            for source, rows in taken.items()
+        },
     }
+
+
+def _on_ranks(script: Path, *options: object) -> None:
+    command = [sys.executable, "-m", "jaxcomm", "run", "-n", "2", str(script)]
+    command += map(str, options)
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        raise jobs.JobError(f"{' '.join(command)}\n{done.stderr[-3000:]}")
 
 
 @click.command()
@@ -155,7 +177,7 @@ def main(quick: bool, rounds: int, names: tuple[str, ...], out: Path) -> None:
                     repeats = 2 if quick else REPEATS[name]
                     measure(name, peer, repeats, result["networks"][name])
                     write()
-        result["training"] = data_time()
+        result["training"] = data_time(1 if quick else 3)
     except jobs.JobError as error:
         raise click.ClickException(str(error)) from error
     write()

@@ -34,12 +34,12 @@ def combined(ranks: Sequence[dict[str, list[float]]]) -> dict[str, list[float]]:
     }
 
 
-def ratio(over: Sequence[float], under: Sequence[float]) -> float:
-    """Median ratio of samples: of those taken together, if they were, else of medians.
+def ratio(over: Sequence[float], under: Sequence[float], paired: bool) -> float:
+    """Median of ratios of samples that one job took in turn, else ratio of medians.
 
     Neighbours in time share what else the machine did.
     """
-    if len(over) != len(under):
+    if not paired:
         return statistics.median(over) / statistics.median(under)
     return statistics.median(a / b for a, b in zip(over, under, strict=True))
 
@@ -48,17 +48,18 @@ def efficiencies(samples: dict[str, dict[str, list[float]]]) -> dict[str, Any]:
     """By peer and way: how much of one process's speed, and of the ceiling's, is left.
 
     PyTorch is compared with its own processes; `jax.pmap`, whose two devices share one,
-    with JAX's.
+    with JAX's, which ran in another job.
     """
     found: dict[str, Any] = {}
     for peer, ways in samples.items():
-        base = samples.get("ranks", {}) if peer == "devices" else ways
+        paired = peer != "devices"
+        base = ways if paired else samples.get("ranks", {})
         for way, times in ways.items():
             entry = {"step_ms": statistics.median(times)}
             if way != ALONE and ALONE in base:
-                entry["of_one"] = ratio(base[ALONE], times)
+                entry["of_one"] = ratio(base[ALONE], times, paired)
                 if way != TOGETHER:
-                    entry["of_ceiling"] = ratio(base[TOGETHER], times)
+                    entry["of_ceiling"] = ratio(base[TOGETHER], times, paired)
             found.setdefault(peer, {})[way] = entry
     return found
 
@@ -118,7 +119,8 @@ def markdown(result: dict[str, Any]) -> str:
         "float32, Adam, probes as channels; a core and a fixed batch for every rank. "
         "Efficiency is a median of ratios of neighbouring samples: the time of one "
         "process alone (mean of both cores), or of two that do not communicate, over "
-        "the way's. Read ratios: machines differ."
+        "the way's; of `jax.pmap`, which had jobs of its own, a ratio of medians. "
+        "Read ratios: machines differ."
     ]
     for name, entry in result["networks"].items():
         if "samples_ms" not in entry:
@@ -153,11 +155,17 @@ def markdown(result: dict[str, Any]) -> str:
         met = "met" if value >= GOAL else "**missed**"
         lines += ["", f"Goal: {GOAL} of the ceiling on `small`; {value:.3f}, {met}."]
     if training := result.get("training"):
+        shards, memory = training["shards"], training["memory"]
         lines += [
             "",
-            f"`train.py` on two ranks, `{training['network']}` on simulated data: "
-            f"{training['step_ms']:.1f} ms a step, of which "
-            f"{training['data_ms']:.2f} ms are spent on the next batch.",
+            f"`train.py` on two ranks, `{training['network']}`, {training['steps']} "
+            f"steps, {training['rounds']} times in turn: a step takes "
+            f"{shards['step_ms']:.1f} ms where grain reads the batches from shards, "
+            f"{memory['step_ms']:.1f} ms where they come from memory. Of a step, "
+            f"{shards['data_ms']:.2f} and {memory['data_ms']:.2f} ms are waited for a "
+            f"batch ({shards['data_ms'] / shards['step_ms']:.1%}, "
+            f"{memory['data_ms'] / memory['step_ms']:.1%}); what grain's threads take "
+            "from the step is in the difference of the two.",
         ]
     if any("torch" in e.get("samples_ms", {}) for e in result["networks"].values()):
         lines += [

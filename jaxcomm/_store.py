@@ -155,6 +155,17 @@ def set_aside(directory: Path, step: int) -> Path:
     return new
 
 
+def clear(directory: Path) -> None:
+    """Delete all checkpoints, damaged and half-written ones too, and nothing else."""
+    if not directory.is_dir():
+        return
+    for path in directory.iterdir():
+        if path.name.startswith((_WRITING, _REMOVING, _DAMAGED)):
+            shutil.rmtree(path)
+        elif _NAME.fullmatch(path.name):
+            _remove(path)
+
+
 def _remove(path: Path) -> None:
     # One that is half deleted must not pass for a damaged one.
     doomed = path.with_name(f"{_REMOVING}{path.name}")

@@ -169,6 +169,20 @@ def steps(directory: str | Path) -> list[int]:
     return _store.steps(Path(directory))
 
 
+def clear(directory: str | Path) -> None:
+    """Delete all checkpoints in a directory, and no other file.
+
+    One process does it, while none writes there.
+
+    Args:
+      directory: where `save` kept them; it need not exist.
+
+    Raises:
+      OSError: a checkpoint cannot be deleted.
+    """
+    _store.clear(Path(directory))
+
+
 def _choose(directory: Path, step: int | None, fallback: bool) -> _store.Content | None:
     there = _store.steps(directory)
     if step is not None:

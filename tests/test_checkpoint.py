@@ -119,6 +119,18 @@ def test_only_the_newest_are_kept_and_none_is_written_over(tmp_path: Path) -> No
     assert digest(tmp_path) == before
 
 
+def test_clear_takes_checkpoints_alone(tmp_path: Path) -> None:
+    checkpoint.clear(tmp_path / "nowhere")
+    for step in (1, 2):
+        checkpoint.save(tmp_path, step, some_state())
+    _store.set_aside(tmp_path, 1)
+    (tmp_path / ".writing-00000003").mkdir()
+    (tmp_path / "step-notes").mkdir()
+    (tmp_path / "mine.txt").write_text("mine")
+    checkpoint.clear(tmp_path)
+    assert sorted(os.listdir(tmp_path)) == ["mine.txt", "step-notes"]
+
+
 def test_what_does_not_fit_is_named(tmp_path: Path) -> None:
     state = {"w": jnp.ones((2, 3)), "k": jax.random.key(0), "n": 1}
     checkpoint.save(tmp_path, 1, state, settings={"lr": 0.1, "layers": (1, 2)})

@@ -109,9 +109,11 @@ def test_demo(tmp_path: Path) -> None:
         "--data",
         tmp_path / "data",
     ]
+    (tmp_path / "out/runs/mine").mkdir(parents=True)
     done = subprocess.run(
         command, cwd=ROOT, capture_output=True, text=True, timeout=480, check=False
     )
+    assert (tmp_path / "out/runs/mine").is_dir()
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     report = json.loads((tmp_path / "out/report.json").read_text())
     assert report["ranks"] == 2

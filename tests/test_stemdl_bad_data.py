@@ -15,7 +15,6 @@ from test_stemdl_data import CONFIG, open_source, produce
 
 import manifest
 from manifest import ShardError
-from simulate_cache import data_config
 
 
 @pytest.fixture(scope="module")
@@ -142,7 +141,7 @@ def test_what_does_not_fit_the_data_set_is_refused(whole: Path) -> None:
         with pytest.raises(ShardError, match=f"batch of {batch}.*2 training shards"):
             open_source(whole, batch=batch)
     with pytest.raises(ShardError, match=r"config\.train is 8, wanted 16"):
-        open_source(whole, expected=data_config(16))
+        open_source(whole, samples=16)
     with pytest.raises(ShardError, match="number of training shards is 2, wanted 4"):
         produce(whole, 4)
     with pytest.raises(ShardError, match="do not divide into 3 equal shards"):

@@ -22,8 +22,9 @@ def test_efficiencies_compare_neighbouring_samples() -> None:
     # A machine that slows down by ten changes no ratio.
     ranks = {ALONE: [9.0, 90.0], TOGETHER: [10.0, 100.0], "jaxcomm": [12.0, 120.0]}
     found = stemdl_report.efficiencies(
-        {"ranks": ranks, "devices": {"jax.pmap": [110.0]}}
+        {"ranks": ranks, "devices": {"jax.pmap": [11.0, 209.0]}}
     )
+    # Samples of another job are nobody's neighbours: medians are compared.
     ours, pmap = found["ranks"]["jaxcomm"], found["devices"]["jax.pmap"]
     assert ours["of_one"] == pytest.approx(0.75)
     assert ours["of_ceiling"] == pytest.approx(10 / 12)

@@ -23,6 +23,7 @@ from classify.network import NETWORKS
 from dataset import CacheError
 from simulate import crystals
 from simulate.optics import Optics
+from simulate.symmetry import space_group
 
 SCRIPT = ROOT / "examples" / "stemdl" / "train_classifier.py"
 CONFIG = data.PatternConfig(train=16, test=8)
@@ -54,13 +55,13 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ],
 )
 def test_space_groups_are_those_of_the_textbook(name: str, number: int) -> None:
-    assert groups.space_group(crystals.crystals()[name]) == number
+    assert space_group(crystals.crystals()[name]) == number
 
 
 def test_a_cell_that_is_no_crystal_is_named() -> None:
     twice = Atoms("Cu2", positions=np.zeros((2, 3)), cell=[3, 3, 3], pbc=True)
     with pytest.raises(ValueError, match=r"space group of Cu2.*check its cell"):
-        groups.space_group(twice)
+        space_group(twice)
 
 
 def test_every_group_is_trained_on_and_tested_and_no_material_is_both() -> None:
@@ -75,7 +76,7 @@ def test_every_group_is_trained_on_and_tested_and_no_material_is_both() -> None:
     # The only ones of groups 141, 167 and 205.
     alone = {"TiO2 anatase", "Al2O3", "FeS2"}
     assert alone == set(crystals.crystals()) - seen - unseen
-    assert {groups.space_group(crystals.crystals()[n]) for n in alone} == {
+    assert {space_group(crystals.crystals()[n]) for n in alone} == {
         141,
         167,
         205,

@@ -17,7 +17,7 @@ import dataset
 import equality
 from simulate_cache import data_config
 
-SCOPES = "2 ranks, a bucket per scope"
+PLAIN, SCOPES = "2 ranks", "2 ranks, a bucket per scope"
 SAMPLES = 16
 SHORT = ("--steps", "6", "--batch", "8", "--samples", str(SAMPLES))
 
@@ -41,10 +41,11 @@ def run(folder: Path, *options: str) -> dict[str, Any]:
 @pytest.mark.timeout(300)
 def test_one_rank_and_two(tmp_path: Path) -> None:
     # All ways, and what is bitwise equal: thorough, below.
-    options = ("--network", "tiny", "--run", SCOPES, "--dtype", "float64")
-    report = run(tmp_path, *SHORT, *options)
+    options = ("--network", "tiny", "--run", PLAIN, "--run", SCOPES)
+    report = run(tmp_path, *SHORT, *options, "--dtype", "float64")
     found = report["results"]["float64"]
-    assert list(found) == [equality.REFERENCE, SCOPES]
+    assert list(found) == [equality.REFERENCE, PLAIN, SCOPES]
+    assert found[SCOPES]["equals"] == {"run": PLAIN, "bitwise": True}
     for entry in found.values():
         assert entry["difference"] <= 1e-10
         assert len(entry["losses"]) == 6
@@ -59,8 +60,8 @@ def test_what_must_not_be_is_found() -> None:
     def after(**changed: Any) -> list[str]:
         first = {"difference": 1e-12, "equals": None, "schedule": "a"}
         second = {**first, "schedule": "b"}
-        second["equals"] = {"run": "2 ranks", "bitwise": True}
-        found = {"2 ranks": first, SCOPES: {**second, **changed}}
+        second["equals"] = {"run": PLAIN, "bitwise": True}
+        found = {PLAIN: first, SCOPES: {**second, **changed}}
         return equality.problems({"float64": found})
 
     assert after() == []

@@ -261,6 +261,7 @@ def untrained(
     checkpoint.save(run / "params.npz", variables)
     (run / "config.toml").write_text(config.to_toml())
     trained = {"losses": [1.0, 0.9, 0.8], "steps": 3, "ranks": 1, "backend": "jaxcomm"}
+    trained["data"] = json.loads(CONFIG.to_json())
     (run / "train.json").write_text(json.dumps(trained))
     return run
 
@@ -316,6 +317,13 @@ def test_a_run_or_data_that_are_not_there(
     assert "simulate_cache.py" in refused("--data", str(tmp_path / "none"))
     assert "manifest.json does not exist" in refused("--shards", str(tmp_path))
     assert "--samples" in refused("--shards", str(tmp_path), "--samples", "16")
+    # More to test on may be other data, but not another microscope's.
+    trained = json.loads((run / "train.json").read_text())
+    trained["data"]["test"] += 1
+    trained["data"]["optics"]["energy_ev"] = 2e5
+    (run / "train.json").write_text(json.dumps(trained))
+    message = refused("--data", str(directory))
+    assert "optics.energy_ev was 200000.0 and is 100000.0" in message
     (run / "config.toml").write_text(Config(training=Training(samples=16)).to_toml())
     message = refused("--data", str(directory))
     assert "params.npz does not fit the network" in message

@@ -219,6 +219,15 @@ def test_an_atom_has_the_projected_potential_of_its_form_factor(symbol: str) -> 
     np.testing.assert_allclose(found, wanted, atol=2e-3 * wanted[0])
 
 
+def test_an_atom_that_moves_out_of_the_specimen_stays_in_its_last_slice() -> None:
+    atoms = np.array([[8.0, 8.0, -0.1], [4.0, 4.0, 4.1]])
+    specimen = Specimen(np.array(["Si", "Si"]), atoms, 3.98)
+    first, second, *behind = potential.fourier_coefficients(specimen, OPTICS)
+    # Their means are those of an atom each, and behind them there is nothing.
+    assert first[0, 0] == second[0, 0] != 0
+    assert not np.any(behind)
+
+
 def test_counts_have_a_poisson_mean_and_variance() -> None:
     fractions = np.array([0.0, 2e-4, 0.01, 0.3], np.float32)
     electrons, draws = 1e3, 40_000

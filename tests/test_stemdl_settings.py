@@ -60,7 +60,9 @@ def salt(path: Path, *changes: tuple[str, str]) -> Path:
         ({"detector": 45}, "detector=45 pixels reach to 50.9 mrad, the band limit"),
         ({"detector": 24}, "detector=24: give an odd number"),
         ({"window": 20.0}, "window=20.* larger than optics.box=16"),
-        ({"label_pixels": 31}, "label_pixels=31 .* must be box / pixels"),
+        ({"label_pixels": 30}, "label_pixels=30 .* must be box / pixels"),
+        ({"label_pixels": 31}, "label_pixels=31: give an even number"),
+        ({"box": 16.25, "pixels": 65}, "optics.pixels=65: give an even number"),
         ({"c3": 1e7}, "c3=10000000.* radius of 80.0 A.* the box has 4 A"),
         ({"energy_ev": 0.0}, "energy_ev=0.0: give a positive number"),
         ({"c1": float("nan")}, "c1=nan: give a finite number"),
@@ -87,6 +89,13 @@ def test_specimens_that_cannot_be_are_refused(
 ) -> None:
     with pytest.raises(SettingError, match=message):
         DataConfig(preparation=Preparation(**fields))
+
+
+def test_a_probe_that_spreads_out_of_the_box_is_refused() -> None:
+    optics = Optics(max_slices=150)
+    assert DataConfig(optics=optics, preparation=Preparation(max_thickness=190))
+    with pytest.raises(SettingError, match=r"radius of 4.4 A at a depth of 220 A"):
+        DataConfig(optics=optics, preparation=Preparation(max_thickness=220))
 
 
 def test_a_specimen_thicker_than_the_slices_is_refused() -> None:
@@ -213,6 +222,10 @@ def test_crystals_that_contradict_are_refused(tmp_path: Path) -> None:
     magnesia = salt(tmp_path / "a.cif", ("5.64", "4.22"), ("Na", "Mg"), ("Cl", "O"))
     with pytest.raises(SettingError, match="MgO is held out, and a, "):
         DataConfig(cifs=(cif.read(magnesia),))
+    # Of another volume, as density functionals have it, it is the same material.
+    relaxed = salt(tmp_path / "b.cif", ("5.64", "4.40"), ("Na", "Mg"), ("Cl", "O"))
+    with pytest.raises(SettingError, match="MgO is held out, and b, "):
+        DataConfig(cifs=(cif.read(relaxed),))
     with pytest.raises(SettingError, match="two crystals are named 'other'"):
         DataConfig(cifs=(foreign,), held_out_cifs=(foreign,))
     large = dataclasses.replace(foreign, name="large", cell=((17.0, 0, 0),) * 3)

@@ -32,10 +32,11 @@ def events(file: Path) -> list[Any]:
     """What is in a file of TensorBoard's: length, checksum, event, checksum."""
     from tensorboardX.proto import event_pb2
 
+    kind = vars(event_pb2)["Event"]  # made at run time, which pyright cannot see
     data, found = file.read_bytes(), []
     while data:
         (size,) = struct.unpack("<Q", data[:8])
-        found.append(event_pb2.Event.FromString(data[12 : 12 + size]))
+        found.append(kind.FromString(data[12 : 12 + size]))
         data = data[16 + size :]
     return found
 

@@ -44,8 +44,10 @@ def load(path: Path, like: Tree) -> Tree:
 def max_relative_difference(a: Path, b: Path) -> float:
     """Largest over all leaves of max|a - b| / max|a|, between two files of `save`."""
     with np.load(a) as first, np.load(b) as second:
-        return max(
-            float(np.abs(first[key] - second[key]).max() / np.abs(first[key]).max())
+        differences = [
+            np.abs(first[key] - second[key]).max() / np.abs(first[key]).max()
             for key in first.files
             if np.any(first[key])
-        )
+        ]
+        # NumPy's maximum, unlike Python's, is NaN where one of them is.
+        return float(np.max(differences))

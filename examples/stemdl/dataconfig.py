@@ -16,7 +16,7 @@ from simulate.cif import Crystal, require_fit, same_material
 from simulate.crystals import Preparation
 from simulate.optics import Optics, SettingError
 
-VERSION = 2
+VERSION = 3
 """Raise it whenever the simulation changes: old caches then have other names."""
 
 
@@ -55,6 +55,7 @@ class DataConfig:
                 f"optics.max_slices={optics.max_slices} of optics.slice_thickness="
                 f"{optics.slice_thickness} A hold: raise max_slices"
             )
+        optics.require_room(thickest)
         for crystal in (*self.cifs, *self.held_out_cifs):
             require_fit(crystal, optics.box)
         given = [crystal.name for crystal in (*self.cifs, *self.held_out_cifs)]
@@ -75,7 +76,8 @@ class DataConfig:
                 if same_material(atoms, self.crystal(name)):
                     raise SettingError(
                         f"crystal {name} is held out, and {other}, which is to be "
-                        "trained on, has its formula and volume: leave one out"
+                        "trained on, has its formula, and its volume or space group: "
+                        "leave one out"
                     )
 
     @property

@@ -29,6 +29,8 @@ RANKS = 2
 STEPS, SAMPLES = 1600, 1500
 PMAP_STEPS = 200
 COMPARE_STEPS = 20
+RUNS = ("jaxcomm", "pmap", "jaxcomm64", "pmap64")
+RESULTS = ("report.json", "reconstruction.png", "loss.png", "schedule.txt")
 TRAIN = Path(__file__).resolve().parent / "train.py"
 
 
@@ -102,9 +104,12 @@ def main(steps: int, network: str, data_dir: Path, out: Path) -> None:
     """Train a small STEMDL network on two MPI ranks and show what it learned."""
     console = Console(stderr=True)
     runs = out / "runs"
-    # Results of an earlier demo must not pass for this one's.
-    shutil.rmtree(out, ignore_errors=True)
-    runs.mkdir(parents=True)
+    # Results of an earlier demo must not pass for this one's; others' files stay.
+    for name in RUNS:
+        shutil.rmtree(runs / name, ignore_errors=True)
+    for name in RESULTS:
+        (out / name).unlink(missing_ok=True)
+    runs.mkdir(parents=True, exist_ok=True)
     # A demo cut short trains on fewer samples as well.
     samples = min(SAMPLES, max(160, SAMPLES * steps // STEPS))
     config = data_config(samples)

@@ -141,7 +141,7 @@ def compare(runs: dict[str, Path], found: dict[str, dict[str, Any]]) -> None:
         run, entry = RUNS[name], found[name]
         entry["difference"] = checkpoint.max_relative_difference(runs[REFERENCE], path)
         entry["equals"] = None
-        if run.pmap or run.transport is not None:
+        if run.pmap or run.transport != "auto":
             continue
         other = first.setdefault(run.ranks, name)
         if other != name:

@@ -86,6 +86,27 @@ def _sharded(directory: Path) -> tuple[DataConfig, Dataset]:
     return simulated, loading.load(directory)
 
 
+def _require_same(run: Path, trained: Any, found: Any, field: str = "") -> None:
+    """Refuse data that are not those of the training, but for what is held out.
+
+    Patterns are standardised by the training's, and what it was trained on must not be
+    held out here; whether held-out crystals are others, the data set has checked.
+    """
+    if trained == found:
+        return
+    if isinstance(trained, dict) and isinstance(found, dict):
+        for key in sorted(trained.keys() | found.keys()):
+            if field or key not in ("test", "held_out_cifs"):
+                name = f"{field}.{key}".lstrip(".")
+                _require_same(run, trained.get(key), found.get(key), name)
+        return
+    raise click.UsageError(
+        f"--run {run} was trained on other data than these: {field or 'data'} was "
+        f"{trained!r:.200} and is {found!r:.200}; give the --shards or the --samples "
+        "that it was trained on"
+    )
+
+
 def _settings(
     run: Path, resolved: Config, trained: dict[str, Any], data: DataConfig
 ) -> dict[str, Any]:
@@ -179,6 +200,7 @@ def main(
     except (CacheError, FileNotFoundError, manifest.ShardError, ValueError) as error:
         raise click.UsageError(str(error)) from error
     trained = json.loads((run / "train.json").read_text())
+    _require_same(run, trained.get("data"), json.loads(data.to_json()))
     settings = _settings(run, resolved, trained, data)
     with console.status("fitting baselines") as status:
         methods = baselines.fit(dataset, strongest) | {report.NETWORK: network}

@@ -14,7 +14,7 @@ import scipy.linalg
 from scores import nrmse
 
 VALIDATION_FRACTION = 0.2
-RIDGES = (1e-3, 1e-2, 1e-1, 1.0)
+RIDGES = (1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0)
 """Penalties that are tried, as fractions of the features' mean variance."""
 
 _CHUNK_BYTES = 64 << 20

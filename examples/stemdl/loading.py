@@ -7,7 +7,6 @@ state that grain has here, so a checkpoint's step number restores it.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Generator
 from pathlib import Path
 
@@ -20,7 +19,7 @@ import jaxcomm
 import manifest
 import settings
 import shards
-from dataset import DataConfig, Dataset
+from dataset import Dataset
 from manifest import Manifest, Shard, ShardError
 from noise import Noise
 from parallel import Backend
@@ -154,7 +153,7 @@ def open_source(
     backend: Backend,
     batch: int,
     seed: int,
-    expected: DataConfig | None = None,
+    samples: int | None = None,
     noise: settings.Noise | None = None,
 ) -> Source:
     """Open the training shards; all ranks call it together.
@@ -166,7 +165,7 @@ def open_source(
       backend: divides the rows of a batch.
       batch: rows of a global batch.
       seed: of order, augmentation and noise.
-      expected: the configuration that the manifest must have; None: any.
+      samples: how many to train on the manifest must have; None: any number.
       noise: that training patterns get; None: none.
 
     Raises:
@@ -174,12 +173,12 @@ def open_source(
         batch does not divide.
     """
     comm = jaxcomm.world()
-    wanted = None if expected is None else json.loads(expected.to_json())
 
     def described() -> Manifest:
         found = manifest.read(directory)
-        if wanted is not None:
-            manifest.require(directory / manifest.NAME, "config", found.config, wanted)
+        if samples is not None:
+            path, there = directory / manifest.NAME, found.config["train"]
+            manifest.require(path, "config.train", there, samples, "training.samples")
         return found
 
     whole = together(comm, described)
@@ -205,11 +204,13 @@ def open_source(
         )
 
     def verify() -> None:
-        for shard in training[comm.rank :: comm.size]:
+        # Those of held-out samples are read where they are, whatever is staged.
+        read_here = training if stage is None else ()
+        for shard in [*read_here, *whole.split("test")][comm.rank :: comm.size]:
             shards.verify(directory, shard)
 
+    together(comm, verify)
     if stage is None:
-        together(comm, verify)
         return source(directory)
     needed = [training[k] for k in np.unique(order.shard_of(slots))]
     with staged(directory, stage, needed, comm) as place:

@@ -51,6 +51,10 @@ class Backend(Protocol):
         """Wait for all processes."""
         ...
 
+    def gather(self, value: Any) -> list[Any]:
+        """Every process's value, on all of them; any that can be pickled."""
+        ...
+
     def mean(self, tree: Any) -> Any:
         """Average values of this process over all, as NumPy arrays."""
         ...
@@ -88,6 +92,9 @@ class Ranks:
 
     def barrier(self) -> None:
         self._comm.barrier()
+
+    def gather(self, value: Any) -> list[Any]:
+        return self._comm.all_gather_object(value)
 
     def mean(self, tree: Any) -> Any:
         return self.fetch(jaxcomm.all_reduce(tree, op="mean"))
@@ -130,6 +137,9 @@ class Devices:
 
     def barrier(self) -> None:
         pass
+
+    def gather(self, value: Any) -> list[Any]:
+        return [value]
 
     def mean(self, tree: Any) -> Any:
         return jax.tree.map(np.asarray, tree)

@@ -82,7 +82,10 @@ def main(recipe: str, data: Path, out: Path | None) -> None:
     spent = [run("1  simulate", console, *launch, simulator, *options)]
     trainer, each = HERE / "train.py", max(1, resolved.training.steps // 10)
     options = ("--config", path, "--shards", shards, "--out", out / "run")
-    options += ("--no-resume", "--evaluate-every", str(each))
+    options += ("--evaluate-every", str(each), "--checkpoint-every", str(each))
+    # One that was cut short goes on; one that has ended is done again.
+    if (out / "run" / "train.json").exists():
+        options += ("--no-resume",)
     title = f"2  train on {RANKS} MPI ranks"
     spent.append(run(title, console, *launch, trainer, *options))
     options = ("--run", out / "run", "--shards", shards, "--out", out, "--strongest")

@@ -61,8 +61,9 @@ class StepLog:
             from tensorboardX import SummaryWriter
 
             # What an earlier process wrote of later steps is hidden, as below.
-            options = {"purge_step": first + 1, "flush_secs": FLUSH_SECONDS}
-            self._events = SummaryWriter(str(events), **options)
+            self._events = SummaryWriter(
+                str(events), purge_step=first + 1, flush_secs=FLUSH_SECONDS
+            )
         kept = []
         if first and path.exists():
             with path.open(newline="") as file:

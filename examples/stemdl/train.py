@@ -12,16 +12,15 @@ first, or by a failure, after which `jaxcomm run --max-restarts 3` starts it aga
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import os
-import shutil
 from pathlib import Path
 from typing import Any, NoReturn
 
 import click
 import jax
 import numpy as np
-from click.core import ParameterSource
 from rich.console import Console
 
 import batchfile
@@ -34,14 +33,17 @@ import precision
 import recipe
 from cached import Cached
 from dataset import load
-from jaxcomm.checkpoint import CheckpointError, Stop, restore, save
+from jaxcomm.checkpoint import CheckpointError, Stop, clear, restore, save
 from monitor import Monitor
 from options import config_options
 from parallel import AXIS, BACKENDS, Backend
-from settings import Communication, Config
+from settings import Communication, Config, Training
 from simulate_cache import data_config, data_option, simulate
 from steplog import StepLog
 from telemetry import UNTIMED_STEPS, NonFiniteLossError, Telemetry, Timed
+
+MOST_CACHED = 6000
+"""Training samples that rank 0 simulates alone while the others wait."""
 
 
 @click.command()
@@ -150,21 +152,30 @@ def main(
     if shards_dir is not None:
         try:
             # Unless it was asked for, their number is what the manifest says.
-            asked_for = click.get_current_context().get_parameter_source("samples")
-            explicit = asked_for is ParameterSource.COMMANDLINE
-            expected = data_config(samples) if explicit else None
+            asked = None if samples == Training().samples else samples
             source = loading.open_source(
-                shards_dir, stage, backend, batch, seed, expected, resolved.noise
+                shards_dir, stage, backend, batch, seed, asked, resolved.noise
             )
         except loading.ShardError as error:
             raise click.UsageError(str(error)) from error
+        data = source.manifest.config
+        counted = dataclasses.replace(training, samples=data["train"])
+        resolved = dataclasses.replace(resolved, training=counted)
     elif stage is not None:
         raise click.UsageError("--stage copies shards: give --shards too")
+    elif samples > MOST_CACHED:
+        raise click.UsageError(
+            f"{samples} training samples are more than one process should simulate "
+            f"({MOST_CACHED}): write shards with simulate_shards.py on all ranks, and "
+            "give --shards"
+        )
+    else:
+        data = json.loads(data_config(samples).to_json())
     saved = out / "checkpoints"
     if root:
         out.mkdir(parents=True, exist_ok=True)
         if not resume and os.environ.get("JAXCOMM_RESTART", "0") == "0":
-            shutil.rmtree(saved, ignore_errors=True)
+            clear(saved)
         if source is None:
             simulate(data_config(samples), data_dir, 1, Console(stderr=True))
     backend.barrier()
@@ -179,7 +190,10 @@ def main(
         dtype=precision.dtype_of(resolved.precision),
     )
     tx = optimizer.make(resolved.optimizer, resolved.schedule, steps, backend.size)
-    state = recipe.initial_state(model, tx, source.example, resolved)
+    try:
+        state = recipe.initial_state(model, tx, source.example, resolved)
+    except ValueError as error:  # of the network: it does not fit the data's shapes
+        raise click.UsageError(str(error)) from error
     losses = np.full(steps, np.nan)
     settings = _settings(resolved, backend)
     if shards_dir is not None:
@@ -193,6 +207,9 @@ def main(
     train_step = recipe.compile_step(model, tx, resolved, backend)
     feed = Timed(source.batches(first))
     if root:
+        # Those of another training here must not pass for this one's.
+        for name in ("params.npz", "train.json"):
+            (out / name).unlink(missing_ok=True)
         (out / "config.toml").write_text(resolved.to_toml())
         versions = json.dumps(config.versions(), indent=1)
         (out / "versions.json").write_text(versions + "\n")
@@ -249,6 +266,7 @@ def main(
         report = {
             "backend": backend.name,
             "network": resolved.network.name,
+            "data": data,
             "ranks": backend.size,
             "control_messages_per_step": _per_step(checks, backend.checks(), stop),
             "schedule_fingerprint": None,
@@ -303,11 +321,14 @@ def _give_up(
     """Keep the batch of a loss that is not finite, and end on every rank."""
     before = error.step - 1
     rows, (patterns, labels) = source.rows(before), next(source.batches(before))
+    out.mkdir(parents=True, exist_ok=True)  # of another node, it may be another one
     path = out / f"nonfinite-step{error.step}-rank{backend.rank}.npz"
     found = batchfile.keep(path, error.step, rows, patterns, labels)
+    # The first rank that ends takes the others with it: not before all have saved.
+    parts = [f"rank {k} had {text}" for k, text in enumerate(backend.gather(found))]
     # With exit code 2, so that it is not tried again: it would end the same way.
     raise click.UsageError(
-        f"{error}; rank {backend.rank} had {found}. If the data are sound, lower "
+        f"{error}; {'; '.join(parts)}. If the data are sound, lower "
         "optimizer.lr or give precision.compute a wider range."
     ) from error
 

@@ -21,9 +21,13 @@ from ase.neighborlist import neighbor_list
 
 from simulate.optics import SettingError
 from simulate.potential import scattering_factor
+from simulate.symmetry import space_group
 
 CLOSEST = 0.5
 """Atoms nearer than this, in A, are no crystal: hydrogen molecules have 0.74."""
+
+RELAXED = 0.05
+"""How far, in A, relaxation may have left atoms from where symmetry wants them."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -138,8 +142,12 @@ def require_fit(crystal: Crystal, box: float) -> None:
 
 
 def same_material(a: Atoms, b: Atoms) -> bool:
-    """Whether formula and volume per atom (to 2 %) agree; polymorphs mostly differ."""
+    """Whether two crystals have one formula, and one volume or one space group.
+
+    Volumes per atom agree to 2 %. A relaxed structure's may not: density functionals
+    miss lattice constants by more, and symmetry by a little.
+    """
     if a.symbols.formula.reduce()[0].count() != b.symbols.formula.reduce()[0].count():
         return False
     ratio = a.get_volume() / len(a) / (b.get_volume() / len(b))
-    return abs(ratio - 1) < 0.02
+    return abs(ratio - 1) < 0.02 or space_group(a, RELAXED) == space_group(b, RELAXED)

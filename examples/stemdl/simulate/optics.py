@@ -29,7 +29,7 @@ class Optics:
       energy_ev: kinetic energy of the electrons.
       aperture_mrad: semi-angle of the convergent beam.
       box: side of the periodic square box.
-      pixels: pixels along the box's side.
+      pixels: pixels along the box's side; even.
       slice_thickness: distance between the planes onto which the potential is
         projected.
       max_slices: slices that a potential array holds; thinner specimens leave the
@@ -39,7 +39,7 @@ class Optics:
       detector: detector pixels along a side, each 1 / box wide; odd, so that the
         unscattered beam falls on a pixel and symmetries of the square are exact. Its
         corners may lie beyond the band limit, where nothing arrives.
-      label_pixels: pixels of the label along the window's side.
+      label_pixels: pixels of the label along the window's side; even.
       label_sigma: standard deviation of the Gaussian that blurs the label.
       c1: defocus of the probe; positive is overfocus, the focus lying before the
         specimen.
@@ -91,6 +91,12 @@ class Optics:
             )
         if self.detector % 2 == 0:
             raise SettingError(f"optics.detector={self.detector}: give an odd number")
+        for name in ("pixels", "label_pixels"):
+            if getattr(self, name) % 2:
+                raise SettingError(
+                    f"optics.{name}={getattr(self, name)}: give an even number, so "
+                    "that the window lies in the middle of the box"
+                )
         edge = (self.detector // 2) / self.box
         if edge >= limit:
             raise SettingError(
@@ -108,20 +114,32 @@ class Optics:
                 f"{self.window} A do not match the box's sampling of {self.sampling} "
                 "A: window / label_pixels must be box / pixels"
             )
-        spread, margin = self._probe_radius(), (self.box - self.window) / 2
+        self.require_room(0)
+
+    def require_room(self, depth: float) -> None:
+        """Refuse a probe that is wider than the box around the window.
+
+        Args:
+          depth: below the entrance surface, in A.
+
+        Raises:
+          SettingError: it is.
+        """
+        spread, margin = self._probe_radius(depth), (self.box - self.window) / 2
         if spread > margin:
             raise SettingError(
                 f"optics.c1={self.c1}, c3={self.c3}, c5={self.c5}, "
                 f"astigmatism={self.astigmatism} spread the probe over a radius of "
-                f"{spread:.1f} A; around the window the box has {margin:g} A: lower "
-                "them or optics.aperture_mrad, or enlarge optics.box (and pixels)"
+                f"{spread:.1f} A at a depth of {depth:g} A; around the window the box "
+                f"has {margin:g} A: lower them, optics.aperture_mrad or "
+                "preparation.max_thickness, or enlarge optics.box (and pixels)"
             )
 
-    def _probe_radius(self) -> float:
-        """Where the outermost ray of geometrical optics meets the specimen, in A."""
+    def _probe_radius(self, depth: float) -> float:
+        """Distance of geometrical optics' outermost ray from the axis, in A."""
         angle = np.linspace(0, self.aperture_mrad * 1e-3, 257)
         rays = [
-            (self.c1 + sign * self.astigmatism) * angle
+            (self.c1 + depth + sign * self.astigmatism) * angle
             + self.c3 * angle**3
             + self.c5 * angle**5
             for sign in (-1, 1)

@@ -95,7 +95,9 @@ def fourier_coefficients(specimen: Specimen, optics: Optics) -> np.ndarray:
         for axis in (0, 1)
     )
     depth = np.floor(specimen.positions[:, 2] / optics.slice_thickness).astype(int)
-    depth = np.clip(depth, 0, optics.max_slices - 1)
+    # An atom that its displacement takes out of the specimen stays in its outer slice.
+    last = int(np.ceil(specimen.thickness / optics.slice_thickness)) - 1
+    depth = np.clip(depth, 0, last)
     coefficients = np.zeros(
         (optics.max_slices, optics.pixels, optics.pixels), np.complex64
     )
