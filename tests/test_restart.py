@@ -252,7 +252,10 @@ def test_ranks_that_do_not_end_are_killed(
     wait_until(lambda: not any(map(alive, pids)), 5)
 
 
-def test_stop_in_one_process() -> None:
+def test_stop_in_one_process(request: pytest.FixtureRequest) -> None:
+    # A shell's background jobs, of which this may be one, are born deaf to Ctrl-C.
+    inherited = signal.signal(signal.SIGINT, signal.default_int_handler)
+    request.addfinalizer(lambda: signal.signal(signal.SIGINT, inherited))
     before = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
     with checkpoint.Stop(every=2) as stop:
         assert not stop.requested(2)
