@@ -29,6 +29,7 @@ def left_by(folder: Path, nrmse: float, column_error: float | None) -> Path:
     report = {
         "settings": {"seed": 0},
         "methods": methods,
+        "materials": {"Pd": {"samples": 1, "methods": methods}},
         "dose": [{"electrons_per_pattern": d, "methods": methods} for d in doses],
         "consistency": {"r_mean": {"network": 0.1}},
     }
@@ -51,6 +52,7 @@ def test_a_line_for_each_training(tmp_path: Path) -> None:
     found = {folder.name: compare_recipes.summary(folder) for folder in (one, other)}
     assert found["stemdl-one"]["layout"] == "probes"
     assert found["stemdl-one"]["step_ms"] == 60
+    assert found["stemdl-one"]["columns_found_by_material"] == {"Pd": 0.97}
     text = compare_recipes.markdown(found).splitlines()
     assert text[2].startswith("| mean label |  |  | 1.000 |")
     assert text[3:] == [

@@ -78,6 +78,10 @@ def summary(folder: Path) -> dict[str, Any]:
         "steps": trained["steps"],
         "training_s": round(trained["seconds"], 1),
         **times(run),
+        "columns_found_by_material": {
+            name: entry["methods"][NETWORK]["columns_found"]
+            for name, entry in report["materials"].items()
+        },
         "methods": {name: figures(report, name) for name in report["methods"]},
         "r_factor": report["consistency"]["r_mean"],
     }

@@ -208,8 +208,9 @@ def main(
     feed = Timed(source.batches(first))
     if root:
         # Those of another training here must not pass for this one's.
-        for name in ("params.npz", "train.json"):
-            (out / name).unlink(missing_ok=True)
+        stale = [out / "params.npz", out / "train.json"]
+        for path in [*stale, *(() if first else out.glob("params_*.npz"))]:
+            path.unlink(missing_ok=True)
         (out / "config.toml").write_text(resolved.to_toml())
         versions = json.dumps(config.versions(), indent=1)
         (out / "versions.json").write_text(versions + "\n")
@@ -224,7 +225,7 @@ def main(
     events = out / "tensorboard" if tensorboard else None
     path = out / "metrics.csv" if root else None
     log = StepLog(path, log_every, first, backend, events)
-    checks = backend.checks()
+    checks, scoring = backend.checks(), 0
     # Without it a signal ends the process at once.
     asked = Stop() if checkpoint_every else None
     stop = min(stop or steps, steps)
@@ -246,7 +247,10 @@ def main(
                     checkpoint.save(out / f"params_{step}.npz", params)
                 scores: dict[str, float] = {}
                 if monitor and (step % evaluate_every == 0 or step == stop):
+                    before = backend.checks() or 0
                     scores = monitor(*backend.fetch((state.params, state.batch_stats)))
+                    # Scores have a schedule of their own, which no step pays for.
+                    scoring += (backend.checks() or 0) - before
                     telemetry.note(scores)
                 log.record(step, telemetry, feed, scores)
                 stopped = asked is not None and asked.requested(step)
@@ -268,7 +272,9 @@ def main(
             "network": resolved.network.name,
             "data": data,
             "ranks": backend.size,
-            "control_messages_per_step": _per_step(checks, backend.checks(), stop),
+            "control_messages_per_step": _per_step(
+                checks, backend.checks(), scoring, stop
+            ),
             "schedule_fingerprint": None,
             **telemetry.report(),
             # Waited for each batch, from this process's first step on.
@@ -333,11 +339,13 @@ def _give_up(
     ) from error
 
 
-def _per_step(first: int | None, last: int | None, steps: int) -> float | None:
-    """Schedule checks per step after the first."""
+def _per_step(
+    first: int | None, last: int | None, scoring: int, steps: int
+) -> float | None:
+    """Schedule checks per step after the first, those of scores aside."""
     if first is None or last is None:
         return None
-    return (last - first) / max(1, steps - 1)
+    return (last - first - scoring) / max(1, steps - 1)
 
 
 if __name__ == "__main__":
