@@ -45,8 +45,9 @@ class Communicator:
       staging_bytes: size of the buffer that small leaves share.
       topology: what a profile of `jaxcomm tune` holds for; "" without MPI.
       costs: the cost model that plans are made with.
-      shared_memory: whether reductions go through memory that the ranks share, as
-        they do where all are on one host (and JAXCOMM_SHARED_MEMORY is not "off").
+      shared_memory: whether the ranks share memory: where all are on one host (and
+        JAXCOMM_SHARED_MEMORY is not "off"). Reductions go through it; mpi4jax's do not,
+        but ranks meet there before each of its calls.
     """
 
     def __init__(
@@ -77,7 +78,7 @@ class Communicator:
         if self.lineage == "world":
             self._find_settings()
         one_host = 1 < self.size == self.local_size
-        self.shared_memory &= one_host and self.transport == "mpi"
+        self.shared_memory &= one_host and self.transport != "nccl"
         if self.transport == "nccl":
             from jaxcomm.transports import nccl
 

@@ -112,6 +112,13 @@ def test_the_job_ends(
         assert f"rank {culprit} ended without a call" in done.stderr
 
 
+def test_mpi4jax_never_gets_calls_that_differ(job: Launch) -> None:
+    done = job(3, ALONE, "mpi4jax", "order", "1", timeout=60)
+    assert done.returncode == 1, done.stdout + done.stderr
+    assert REPORTS["order"] + "; nothing was reduced" in done.stderr, done.stderr
+    assert "went on" not in done.stdout
+
+
 @pytest.mark.parametrize(("transport", "ranks"), [("mpi", 4), ("nccl", 2)])
 def test_every_call_can_be_checked(job: Launch, transport: str, ranks: int) -> None:
     env = {"JAXCOMM_CHECK": "every", "JAXCOMM_SHARED_MEMORY": "off"}

@@ -309,8 +309,10 @@ ffi::Error RankCall(ffi::Result<ffi::BufferR0<ffi::S32>> out, int64_t comm_id) {
 }
 
 // Moves nothing: ties the leaves to the token, so that a foreign custom call on
-// them takes its place in the order, and asks for the agreement before it runs. A second
-// gate, of bucket -1, tells that the foreign call has ended.
+// them takes its place in the order, and asks for the agreement before it runs. Where ranks
+// share memory it lets none pass that has come from another bucket: MPI, given buffers of
+// different sizes, may write beyond them. A second gate, of bucket -1, tells that the
+// foreign call has ended.
 ffi::Error Gate(ffi::RemainingArgs args, ffi::RemainingRets rets, int64_t comm_id,
                 int64_t schedule, int64_t bucket) {
   auto leaves = Leaves(args, rets);
@@ -323,6 +325,13 @@ ffi::Error Gate(ffi::RemainingArgs args, ffi::RemainingRets rets, int64_t comm_i
     return ffi::Error::Success();
   }
   std::string text = Begin(comm, schedule, bucket);
+  if (text.empty() && comm->node != nullptr) {
+    const Where where{schedule, bucket};
+    if (const int stranger = comm->node->Meet(where); stranger >= 0) {
+      text = comm->broken =
+          AskHowTheyDiffer(comm->id, where, stranger, comm->node->where(stranger));
+    }
+  }
   if (text.empty()) return ffi::Error::Success();
   comm->progress.End();
   return Refused(text);

@@ -91,6 +91,35 @@ void Node::Wait(const std::atomic<int64_t>& flag, int64_t value) const {
   }
 }
 
+void Node::Publish(Flag* flag, int64_t number) {
+  // Streaming stores are not ordered with others but by a fence.
+#if defined(__x86_64__)
+  __builtin_ia32_sfence();
+#endif
+  flag->value.store(number, std::memory_order_release);
+}
+
+int Node::Arrived(int64_t number, const Where& where) const {
+  int stranger = -1;
+  for (int p = 0; p < size_; ++p) {
+    Wait(control(p).arrived.value, number);
+    if (this->where(p) != where) stranger = p;
+  }
+  return stranger;
+}
+
+int Node::Meet(const Where& where) {
+  Control& own = control(rank_);
+  own.arrived.where = where;
+  Publish(&own.arrived, ++number_);
+  const int stranger = Arrived(number_, where);
+  if (stranger >= 0) return stranger;
+  // Nobody may write where its next call is until all have read where this one is.
+  Publish(&own.reduced, number_);
+  for (int p = 0; p < size_; ++p) Wait(control(p).reduced.value, number_);
+  return -1;
+}
+
 // Cuts leaves into segments.
 class Node::Stream {
  public:
@@ -154,18 +183,7 @@ class Node::Call {
     const auto put = [&](char* leaf, int64_t at, int64_t n) { Write(leaf, slot, at, n); };
     ForEach(segment, 0, Bound(segment, node_.rank_), put);
     ForEach(segment, Bound(segment, node_.rank_ + 1), segment.count, put);
-    Publish(&node_.control(node_.rank_).arrived, segment.number);
-  }
-
-  // Waits until all ranks have put their segment. Returns one that has put a segment of
-  // another bucket, or -1.
-  int Meet(const Segment& segment) {
-    int stranger = -1;
-    for (int p = 0; p < node_.size_; ++p) {
-      node_.Wait(node_.control(p).arrived.value, segment.number);
-      if (node_.where(p) != how_.where) stranger = p;
-    }
-    return stranger;
+    Node::Publish(&node_.control(node_.rank_).arrived, segment.number);
   }
 
   void Reduce(const Segment& segment) {
@@ -180,7 +198,7 @@ class Node::Call {
         }
       }
     });
-    Publish(&node_.control(node_.rank_).reduced, segment.number);
+    Node::Publish(&node_.control(node_.rank_).reduced, segment.number);
   }
 
   void Take(const Segment& segment) {
@@ -203,14 +221,6 @@ class Node::Call {
  private:
   static void Copy(void* to, const void* from, int64_t bytes) {
     std::memcpy(to, from, static_cast<size_t>(bytes));
-  }
-
-  static void Publish(Flag* flag, int64_t number) {
-    // Streaming stores are not ordered with others but by a fence.
-#if defined(__x86_64__)
-    __builtin_ia32_sfence();
-#endif
-    flag->value.store(number, std::memory_order_release);
   }
 
   // Where rank p's part begins; whole cache lines, so that no two ranks write into one.
@@ -330,7 +340,7 @@ int64_t Node::AllReduce(const Reduction& reduction, const std::vector<Leaf>& lea
     call.Put(now);
   }
   while (more) {
-    if ((*stranger = call.Meet(now)) >= 0) return segments;
+    if ((*stranger = Arrived(now.number, reduction.where)) >= 0) return segments;
     call.Reduce(now);
     if ((more = stream.Next(&next))) {
       next.number = ++number_;

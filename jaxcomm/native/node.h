@@ -73,6 +73,9 @@ class Node {
   // further call may be made.
   int64_t AllReduce(const Reduction& reduction, const std::vector<Leaf>& leaves,
                     int* stranger);
+  // Waits until all ranks have come, before a call that is not ours. Returns one that
+  // comes from another bucket, or -1: then no further call may be made.
+  int Meet(const Where& where);
   // What the last call of a rank was.
   Where where(int rank) const { return control(rank).arrived.where; }
 
@@ -107,6 +110,10 @@ class Node {
            number % kSlots * slot_bytes_;
   }
   void Wait(const std::atomic<int64_t>& flag, int64_t value) const;
+  static void Publish(Flag* flag, int64_t number);
+  // Waits until all ranks have arrived with a segment. Returns one that comes from
+  // elsewhere than `where`, or -1.
+  int Arrived(int64_t number, const Where& where) const;
 
   const std::vector<char*> windows_;
   const int rank_;

@@ -143,7 +143,7 @@ def verdict(trial: Trial, code: int, out: str, err: str) -> str:
     if pattern is None:  # should have gone right
         return UNCLEAR
     pattern = pattern.format(culprit=trial.culprit, ranks=trial.ranks)
-    if trial.way in ("mpi, MPI calls", "mpi, own thread", "mpi4jax"):
+    if trial.way in ("mpi, MPI calls", "mpi, own thread"):
         # Of different sizes: MPI itself may notice first.
         pattern += r"|message truncated|MPI_ERR_TRUNCATE"
     # Whom a stop or a kill catches before init has no watchdog yet.
