@@ -67,6 +67,26 @@ def test_augmentation_moves_scan_detector_and_label_together(
     assert len(np.unique(moved_x, axis=0)) == augment.SYMMETRIES
 
 
+def test_reconstructions_are_turned_back_before_they_are_averaged(
+    samples: dataset.Arrays,
+) -> None:
+    x = samples["amplitudes"]
+    seen = []
+
+    def predict(patterns: np.ndarray) -> np.ndarray:
+        seen.append(patterns)
+        image = patterns.sum((-2, -1))
+        image[:, 0, 0] = 0  # not the same in every orientation
+        return image
+
+    image = x.sum((-2, -1))
+    corners = np.ones_like(image)
+    corners[:, [0, 0, -1, -1], [0, -1, 0, -1]] = 3 / 4  # each is 0 in two of eight
+    found = augment.averaged(predict, x)
+    np.testing.assert_allclose(found, corners * image, rtol=1e-5)
+    assert len({patterns.tobytes() for patterns in seen}) == augment.SYMMETRIES
+
+
 def test_a_bad_cache_is_named(tmp_path: Path, samples: dataset.Arrays) -> None:
     with pytest.raises(FileNotFoundError, match=r"simulate_cache\.py"):
         dataset.load(CONFIG, tmp_path)

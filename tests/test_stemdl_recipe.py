@@ -135,6 +135,10 @@ def test_losses() -> None:
     for name, value in wanted.items():
         loss = losses.named(name, huber_delta=0.5)
         assert float(loss(predicted, labels)) == pytest.approx(value, rel=1e-5), name
+    down, across = (np.diff(predicted - labels, axis=axis) for axis in (1, 2))
+    rough = losses.named("mse", gradient_weight=2.0)(predicted, labels)
+    more = 2 * ((down**2).mean() + (across**2).mean())
+    assert float(rough) == pytest.approx(wanted["mse"] + more, rel=1e-4)
     offset = losses.pairwise(predicted + 3, labels)
     assert float(offset) == pytest.approx(wanted["pairwise"], rel=1e-4)
 

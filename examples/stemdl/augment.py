@@ -9,6 +9,7 @@ the centres of cells.
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 
 import numpy as np
 
@@ -38,6 +39,32 @@ def transform(patterns: np.ndarray, symmetry: int) -> np.ndarray:
 def transform_label(labels: np.ndarray, symmetry: int) -> np.ndarray:
     """Apply one symmetry to potentials (..., pixels, pixels); returns a view."""
     return _turn(labels, symmetry, -2)
+
+
+def turned_back(labels: np.ndarray, symmetry: int) -> np.ndarray:
+    """Undo `transform_label`; returns a view."""
+    labels = np.rot90(labels, -(symmetry & 3), axes=(-2, -1))
+    return np.swapaxes(labels, -2, -1) if symmetry & 4 else labels
+
+
+def averaged(
+    predict: Callable[[np.ndarray], np.ndarray], patterns: np.ndarray
+) -> np.ndarray:
+    """Reconstruct from every orientation of the same patterns, and average.
+
+    Args:
+      predict: (n, scan, scan, detector, detector) patterns to (n, pixels, pixels)
+        potentials.
+      patterns: its argument.
+
+    Returns:
+      What `predict` does, each potential the mean of eight.
+    """
+    turned = [
+        turned_back(predict(np.ascontiguousarray(transform(patterns, s))), s)
+        for s in range(SYMMETRIES)
+    ]
+    return np.mean(turned, axis=0)
 
 
 def augment(

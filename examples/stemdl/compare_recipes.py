@@ -35,10 +35,13 @@ COLUMNS: tuple[tuple[str, str, str], ...] = (
 
 
 def times(run: Path) -> dict[str, float]:
-    """Medians of metrics.csv's lines: a step, and what of it waits for data."""
+    """Medians of metrics.csv's lines: a step, and what of it waits for data.
+
+    Of a training that has hardly begun, nothing.
+    """
     with (run / "metrics.csv").open(newline="") as file:
         rows = [row for row in csv.DictReader(file) if int(row["step"]) > WARM_UP_STEPS]
-    keys = ("step_ms", "data_ms", "communication_ms")
+    keys = ("step_ms", "data_ms", "communication_ms") if rows else ()
     found = {key: statistics.median(float(row[key]) for row in rows) for key in keys}
     return {key: round(value, 3) for key, value in found.items()}
 

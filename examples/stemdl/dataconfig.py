@@ -20,6 +20,10 @@ VERSION = 3
 """Raise it whenever the simulation changes: old caches then have other names."""
 
 
+SAMPLES = 1500
+"""Training samples where no other number is asked for."""
+
+
 @dataclasses.dataclass(frozen=True)
 class DataConfig:
     """Everything the samples depend on.
@@ -38,7 +42,7 @@ class DataConfig:
       SettingError: fields contradict each other, or a crystal does not fit.
     """
 
-    train: int = 1500
+    train: int = SAMPLES
     test: int = 200
     seed: int = 0
     optics: Optics = dataclasses.field(default_factory=Optics)

@@ -15,6 +15,7 @@ import jax
 import numpy as np
 from rich.console import Console
 
+import augment
 import baselines
 import checkpoint
 import config
@@ -108,7 +109,11 @@ def _require_same(run: Path, trained: Any, found: Any, field: str = "") -> None:
 
 
 def _settings(
-    run: Path, resolved: Config, trained: dict[str, Any], data: DataConfig
+    run: Path,
+    resolved: Config,
+    trained: dict[str, Any],
+    data: DataConfig,
+    orientations: bool,
 ) -> dict[str, Any]:
     """What the report says of the run."""
     optics, prepared = data.optics, data.preparation
@@ -120,6 +125,7 @@ def _settings(
         "loss": resolved.loss.name,
         "precision": resolved.precision.compute,
         "trained on noise": doses if noise.least_dose else "none",
+        "orientations averaged": augment.SYMMETRIES if orientations else 1,
         "seed": resolved.training.seed,
         "steps": trained["steps"],
         "batch": resolved.training.batch,
@@ -166,6 +172,12 @@ def _settings(
     help="add the strongest linear map, from unbinned patterns; takes a minute",
 )
 @click.option(
+    "--orientations",
+    is_flag=True,
+    help="let the network see each sample in eight orientations, and average; takes "
+    "eight times as long",
+)
+@click.option(
     "--out",
     type=click.Path(path_type=Path),
     help="for the report  [default: RUN/evaluation]",
@@ -176,6 +188,7 @@ def main(
     data_dir: Path,
     shards_dir: Path | None,
     strongest: bool,
+    orientations: bool,
     out: Path | None,
 ) -> None:
     """Score a run beside linear baselines; writes report.md, report.json, pictures."""
@@ -201,7 +214,9 @@ def main(
         raise click.UsageError(str(error)) from error
     trained = json.loads((run / "train.json").read_text())
     _require_same(run, trained.get("data"), json.loads(data.to_json()))
-    settings = _settings(run, resolved, trained, data)
+    settings = _settings(run, resolved, trained, data, orientations)
+    if orientations:
+        network = functools.partial(augment.averaged, network)
     with console.status("fitting baselines") as status:
         methods = baselines.fit(dataset, strongest) | {report.NETWORK: network}
         out.mkdir(parents=True, exist_ok=True)

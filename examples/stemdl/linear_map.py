@@ -58,7 +58,11 @@ def fit(features: np.ndarray, labels: np.ndarray) -> LinearMap:
     gram, right = _normal_equations(x[:first], labels[:first])
 
     def error(ridge: float) -> float:
-        tried = LinearMap(centre, spread, _solve(gram, right, ridge))
+        try:
+            tried = LinearMap(centre, spread, _solve(gram, right, ridge))
+        except scipy.linalg.LinAlgError:
+            # Of fewer rows than features, float32 hides that none is below zero.
+            return np.inf
         return float(nrmse(tried(features[first:]), labels[first:]).mean())
 
     ridge = min(RIDGES, key=error)

@@ -30,13 +30,34 @@ def pairwise(predicted: Array, labels: Array) -> Array:
     return 2 * jnp.mean((deviation**2).sum(1)) / (error.shape[1] - 1)
 
 
-def named(name: str, huber_delta: float = 1.0) -> Loss:
-    """Return one of `NAMES`.
+def roughness(predicted: Array, labels: Array) -> Array:
+    """Mean squared differences between the errors of neighbouring pixels, both ways.
+
+    It weighs an error by the square of its spatial frequency, and so counts what atom
+    columns that nearly touch differ by.
+    """
+    error = predicted - labels
+    down, across = jnp.diff(error, axis=1), jnp.diff(error, axis=2)
+    return jnp.mean(down**2) + jnp.mean(across**2)
+
+
+def named(name: str, huber_delta: float = 1.0, gradient_weight: float = 0.0) -> Loss:
+    """Return one of `NAMES`, plus `roughness` times a weight.
 
     Args:
       name: "mse", "pairwise", "mae" (mean absolute error) or "huber".
       huber_delta: error beyond which Huber's loss grows linearly.
+      gradient_weight: of `roughness`.
     """
+    loss = _pixels(name, huber_delta)
+    if not gradient_weight:
+        return loss
+    return lambda predicted, labels: (
+        loss(predicted, labels) + gradient_weight * roughness(predicted, labels)
+    )
+
+
+def _pixels(name: str, huber_delta: float) -> Loss:
     if name == "pairwise":
         return pairwise
     each = {

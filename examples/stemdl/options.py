@@ -10,6 +10,7 @@ from typing import Any
 import click
 
 import config
+from dataconfig import SAMPLES
 from network import NETWORKS
 from settings import Config
 
@@ -44,7 +45,11 @@ _OPTIONS = (
     _option("--network", "network.name", type=click.Choice(list(NETWORKS))),
     _option("--lr", "optimizer.lr"),
     _option("--seed", "training.seed"),
-    _option("--samples", "training.samples", help="training samples"),
+    _option(
+        "--samples",
+        "training.samples",
+        help=f"training samples; 0: all that --shards has, else {SAMPLES}",
+    ),
     _option(
         "--float64",
         "training.float64",

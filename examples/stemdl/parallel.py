@@ -6,7 +6,8 @@ decided here. `Ranks` is one process per device, `Devices` one process for all.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Generator
 from typing import Any, Protocol
 
 import jax
@@ -149,6 +150,28 @@ class Devices:
 
     def communication_seconds(self) -> float | None:
         return None
+
+
+class ControlMessages:
+    """Counts schedule checks, from now on."""
+
+    def __init__(self, backend: Backend):
+        self._backend = backend
+        self._start, self._aside = backend.checks() or 0, 0
+
+    @contextlib.contextmanager
+    def aside(self) -> Generator[None]:
+        """Leave out those of what is done meanwhile: it has schedules of its own."""
+        before = self._backend.checks() or 0
+        yield
+        self._aside += (self._backend.checks() or 0) - before
+
+    def per_step(self, steps: int) -> float | None:
+        """Mean over so many steps; None where ranks are none."""
+        checks = self._backend.checks()
+        if checks is None:
+            return None
+        return (checks - self._start - self._aside) / max(1, steps)
 
 
 BACKENDS: dict[str, Callable[[], Backend]] = {"jaxcomm": Ranks, "pmap": Devices}

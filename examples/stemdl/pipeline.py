@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import subprocess
 import sys
 import time
@@ -15,6 +16,8 @@ from rich.console import Console
 from rich.table import Table
 
 import config
+from dataconfig import SAMPLES
+from settings import Config
 
 HERE = Path(__file__).resolve().parent
 RANKS = 2
@@ -40,6 +43,13 @@ def run(title: str, console: Console, *command: str | Path) -> float:
     return (time.monotonic() - began) / 60
 
 
+def trained_by(resolved: Config, samples: int, directory: Path) -> bool:
+    """Whether a run is this recipe's; on which data, its evaluation looks."""
+    training = dataclasses.replace(resolved.training, samples=samples)
+    path = directory / "config.toml"
+    return config.load(path) == dataclasses.replace(resolved, training=training)
+
+
 @click.command()
 @click.option(
     "--recipe",
@@ -63,7 +73,7 @@ def main(recipe: str, data: Path, out: Path | None) -> None:
     except config.ConfigError as error:
         raise click.UsageError(str(error)) from error
     out = out or Path("out") / f"stemdl-{path.stem}"
-    samples = resolved.training.samples
+    samples = resolved.training.samples or SAMPLES
     shards = data / f"shards-{samples}"
     budget = BUDGETS.get(recipe)
     if budget:
@@ -83,11 +93,16 @@ def main(recipe: str, data: Path, out: Path | None) -> None:
     trainer, each = HERE / "train.py", max(1, resolved.training.steps // 10)
     options = ("--config", path, "--shards", shards, "--out", out / "run")
     options += ("--evaluate-every", str(each), "--checkpoint-every", str(each))
-    # One that was cut short goes on; one that has ended is done again.
-    if (out / "run" / "train.json").exists():
-        options += ("--no-resume",)
-    title = f"2  train on {RANKS} MPI ranks"
-    spent.append(run(title, console, *launch, trainer, *options))
+    title, report = f"2  train on {RANKS} MPI ranks", out / "report.json"
+    ended = (out / "run" / "train.json").exists()
+    if ended and not report.exists() and trained_by(resolved, samples, out / "run"):
+        console.print(f"{out / 'run'} is trained; its evaluation was cut short")
+        spent.append(0.0)
+    else:
+        report.unlink(missing_ok=True)
+        # One that was cut short goes on; one that has ended is done again.
+        options += ("--no-resume",) if ended else ()
+        spent.append(run(title, console, *launch, trainer, *options))
     options = ("--run", out / "run", "--shards", shards, "--out", out, "--strongest")
     title = "3  evaluate on materials the network has never seen"
     spent.append(run(title, console, HERE / "evaluate.py", *options))

@@ -6,6 +6,7 @@ over the named axis, whoever supplies that.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -96,7 +97,7 @@ def make_train_step(
     A rank's samples divide over `training.accumulate`. `optax.MultiSteps` would
     accumulate over calls and reduce each part; here a batch is reduced once.
     """
-    loss_of = losses.named(config.loss.name, config.loss.huber_delta)
+    loss_of = losses.named(**dataclasses.asdict(config.loss))
     parts = config.training.accumulate
     mean = gradient_mean(config.communication)
 

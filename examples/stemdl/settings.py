@@ -33,7 +33,8 @@ class Training:
       batch: samples per update, over all ranks together.
       accumulate: parts that each rank's share of a batch is computed in, one after the
         other; each has batch statistics of its own.
-      samples: training samples.
+      samples: training samples; 0: all that shards hold, or so many simulated ones
+        as `dataconfig.SAMPLES`.
       seed: of the first parameters and of the order of samples.
       float64: compute in double precision.
     """
@@ -41,7 +42,7 @@ class Training:
     steps: int = _number(1600, UNTIMED_STEPS + 1)
     batch: int = _number(16, 1)
     accumulate: int = _number(1, 1)
-    samples: int = _number(1500, 1)
+    samples: int = _number(0, 0)
     seed: int = _number(0, 0, 2**32 - 1)
     float64: bool = False
 
@@ -74,6 +75,7 @@ class Loss:
 
     name: str = _one_of("mse", losses.NAMES)
     huber_delta: float = _number(1.0, 1e-9)
+    gradient_weight: float = _number(0.0)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -15,6 +15,7 @@ from rich.console import Console
 from rich.progress import Progress
 
 import dataset
+from dataconfig import SAMPLES
 
 TEST_FRACTION = 2 / 15
 
@@ -54,7 +55,7 @@ def simulate(
 
 
 @click.command()
-@click.option("--samples", default=1500, show_default=True, help="training samples")
+@click.option("--samples", default=SAMPLES, show_default=True, help="training samples")
 @data_option
 @click.option("--processes", default=os.cpu_count() or 1, show_default=True)
 def main(samples: int, data_dir: Path, processes: int) -> None:

@@ -29,7 +29,7 @@ import jaxcomm
 import manifest
 import microscope
 import shards
-from dataconfig import DataConfig
+from dataconfig import SAMPLES, DataConfig
 from dataset import simulate_sample
 from manifest import Manifest, Shard, ShardError
 from simulate import cif
@@ -199,7 +199,7 @@ def configured(
 
 
 @click.command()
-@click.option("--samples", default=1500, show_default=True, help="training samples")
+@click.option("--samples", default=SAMPLES, show_default=True, help="training samples")
 @click.option(
     "--shards",
     "count",

@@ -32,12 +32,13 @@ import optimizer
 import precision
 import recipe
 from cached import Cached
+from dataconfig import SAMPLES
 from dataset import load
 from jaxcomm.checkpoint import CheckpointError, Stop, clear, restore, save
 from monitor import Monitor
 from options import config_options
-from parallel import AXIS, BACKENDS, Backend
-from settings import Communication, Config, Training
+from parallel import AXIS, BACKENDS, Backend, ControlMessages
+from settings import Communication, Config
 from simulate_cache import data_config, data_option, simulate
 from steplog import StepLog
 from telemetry import UNTIMED_STEPS, NonFiniteLossError, Telemetry, Timed
@@ -136,9 +137,7 @@ def main(
     out: Path,
 ) -> None:
     """Train the network; rank 0 writes parameters and train.json to --out."""
-    training = resolved.training
-    steps, batch, seed = training.steps, training.batch, training.seed
-    jax.config.update("jax_enable_x64", training.float64)
+    jax.config.update("jax_enable_x64", resolved.training.float64)
     if backend_name == "jaxcomm":
         # The first call decides; the backend's own returns the same communicator.
         jaxcomm.init(transport)
@@ -147,41 +146,21 @@ def main(
     backend = BACKENDS[backend_name]()
     root = backend.rank == 0
     _check(resolved, backend)
-    samples = training.samples
-    source: Any = None
     if shards_dir is not None:
-        try:
-            # Unless it was asked for, their number is what the manifest says.
-            asked = None if samples == Training().samples else samples
-            source = loading.open_source(
-                shards_dir, stage, backend, batch, seed, asked, resolved.noise
-            )
-        except loading.ShardError as error:
-            raise click.UsageError(str(error)) from error
-        data = source.manifest.config
-        counted = dataclasses.replace(training, samples=data["train"])
-        resolved = dataclasses.replace(resolved, training=counted)
+        source, data = _from_shards(resolved, backend, shards_dir, stage)
     elif stage is not None:
         raise click.UsageError("--stage copies shards: give --shards too")
-    elif samples > MOST_CACHED:
-        raise click.UsageError(
-            f"{samples} training samples are more than one process should simulate "
-            f"({MOST_CACHED}): write shards with simulate_shards.py on all ranks, and "
-            "give --shards"
-        )
     else:
-        data = json.loads(data_config(samples).to_json())
+        source, data = _simulated(resolved, backend, data_dir)
+    training = dataclasses.replace(resolved.training, samples=data["train"])
+    resolved = dataclasses.replace(resolved, training=training)
+    steps, batch = training.steps, training.batch
     saved = out / "checkpoints"
     if root:
         out.mkdir(parents=True, exist_ok=True)
         if not resume and os.environ.get("JAXCOMM_RESTART", "0") == "0":
             clear(saved)
-        if source is None:
-            simulate(data_config(samples), data_dir, 1, Console(stderr=True))
     backend.barrier()
-    if source is None:
-        dataset = load(data_config(samples), data_dir)
-        source = Cached(dataset, backend, batch, seed, resolved.noise)
 
     model = recipe.build(
         resolved.network,
@@ -196,7 +175,7 @@ def main(
         raise click.UsageError(str(error)) from error
     losses = np.full(steps, np.nan)
     settings = _settings(resolved, backend)
-    if shards_dir is not None:
+    if isinstance(source, loading.Source):
         settings["shards"] = source.manifest.sha256
     try:
         found = restore(saved, (state, losses), settings=settings, fallback=True)
@@ -207,13 +186,7 @@ def main(
     train_step = recipe.compile_step(model, tx, resolved, backend)
     feed = Timed(source.batches(first))
     if root:
-        # Those of another training here must not pass for this one's.
-        stale = [out / "params.npz", out / "train.json"]
-        for path in [*stale, *(() if first else out.glob("params_*.npz"))]:
-            path.unlink(missing_ok=True)
-        (out / "config.toml").write_text(resolved.to_toml())
-        versions = json.dumps(config.versions(), indent=1)
-        (out / "versions.json").write_text(versions + "\n")
+        _describe(resolved, out, first)
     if backend.name == "jaxcomm" and root:
         # Lowering plans and neither runs nor waits: one rank may do it alone.
         train_step.lower(state, next(source.batches(0)))
@@ -225,7 +198,7 @@ def main(
     events = out / "tensorboard" if tensorboard else None
     path = out / "metrics.csv" if root else None
     log = StepLog(path, log_every, first, backend, events)
-    checks, scoring = backend.checks(), 0
+    messages = ControlMessages(backend)
     # Without it a signal ends the process at once.
     asked = Stop() if checkpoint_every else None
     stop = min(stop or steps, steps)
@@ -241,16 +214,15 @@ def main(
                 state, loss = train_step(state, local_batch)
                 telemetry.record(step, loss)
                 if step == first + 1:
-                    checks = backend.checks()
+                    messages = ControlMessages(backend)
                 if step == compare_steps and root:
                     params = backend.fetch(state.params)
                     checkpoint.save(out / f"params_{step}.npz", params)
                 scores: dict[str, float] = {}
                 if monitor and (step % evaluate_every == 0 or step == stop):
-                    before = backend.checks() or 0
-                    scores = monitor(*backend.fetch((state.params, state.batch_stats)))
-                    # Scores have a schedule of their own, which no step pays for.
-                    scoring += (backend.checks() or 0) - before
+                    variables = backend.fetch((state.params, state.batch_stats))
+                    with messages.aside():
+                        scores = monitor(*variables)
                     telemetry.note(scores)
                 log.record(step, telemetry, feed, scores)
                 stopped = asked is not None and asked.requested(step)
@@ -272,9 +244,7 @@ def main(
             "network": resolved.network.name,
             "data": data,
             "ranks": backend.size,
-            "control_messages_per_step": _per_step(
-                checks, backend.checks(), scoring, stop
-            ),
+            "control_messages_per_step": messages.per_step(stop - first - 1),
             "schedule_fingerprint": None,
             **telemetry.report(),
             # Waited for each batch, from this process's first step on.
@@ -287,6 +257,57 @@ def main(
         if backend.name == "jaxcomm":
             report["schedule_fingerprint"] = train_step.schedule.fingerprint
         (out / "train.json").write_text(json.dumps(report, indent=1) + "\n")
+
+
+def _from_shards(
+    resolved: Config, backend: Backend, directory: Path, stage: Path | None
+) -> tuple[loading.Source, dict[str, Any]]:
+    """What batches come from, and the configuration of the data."""
+    training = resolved.training
+    try:
+        source = loading.open_source(
+            directory,
+            stage,
+            backend,
+            training.batch,
+            training.seed,
+            training.samples or None,
+            resolved.noise,
+        )
+    except loading.ShardError as error:
+        raise click.UsageError(str(error)) from error
+    return source, source.manifest.config
+
+
+def _simulated(
+    resolved: Config, backend: Backend, directory: Path
+) -> tuple[Cached, dict[str, Any]]:
+    """As `_from_shards`, of what rank 0 simulates unless it is cached."""
+    training = resolved.training
+    samples = training.samples or SAMPLES
+    if samples > MOST_CACHED:
+        raise click.UsageError(
+            f"{samples} training samples are more than one process should simulate "
+            f"({MOST_CACHED}): write shards with simulate_shards.py on all ranks, and "
+            "give --shards"
+        )
+    data = data_config(samples)
+    if backend.rank == 0:
+        simulate(data, directory, 1, Console(stderr=True))
+    backend.barrier()
+    dataset = load(data, directory)
+    source = Cached(dataset, backend, training.batch, training.seed, resolved.noise)
+    return source, json.loads(data.to_json())
+
+
+def _describe(resolved: Config, out: Path, first: int) -> None:
+    """Write what the run is made with; what another run left here goes."""
+    stale = [out / "params.npz", out / "train.json"]
+    for path in [*stale, *(() if first else out.glob("params_*.npz"))]:
+        path.unlink(missing_ok=True)
+    (out / "config.toml").write_text(resolved.to_toml())
+    versions = json.dumps(config.versions(), indent=1)
+    (out / "versions.json").write_text(versions + "\n")
 
 
 def _check(resolved: Config, backend: Backend) -> None:
@@ -337,15 +358,6 @@ def _give_up(
         f"{error}; {'; '.join(parts)}. If the data are sound, lower "
         "optimizer.lr or give precision.compute a wider range."
     ) from error
-
-
-def _per_step(
-    first: int | None, last: int | None, scoring: int, steps: int
-) -> float | None:
-    """Schedule checks per step after the first, those of scores aside."""
-    if first is None or last is None:
-        return None
-    return (last - first - scoring) / max(1, steps - 1)
 
 
 if __name__ == "__main__":
