@@ -9,7 +9,7 @@ EXTRAS ?= dev
 DEMO_ARGS := $(if $(DEMO_STEPS),--steps $(DEMO_STEPS))
 TESTS ?= tests
 # Two test files at once: a third of the time is waiting. PARALLEL= runs one after another.
-PARALLEL ?= -n 2 --dist loadfile
+PARALLEL ?= -n 2 --dist loadfile --no-loadscope-reorder
 
 .PHONY: setup demo stemdl examples test test-all test-mpich nccl-abi lint sanitize faults bench \
   bench-safety bench-stemdl bench-peers bench-horovod bench-overlap bench-tracing bench-control \

@@ -322,6 +322,13 @@ def check_weighted_means(comm: Communicator) -> None:
             got = np.asarray(leaf).astype(complex)
             np.testing.assert_allclose(got, value, rtol=rtol)
     same(jaxcomm.all_reduce(jnp.ones(3), weight=0), np.zeros(3))
+    # A weighted leaf may exceed what its dtype holds, and no kind of number differs.
+    large = jaxcomm.all_reduce(jnp.full(2, 3e38), weight=1000.0)
+    np.testing.assert_allclose(large, 3e38, rtol=1e-6)
+    kinds = (3, 3.0, np.float64(3), np.int32(3), jnp.float32(3))
+    mine = jnp.full(2, float(comm.rank))
+    alike = jaxcomm.all_reduce(mine, weight=kinds[comm.rank])
+    np.testing.assert_allclose(alike, jaxcomm.all_reduce(mine), rtol=1e-6)
     wire = jaxcomm.all_reduce(jnp.full(9, 2.0), weight=1001, wire_dtype="bfloat16")
     np.testing.assert_allclose(wire, 2, rtol=2e-2)
     for kind, says, leaf, options in (

@@ -37,6 +37,24 @@ os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
 QUICKLY = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
 os.environ.setdefault("XLA_FLAGS", QUICKLY)
 
+# Files of minutes begin first: of two workers, none is then left with one at the end.
+LONG = (
+    "test_conformance.py",
+    "test_faults.py",
+    "test_stemdl_equality.py",
+    "test_stemdl.py",
+    "test_restart.py",
+    "test_benchmark.py",
+    "test_clients.py",
+    "test_named_axis.py",
+    "test_native.py",
+    "test_nccl.py",
+)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: item.path.name not in LONG)
+
 
 def launch_ranks(
     ranks: int,

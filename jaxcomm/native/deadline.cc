@@ -10,7 +10,7 @@
 #include <string>
 #include <thread>
 
-#define JAXCOMM_API extern "C" __attribute__((visibility("default")))
+#include "api.h"
 
 namespace jaxcomm {
 namespace {

@@ -10,6 +10,7 @@
 #include <string>
 #include <vector>
 
+#include "api.h"
 #include "calls.h"
 #include "communicator.h"
 #include "kernels.h"
@@ -18,8 +19,6 @@
 #include "timeline.h"
 #include "xla/ffi/api/c_api.h"
 #include "xla/ffi/api/ffi.h"
-
-#define JAXCOMM_API extern "C" __attribute__((visibility("default")))
 
 namespace ffi = xla::ffi;
 

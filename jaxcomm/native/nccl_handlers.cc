@@ -8,6 +8,7 @@
 #include <map>
 #include <thread>
 
+#include "api.h"
 #include "callbacks.h"
 #include "calls.h"
 #include "nccl.h"
@@ -15,8 +16,6 @@
 #include "rounding.h"
 #include "xla/ffi/api/c_api.h"
 #include "xla/ffi/api/ffi.h"
-
-#define JAXCOMM_API extern "C" __attribute__((visibility("default")))
 
 namespace ffi = xla::ffi;
 

@@ -4,7 +4,7 @@
 #include <memory>
 #include <mutex>
 
-#define JAXCOMM_API extern "C" __attribute__((visibility("default")))
+#include "api.h"
 
 namespace jaxcomm {
 namespace {
