@@ -27,7 +27,7 @@ def left_by(folder: Path, nrmse: float, column_error: float | None) -> Path:
     methods = {"mean label": {**scores, "nrmse_mean": 1.0}, "network": scores}
     doses = ["inf", 1e6, 1e5, 1e4]
     report = {
-        "settings": {"seed": 0},
+        "settings": {"orientations averaged": 8},
         "methods": methods,
         "materials": {"Pd": {"samples": 1, "methods": methods}},
         "dose": [{"electrons_per_pattern": d, "methods": methods} for d in doses],
@@ -54,11 +54,11 @@ def test_a_line_for_each_training(tmp_path: Path) -> None:
     assert found["stemdl-one"]["step_ms"] == 60
     assert found["stemdl-one"]["columns_found_by_material"] == {"Pd": 0.97}
     text = compare_recipes.markdown(found).splitlines()
-    assert text[2].startswith("| mean label |  |  | 1.000 |")
+    assert text[2].startswith("| mean label |  |  |  | 1.000 |")
     assert text[3:] == [
-        "| `stemdl-one` | 160 | 60 | 0.250 | 0.90 | 0.970 | 0.020 | 0.030 |  "
+        "| `stemdl-one` | 160 | 60 | 8 | 0.250 | 0.90 | 0.970 | 0.020 | 0.030 |  "
         "| 0.25 | 0.25 |",
-        "| `stemdl-other` | 160 | 60 | 0.500 | 0.90 | 0.970 | 0.020 |  |  "
+        "| `stemdl-other` | 160 | 60 | 8 | 0.500 | 0.90 | 0.970 | 0.020 |  |  "
         "| 0.50 | 0.50 |",
     ]
 

@@ -23,6 +23,7 @@ WARM_UP_STEPS = 100
 COLUMNS: tuple[tuple[str, str, str], ...] = (
     ("steps", "steps", "d"),
     ("step_ms", "step, ms", ".0f"),
+    ("orientations", "orientations", "d"),
     ("nrmse", "NRMSE", ".3f"),
     ("ssim", "SSIM", ".2f"),
     ("found", "columns found", ".3f"),
@@ -79,6 +80,7 @@ def summary(folder: Path) -> dict[str, Any]:
         "settings": report["settings"],
         "layout": resolved.network.layout,
         "steps": trained["steps"],
+        "orientations": report["settings"]["orientations averaged"],
         "training_s": round(trained["seconds"], 1),
         **times(run),
         "columns_found_by_material": {

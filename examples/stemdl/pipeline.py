@@ -24,10 +24,10 @@ RANKS = 2
 SHARDS = 4
 
 BUDGETS = {
-    "tiny": (2.0, 3.0, 4.0),
-    "tiny-probes": (2.0, 3.0, 4.0),
-    "tiny-dose": (2.0, 3.0, 4.0),
-    "small": (2.0, 30.0, 4.0),
+    "tiny": (2.0, 3.0, 5.0),
+    "tiny-probes": (2.0, 3.0, 5.0),
+    "tiny-dose": (2.0, 3.0, 5.0),
+    "small": (2.0, 30.0, 5.0),
 }
 """Minutes on two cores: simulation, training, evaluation."""
 
@@ -103,7 +103,8 @@ def main(recipe: str, data: Path, out: Path | None) -> None:
         # One that was cut short goes on; one that has ended is done again.
         options += ("--no-resume",) if ended else ()
         spent.append(run(title, console, *launch, trainer, *options))
-    options = ("--run", out / "run", "--shards", shards, "--out", out, "--strongest")
+    options = ("--run", out / "run", "--shards", shards, "--out", out)
+    options += ("--strongest", "--orientations")
     title = "3  evaluate on materials the network has never seen"
     spent.append(run(title, console, HERE / "evaluate.py", *options))
 

@@ -1,0 +1,4 @@
+// What Python calls by name: the library hides all else.
+#pragma once
+
+#define JAXCOMM_API extern "C" __attribute__((visibility("default")))
