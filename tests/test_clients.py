@@ -14,7 +14,9 @@ from conftest import ROOT
 CLIENTS = ROOT / "examples" / "clients"
 
 
-@pytest.mark.parametrize("name", ["mlp", "transformer"])
+@pytest.mark.parametrize(
+    "name", [pytest.param("mlp", marks=pytest.mark.thorough), "transformer"]
+)
 def test_client_agrees_with_pmap(name: str, tmp_path: Path) -> None:
     script = [str(CLIENTS / f"{name}.py"), "--steps", "4", "--backend"]
     launch = ["-m", "jaxcomm", "run", "-n", "2", "--timeout", "120"]

@@ -37,7 +37,7 @@ def results(ranks: int) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
 
 
 @pytest.mark.timeout(700)
-@pytest.mark.parametrize("ranks", [2, 4])
+@pytest.mark.parametrize("ranks", [pytest.param(2, marks=pytest.mark.thorough), 4])
 @pytest.mark.parametrize("name", sorted(constructs.CONSTRUCTS))
 def test_as_under_pmap(ranks: int, name: str) -> None:
     want, got = results(ranks)
