@@ -80,7 +80,7 @@ def summary(folder: Path) -> dict[str, Any]:
         "settings": report["settings"],
         "layout": resolved.network.layout,
         "steps": trained["steps"],
-        "orientations": report["settings"]["orientations averaged"],
+        "orientations": report["settings"].get("orientations averaged", 1),
         "training_s": round(trained["seconds"], 1),
         **times(run),
         "columns_found_by_material": {

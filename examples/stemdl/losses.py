@@ -30,7 +30,7 @@ def pairwise(predicted: Array, labels: Array) -> Array:
     return 2 * jnp.mean((deviation**2).sum(1)) / (error.shape[1] - 1)
 
 
-def roughness(predicted: Array, labels: Array) -> Array:
+def gradient_error(predicted: Array, labels: Array) -> Array:
     """Mean squared differences between the errors of neighbouring pixels, both ways.
 
     It weighs an error by the square of its spatial frequency, and so counts what atom
@@ -42,18 +42,18 @@ def roughness(predicted: Array, labels: Array) -> Array:
 
 
 def named(name: str, huber_delta: float = 1.0, gradient_weight: float = 0.0) -> Loss:
-    """Return one of `NAMES`, plus `roughness` times a weight.
+    """Return one of `NAMES`, plus `gradient_error` times a weight.
 
     Args:
       name: "mse", "pairwise", "mae" (mean absolute error) or "huber".
       huber_delta: error beyond which Huber's loss grows linearly.
-      gradient_weight: of `roughness`.
+      gradient_weight: of `gradient_error`.
     """
     loss = _pixels(name, huber_delta)
     if not gradient_weight:
         return loss
     return lambda predicted, labels: (
-        loss(predicted, labels) + gradient_weight * roughness(predicted, labels)
+        loss(predicted, labels) + gradient_weight * gradient_error(predicted, labels)
     )
 
 

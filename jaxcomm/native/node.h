@@ -73,8 +73,8 @@ class Node {
   // further call may be made.
   int64_t AllReduce(const Reduction& reduction, const std::vector<Leaf>& leaves,
                     int* stranger);
-  // Waits until all ranks have come, before a call that is not ours. Returns one that
-  // comes from another bucket, or -1: then no further call may be made.
+  // Waits until all ranks have come, before a call that is not ours. Returns -1, or one
+  // that comes from another bucket: then no further call may be made.
   int Meet(const Where& where);
   // What the last call of a rank was.
   Where where(int rank) const { return control(rank).arrived.where; }
