@@ -23,6 +23,7 @@ from jaxcomm.communicator import Communicator
 
 STEPS, LEAVES, EXCERPT = 6, 8, 3000
 CALL = "jaxcomm_"
+BUFFER = "kCommandBuffer|command_buffer"
 
 
 def graph(comm: Communicator, dump: Path) -> dict[str, Any]:
@@ -56,7 +57,7 @@ def graph(comm: Communicator, dump: Path) -> dict[str, Any]:
         "wrong": wrong,
         "graphs launched": any("GraphLaunch" in name for name in launched),
         "command buffers dumped": any(
-            n for name, n in dumped["counts"].items() if "command buffers" in name
+            "command buffers" in name for name in dumped["counts"]
         ),
         "thunks": dumped,
         "launches": launched,
@@ -65,18 +66,27 @@ def graph(comm: Communicator, dump: Path) -> dict[str, Any]:
 
 
 def thunks(dump: Path) -> dict[str, Any]:
-    """Count command buffers and our calls in the dumps of modules that have any."""
+    """Count command buffers and our calls in the dumps of modules that have any.
+
+    Dumps of HLO name our calls; those of thunks say only what kind each is.
+    """
+    texts = {
+        path.name: path.read_text(errors="replace")
+        for path in sorted(dump.rglob("*"))
+        if path.is_file()
+    }
+    # module_0007.jit_step.what.txt
+    modules = {name.split(".")[0] for name, text in texts.items() if CALL in text}
     counts: collections.Counter[str] = collections.Counter()
     excerpt = ""
-    for file in sorted(path for path in dump.rglob("*") if path.is_file()):
-        text = file.read_text(errors="replace")
-        if CALL not in text:
+    for name, text in texts.items():
+        if name.split(".")[0] not in modules:
             continue
-        kind = re.sub(r"^module_\d+\.|\.txt$", "", file.name)[-60:]
-        counts[f"{kind}: calls"] += text.count(CALL)
-        found = len(re.findall(r"kCommandBuffer|command_buffer", text))
-        counts[f"{kind}: command buffers"] += found
-        if "thunk" in file.name:
+        kind = re.sub(r"^module_\d+\.|\.txt$", "", name)[-60:]
+        for what, pattern in (("calls", CALL), ("command buffers", BUFFER)):
+            if found := len(re.findall(pattern, text)):
+                counts[f"{kind}: {what}"] += found
+        if "thunk" in name and re.search(BUFFER, text):
             excerpt = text[:EXCERPT]
     return {"counts": dict(counts), "excerpt": excerpt}
 

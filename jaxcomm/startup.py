@@ -197,13 +197,22 @@ def _connect(
     if timeline.wanted():
         native.timeline_start()
         atexit.register(_write_timeline, comm)
-    if comm.size > 1 and isinstance(fabric, MpiFabric) and any(limits):
+    if isinstance(fabric, MpiFabric) and _watched(comm, limits):
         watch = watchdog.Watchdog(fabric.duplicate(), fabric.host, *limits)
         atexit.register(watch.stop)
         _at_exit.append(watch.stop)
     atexit.register(wait_for_pending_work)  # runs first
     os.register_at_fork(after_in_child=_leave_to_parent)
     return comm
+
+
+def _watched(comm: Communicator, limits: tuple[float, float]) -> bool:
+    if comm.transport == "nccl":
+        # A CUDA graph replays calls that nobody counts, on each rank as XLA sees fit.
+        nccl = importlib.import_module("jaxcomm.transports.nccl")
+        if nccl.in_graphs():
+            return False
+    return comm.size > 1 and any(limits)
 
 
 def _leave_to_parent() -> None:

@@ -18,9 +18,6 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 
-# Of the stand-in for NCCL: see tests/native/fake_nccl.cc.
-FAKE_NCCL = ["-std=c++17", "-O2", "-shared", "-fPIC", "-fvisibility=hidden"]
-
 Launch = Callable[..., "subprocess.CompletedProcess[str]"]
 
 # The ranks of all jobs compile the same small programs over and over: most of the time
@@ -100,21 +97,25 @@ def settle(processes: Sequence[subprocess.Popen[str]], timeout: float) -> list[i
 
 @functools.cache
 def fake_nccl() -> Path:
-    """Compile the stand-in for NCCL (tests/native/fake_nccl.cc), once."""
+    """Compile the stand-in for NCCL and CUDA's driver (tests/native/fake_*.cc), once."""
     folder = tempfile.mkdtemp(prefix="jaxcomm-fake-nccl-")
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     library = Path(folder) / "libfake_nccl.so"
-    source = ROOT / "tests" / "native" / "fake_nccl.cc"
+    source = sorted((ROOT / "tests" / "native").glob("fake_*.cc"))
     flags = "-std=c++17 -O2 -shared -fPIC -fvisibility=hidden -Wall -Wextra -Werror"
-    line = ["c++", *flags.split(), "-o", library, source, "-lrt", "-pthread"]
+    line = ["c++", *flags.split(), "-o", library, *source, "-lrt", "-pthread"]
     subprocess.run(line, check=True)
     return library
 
 
 def on_fake_nccl(**more: str) -> dict[str, str]:
     """Return the environment in which transport "nccl" runs on the stand-in."""
-    library = {"JAXCOMM_NCCL_LIBRARY": str(fake_nccl())}
-    return {**library, "JAXCOMM_NCCL_HOST_MEMORY": "1", **more}
+    return {
+        "JAXCOMM_NCCL_LIBRARY": str(fake_nccl()),
+        "JAXCOMM_NCCL_HOST_MEMORY": "1",
+        "FAKE_NCCL_WANTS_DEVICE": "1",
+        **more,
+    }
 
 
 def documented(heading: str) -> str:

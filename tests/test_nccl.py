@@ -158,10 +158,13 @@ def test_what_never_ends_is_aborted(job: Launch, rule: str, says: str) -> None:
     assert says in done.stderr, done.stderr
 
 
-VERSIONS = """
-import os
-rank = os.environ.get("OMPI_COMM_WORLD_RANK", os.environ.get("PMI_RANK"))
-os.environ["FAKE_NCCL_VERSION"] = "22703" if rank == "0" else "23004"
+RANK = """
+import os, time
+rank = int(os.environ.get("OMPI_COMM_WORLD_RANK", os.environ.get("PMI_RANK", 0)))
+"""
+
+VERSIONS = f"""{RANK}
+os.environ["FAKE_NCCL_VERSION"] = "22703" if rank == 0 else "23004"
 import jaxcomm
 jaxcomm.init("nccl")
 """
@@ -189,11 +192,15 @@ INIT = "import jaxcomm; jaxcomm.init('nccl'); print('connected')"
         ({"JAXCOMM_NCCL_HOST_MEMORY": "0"}, ["JAX runs on 'cpu'"]),
         (
             {"CUDA_VISIBLE_DEVICES": "0", "FAKE_NCCL_VERSION": "22703"},
-            ["ranks 0, 1 share GPU 0 of ", "2.27.3 allows one rank per GPU"],
+            ["ranks 0, 1 share GPU GPU-30", "2.27.3 allows one rank per GPU"],
         ),
         (
             {"CUDA_VISIBLE_DEVICES": "0", "FAKE_NCCL_VERSION": "23004"},
             ["2.30.4 allows that only with NCCL_MULTI_RANK_GPU_ENABLE=1"],
+        ),
+        (
+            {"JAXCOMM_NCCL_GRAPHS": "1", "JAXCOMM_CHECK": "every"},
+            ["rank 0, 1 of 2: JAXCOMM_CHECK=every", "leave one of them out"],
         ),
     ],
 )
@@ -205,6 +212,76 @@ def test_what_cannot_be_used_says_why(
     assert "connected" not in done.stdout
     for text in says:
         assert text in done.stderr
+
+
+OF_SLURM = f"""{RANK}
+import jaxcomm
+from jaxcomm.transports import nccl
+# As jax.distributed under Slurm: every process sees all GPUs, and has the rank's.
+nccl._ordinal = lambda: rank
+jaxcomm.init("nccl")
+"""
+
+
+def test_ranks_that_see_all_gpus_and_have_one_each(job: Launch) -> None:
+    done = job(2, OF_SLURM, env=on_fake_nccl(CUDA_VISIBLE_DEVICES="0,1"))
+    assert done.returncode == 0, done.stderr
+
+
+GRAPHS = f"""{RANK}
+import re, sys
+if sys.argv[1:] == ["one"]:
+    os.environ["JAXCOMM_NCCL_GRAPHS"] = "01"[rank == 1]
+import jax, jax.numpy as jnp, jaxcomm
+comm = jaxcomm.init("nccl", timeout=120)
+assert os.environ["NCCL_GRAPH_REGISTER"] == os.environ["NCCL_RUNTIME_CONNECT"] == "0"
+step = jaxcomm.data_parallel(lambda x: jax.lax.psum(x, "batch"))
+text = step.trace(jnp.ones(4)).lower(lowering_platforms=("cuda",)).as_text()
+names = re.findall(r"custom_call @(\w+)\(", text)
+assert names == ["jaxcomm_nccl_graph_all_reduce"], names
+assert float(step(jnp.ones(4))[0]) == comm.size
+"""
+
+
+def test_calls_may_be_recorded_into_graphs(job: Launch) -> None:
+    """NCCL then ends no communicator, so neither the end nor an error may wait for it."""
+    env = on_fake_nccl(JAXCOMM_NCCL_GRAPHS="1", FAKE_CUDA_RECORDS="1")
+    done = job(2, GRAPHS, env=env, timeout=60)
+    assert done.returncode == 0, done.stderr
+    rule = "rank=1,call=ncclGroupEnd,after=1,result=remoteError"
+    done = job(2, GRAPHS, env={**env, "FAKE_NCCL_INJECT": rule}, timeout=60)
+    assert done.returncode not in (0, 124), done.stderr
+    assert "ncclAllReduce failed on rank 1 of 2" in done.stderr
+
+
+def test_graphs_are_for_all_ranks_or_none(job: Launch) -> None:
+    done = job(2, GRAPHS, "one", env=on_fake_nccl())
+    assert done.returncode == 1
+    assert "JAXCOMM_NCCL_GRAPHS=1 is set on ranks 1 of 2 only" in done.stderr
+
+
+STUCK = f"""{RANK}
+# Two records for each collective: the second sum after the warm-up begins on rank 1's
+# GPU and does not end.
+if rank == 1:
+    os.environ["FAKE_CUDA_STOPS"] = "5"
+import jax, jax.numpy as jnp, jaxcomm
+comm = jaxcomm.init("nccl", timeout=3)
+step = jaxcomm.data_parallel(lambda x: jax.lax.psum(x, "batch"))
+for _ in range(200):
+    jax.block_until_ready(step(jnp.ones(7)))
+    time.sleep(0.1)
+print("no end", flush=True)
+"""
+
+
+def test_a_kernel_that_waits_for_ever_ends_the_job(job: Launch) -> None:
+    done = job(2, STUCK, env=on_fake_nccl(), timeout=60)
+    assert done.returncode == 70, done.stderr
+    text = "bucket 0 began on the GPU and was not done after 3 s on rank 1 of 2"
+    assert text in done.stderr
+    assert "this process ends" in done.stderr
+    assert "no end" not in done.stdout
 
 
 def test_ranks_may_share_a_gpu_where_that_is_allowed(job: Launch) -> None:

@@ -1,8 +1,6 @@
 // Ends this process if what Python waits in does not come back in time. A thread of
 // Python could not: MPI_Init holds the interpreter for as long as it waits.
 
-#include <unistd.h>
-
 #include <chrono>
 #include <condition_variable>
 #include <cstdint>
@@ -11,6 +9,7 @@
 #include <thread>
 
 #include "api.h"
+#include "exit.h"
 
 namespace jaxcomm {
 namespace {
@@ -20,15 +19,6 @@ std::mutex& mutex = *new std::mutex;
 std::condition_variable& changed = *new std::condition_variable;
 int64_t current = 0;  // number of the deadline that is set; 0 for none
 int64_t last = 0;
-
-void Write(const std::string& text) {
-  size_t done = 0;
-  while (done < text.size()) {
-    const ssize_t n = write(STDERR_FILENO, text.data() + done, text.size() - done);
-    if (n <= 0) return;
-    done += static_cast<size_t>(n);
-  }
-}
 
 }  // namespace
 
@@ -41,8 +31,7 @@ JAXCOMM_API void jaxcomm_set_deadline(double seconds, const char* text, int code
   std::thread([number = current, end, code, text = std::string(text)] {
     std::unique_lock<std::mutex> lock(mutex);
     if (!changed.wait_until(lock, end, [number] { return current != number; })) {
-      Write(text);
-      _exit(code);
+      EndProcess(text, code);
     }
   }).detach();
 }

@@ -2,13 +2,15 @@
 
 #include <dlfcn.h>
 
-#include <cstring>
+#include <chrono>
+#include <future>
 #include <thread>
 
 namespace jaxcomm {
 namespace {
 
 constexpr std::chrono::microseconds kPoll{20};
+constexpr int64_t kSpin = 200'000;  // ns
 
 int64_t Now() {
   return std::chrono::duration_cast<std::chrono::nanoseconds>(
@@ -16,55 +18,11 @@ int64_t Now() {
       .count();
 }
 
+// How long an abort may keep the call that failed, and a call its own report.
+constexpr std::chrono::seconds kPatience{3};
 constexpr int kItem[] = {1, 1, 4, 4, 8, 8, 2, 4, 8, 2};  // by NcclDType
 
-class Gpu final : public Device {
- public:
-  bool Open(std::string* error) {
-    void* driver = dlopen("libcuda.so.1", RTLD_NOW | RTLD_LOCAL);
-    if (driver != nullptr) {
-      zero_ = reinterpret_cast<decltype(zero_)>(dlsym(driver, "cuMemsetD8Async"));
-      set_ = reinterpret_cast<decltype(set_)>(dlsym(driver, "cuMemsetD32Async"));
-    }
-    if (zero_ != nullptr && set_ != nullptr) return true;
-    *error = "the CUDA driver's library, libcuda.so.1, cannot be used";
-    return false;
-  }
-
-  bool Zero(void* to, int64_t bytes, CudaStream stream) override {
-    return zero_(reinterpret_cast<uintptr_t>(to), 0, static_cast<size_t>(bytes), stream) == 0;
-  }
-  bool Set(void* to, uint32_t word, CudaStream stream) override {
-    return set_(reinterpret_cast<uintptr_t>(to), word, 1, stream) == 0;
-  }
-
- private:
-  // CUdeviceptr is an unsigned integer as wide as a pointer, CUresult an int.
-  int (*zero_)(uintptr_t, unsigned char, size_t, CudaStream) = nullptr;
-  int (*set_)(uintptr_t, unsigned, size_t, CudaStream) = nullptr;
-};
-
-class Host final : public Device {
- public:
-  bool Zero(void* to, int64_t bytes, CudaStream) override {
-    std::memset(to, 0, static_cast<size_t>(bytes));
-    return true;
-  }
-  bool Set(void* to, uint32_t word, CudaStream) override {
-    std::memcpy(to, &word, sizeof word);
-    return true;
-  }
-};
-
 }  // namespace
-
-std::unique_ptr<Device> OpenGpu(std::string* error) {
-  auto gpu = std::make_unique<Gpu>();
-  if (!gpu->Open(error)) return nullptr;
-  return gpu;
-}
-
-std::unique_ptr<Device> HostMemory() { return std::make_unique<Host>(); }
 
 std::unique_ptr<Nccl> Nccl::Open(const char* path, std::string* error) {
   // Where JAX has loaded it already, this finds the same copy.
@@ -87,37 +45,30 @@ std::unique_ptr<Nccl> Nccl::Open(const char* path, std::string* error) {
   return nccl;
 }
 
-NcclCommunicator::~NcclCommunicator() {
-  if (comm_ == nullptr) return;
-  // A communicator with work under way would wait for its peers here: bounded by Finish.
-  const std::string failed = Finish("ncclCommFinalize", nccl_->calls().CommFinalize(comm_));
-  if (failed.empty() && comm_ != nullptr) nccl_->calls().CommDestroy(comm_);
-}
-
 std::string NcclCommunicator::Join(const NcclUniqueId& unique) {
+  const Gpu::Current current(gpu_);
   NcclConfig config;
   config.blocking = 0;
   const NcclResult result =
       nccl_->calls().CommInitRankConfig(&comm_, size, unique, rank, &config);
-  return Finish("ncclCommInitRankConfig", result);
+  return Finish("ncclCommInitRankConfig", result, timeout_);
 }
 
 std::string NcclCommunicator::Split(int color, NcclCommunicator* part) {
+  const Gpu::Current current(gpu_);
   NcclConfig config;
   config.blocking = 0;
-  NcclComm* made = nullptr;
   const NcclResult result =
-      nccl_->calls().CommSplit(comm_, color, part->rank, &made, &config);
+      nccl_->calls().CommSplit(comm_, color, part->rank, &part->comm_, &config);
   // The parent knows when it is done; until then there is no child to ask.
-  std::string failed = Finish("ncclCommSplit", result);
-  if (!failed.empty()) return failed;
-  part->comm_ = made;
-  return part->Finish("ncclCommSplit", kNcclInProgress);
+  std::string failed = Finish("ncclCommSplit", result, timeout_);
+  if (failed.empty()) return part->Finish("ncclCommSplit", kNcclInProgress, timeout_);
+  part->Abort(failed);
+  return failed;
 }
 
 template <typename Call>
-std::string NcclCommunicator::Grouped(const char* name, const std::vector<Operand>& leaves,
-                                      Call call) {
+std::string NcclCommunicator::Grouped(const char* name, const Work& work, Call call) {
   if (std::string failed = failure(); !failed.empty()) return failed;
   const NcclFunctions& nccl = nccl_->calls();
   entered_ = Now();
@@ -125,9 +76,19 @@ std::string NcclCommunicator::Grouped(const char* name, const std::vector<Operan
     std::atomic<int64_t>* entered;
     ~Left() { *entered = 0; }
   } left{&entered_};
+  const bool records = gpu_->Records(work.stream);
+  if (records) {
+    recorded_ = true;
+  } else {
+    running_.Begin(work.number, work.stream);
+  }
+  const auto done = [&](std::string failed) {
+    if (!records) running_.End(failed.empty(), work.stream);
+    return failed;
+  };
   NcclResult result = nccl.GroupStart();
-  if (result != kNcclSuccess) return Fail("ncclGroupStart", result);
-  for (const Operand& leaf : leaves) {
+  if (result != kNcclSuccess) return done(Fail("ncclGroupStart", result));
+  for (const Operand& leaf : work.leaves) {
     if (leaf.count == 0) continue;
     counters[kNcclCollectives]++;
     counters[kNcclBytes] += leaf.count * kItem[leaf.dtype];
@@ -136,150 +97,175 @@ std::string NcclCommunicator::Grouped(const char* name, const std::vector<Operan
   }
   // A group must end, also after a failure, or the next one would be inside it.
   const NcclResult ended = nccl.GroupEnd();
-  if (result != kNcclSuccess && result != kNcclInProgress) return Fail(name, result);
-  return Finish(name, ended);
+  if (result != kNcclSuccess && result != kNcclInProgress) return done(Fail(name, result));
+  return done(Finish(name, ended, timeout_));
 }
 
-std::string NcclCommunicator::AllReduce(const std::vector<Operand>& leaves, NcclOp op,
-                                        CudaStream stream) {
-  return Grouped("ncclAllReduce", leaves, [&](const Operand& leaf) {
+std::string NcclCommunicator::AllReduce(const Work& work, NcclOp op) {
+  return Grouped("ncclAllReduce", work, [&](const Operand& leaf) {
     return nccl_->calls().AllReduce(leaf.from, leaf.to, static_cast<size_t>(leaf.count),
-                                    leaf.dtype, op, comm_, stream);
+                                    leaf.dtype, op, comm_, work.stream);
   });
 }
 
-std::string NcclCommunicator::Broadcast(const std::vector<Operand>& leaves, int root,
-                                        CudaStream stream) {
-  return Grouped("ncclBroadcast", leaves, [&](const Operand& leaf) {
+std::string NcclCommunicator::Broadcast(const Work& work, int root) {
+  return Grouped("ncclBroadcast", work, [&](const Operand& leaf) {
     return nccl_->calls().Broadcast(leaf.from, leaf.to, static_cast<size_t>(leaf.count),
-                                    leaf.dtype, root, comm_, stream);
+                                    leaf.dtype, root, comm_, work.stream);
   });
 }
 
-std::string NcclCommunicator::AllGather(const std::vector<Operand>& leaves,
-                                        CudaStream stream) {
-  return Grouped("ncclAllGather", leaves, [&](const Operand& leaf) {
+std::string NcclCommunicator::AllGather(const Work& work) {
+  return Grouped("ncclAllGather", work, [&](const Operand& leaf) {
     return nccl_->calls().AllGather(leaf.from, leaf.to, static_cast<size_t>(leaf.count),
-                                    leaf.dtype, comm_, stream);
+                                    leaf.dtype, comm_, work.stream);
   });
 }
 
-std::string NcclCommunicator::ReduceScatter(const std::vector<Operand>& leaves,
-                                            CudaStream stream) {
-  return Grouped("ncclReduceScatter", leaves, [&](const Operand& leaf) {
+std::string NcclCommunicator::ReduceScatter(const Work& work) {
+  return Grouped("ncclReduceScatter", work, [&](const Operand& leaf) {
     return nccl_->calls().ReduceScatter(leaf.from, leaf.to,
                                         static_cast<size_t>(leaf.count), leaf.dtype,
-                                        kNcclSum, comm_, stream);
+                                        kNcclSum, comm_, work.stream);
   });
 }
 
-std::string NcclCommunicator::AllToAll(const std::vector<Operand>& leaves,
-                                       CudaStream stream) {
+std::string NcclCommunicator::AllToAll(const Work& work) {
   const NcclFunctions& nccl = nccl_->calls();
-  return Grouped("ncclSend and ncclRecv", leaves, [&](const Operand& leaf) {
+  return Grouped("ncclSend and ncclRecv", work, [&](const Operand& leaf) {
     const auto count = static_cast<size_t>(leaf.count);
     const size_t bytes = count * static_cast<size_t>(kItem[leaf.dtype]);
     for (int peer = 0; peer < size; ++peer) {
       const size_t at = static_cast<size_t>(peer) * bytes;
       NcclResult result = nccl.Send(static_cast<const char*>(leaf.from) + at, count,
-                                    leaf.dtype, peer, comm_, stream);
+                                    leaf.dtype, peer, comm_, work.stream);
       if (result != kNcclSuccess && result != kNcclInProgress) return result;
       result = nccl.Recv(static_cast<char*>(leaf.to) + at, count, leaf.dtype, peer, comm_,
-                         stream);
+                         work.stream);
       if (result != kNcclSuccess && result != kNcclInProgress) return result;
     }
     return kNcclSuccess;
   });
 }
 
-std::string NcclCommunicator::Permute(const std::vector<Operand>& leaves, int target,
-                                      int source, Device* device, CudaStream stream) {
+std::string NcclCommunicator::Permute(const Work& work, int target, int source) {
   const NcclFunctions& nccl = nccl_->calls();
   if (source < 0) {
-    for (const Operand& leaf : leaves) {
-      if (!device->Zero(leaf.to, leaf.count * kItem[leaf.dtype], stream)) {
+    for (const Operand& leaf : work.leaves) {
+      const int64_t bytes = leaf.count * kItem[leaf.dtype];
+      if (bytes != 0 && !gpu_->Zero(leaf.to, bytes, work.stream)) {
         return "memory on the device could not be set to zero";
       }
     }
   }
-  return Grouped("ncclSend and ncclRecv", leaves, [&](const Operand& leaf) {
+  return Grouped("ncclSend and ncclRecv", work, [&](const Operand& leaf) {
     const auto count = static_cast<size_t>(leaf.count);
     NcclResult result = kNcclSuccess;
     if (target >= 0) {
-      result = nccl.Send(leaf.from, count, leaf.dtype, target, comm_, stream);
+      result = nccl.Send(leaf.from, count, leaf.dtype, target, comm_, work.stream);
     }
     if (source >= 0 && (result == kNcclSuccess || result == kNcclInProgress)) {
-      result = nccl.Recv(leaf.to, count, leaf.dtype, source, comm_, stream);
+      result = nccl.Recv(leaf.to, count, leaf.dtype, source, comm_, work.stream);
     }
     return result;
   });
 }
 
+void NcclCommunicator::Close(double seconds) {
+  if (comm_ == nullptr || recorded_) return;
+  const Gpu::Current current(gpu_);
+  const NcclResult result = nccl_->calls().CommFinalize(comm_);
+  const std::string failed = Finish("ncclCommFinalize", result, seconds);
+  if (failed.empty()) nccl_->calls().CommDestroy(comm_);
+  comm_ = nullptr;
+}
+
 // Waits until what returned `result` is done. The stream may be used again only then.
-std::string NcclCommunicator::Finish(const char* name, NcclResult result) {
-  const auto until = std::chrono::steady_clock::now() + std::chrono::duration<double>(timeout_);
+std::string NcclCommunicator::Finish(const char* name, NcclResult result, double seconds) {
+  const int64_t begun = Now();
   while (result == kNcclInProgress) {
+    NcclResult now = kNcclSuccess;
     {
       std::lock_guard<std::mutex> lock(state_);
-      if (!failure_.empty()) return failure_;
-      NcclResult now = kNcclSuccess;
       const NcclResult asked = nccl_->calls().CommGetAsyncError(comm_, &now);
       result = asked == kNcclSuccess ? now : asked;
     }
     if (result != kNcclInProgress) break;
-    if (std::chrono::steady_clock::now() > until) {
+    const int64_t waited = Now() - begun;
+    if (1e-9 * static_cast<double>(waited) > seconds) {
       Abort(NotDone(name));
       return failure();
     }
-    std::this_thread::sleep_for(kPoll);
+    // Putting kernels on a stream takes NCCL's thread microseconds, connecting much more.
+    if (waited < kSpin) {
+      std::this_thread::yield();
+    } else {
+      std::this_thread::sleep_for(kPoll);
+    }
   }
   return result == kNcclSuccess ? std::string() : Fail(name, result);
 }
 
-std::string NcclCommunicator::NotDone(const char* name) const {
-  return std::string(name) + " was not done after " +
-         std::to_string(static_cast<int>(timeout_)) + " s on rank " +
-         std::to_string(rank) + " of " + std::to_string(size) +
+std::string NcclCommunicator::Here(const std::string& what) const {
+  return what + " on rank " + std::to_string(rank) + " of " + std::to_string(size);
+}
+
+std::string NcclCommunicator::NotDone(const std::string& what) const {
+  return Here(what + " was not done after " + std::to_string(static_cast<int>(timeout_)) +
+              " s") +
          ": another rank has not come, or NCCL found no way to it";
 }
 
 std::string NcclCommunicator::Fail(const char* name, NcclResult result) {
   const char* last = nccl_->calls().GetLastError(comm_);
-  std::string why = std::string(name) + " failed on rank " + std::to_string(rank) + " of " +
-                    std::to_string(size) + ": " + nccl_->calls().GetErrorString(result);
+  std::string why =
+      Here(std::string(name) + " failed") + ": " + nccl_->calls().GetErrorString(result);
   if (last != nullptr && last[0] != '\0') why += std::string(" (") + last + ")";
   Abort(why);
   return failure();
 }
 
-void NcclCommunicator::Check() {
+std::string NcclCommunicator::Check() {
   const int64_t entered = entered_;
-  if (entered != 0 && 1e-9 * static_cast<double>(Now() - entered) > timeout_) {
-    Abort(NotDone("a collective"));
-    return;
+  if (entered != 0) {
+    const double waited = 1e-9 * static_cast<double>(Now() - entered);
+    const bool late = waited > timeout_ + static_cast<double>(kPatience.count());
+    return late ? NotDone("a collective") : "";
   }
-  std::string why;
-  {
-    std::lock_guard<std::mutex> lock(state_);
-    if (comm_ == nullptr || !failure_.empty()) return;
-    NcclResult now = kNcclSuccess;
-    const NcclResult asked = nccl_->calls().CommGetAsyncError(comm_, &now);
-    if (asked != kNcclSuccess) now = asked;
-    if (now == kNcclSuccess || now == kNcclInProgress) return;
+  std::lock_guard<std::mutex> lock(state_);
+  if (comm_ == nullptr || !failure_.empty()) return "";
+  NcclResult now = kNcclSuccess;
+  const NcclResult asked = nccl_->calls().CommGetAsyncError(comm_, &now);
+  if (asked != kNcclSuccess) now = asked;
+  if (now != kNcclSuccess && now != kNcclInProgress) {
     const char* last = nccl_->calls().GetLastError(comm_);
-    why = std::string("NCCL failed in the background on rank ") + std::to_string(rank) +
-          " of " + std::to_string(size) + ": " + nccl_->calls().GetErrorString(now);
+    std::string why = Here("NCCL failed in the background") + ": " +
+                      nccl_->calls().GetErrorString(now);
     if (last != nullptr && last[0] != '\0') why += std::string(" (") + last + ")";
+    return why;
   }
-  Abort(why);
+  const int64_t late = running_.Late(timeout_);
+  return late < 0 ? "" : NotDone("bucket " + std::to_string(late) + " began on the GPU and");
 }
 
 void NcclCommunicator::Abort(const std::string& why) {
-  std::lock_guard<std::mutex> lock(state_);
-  if (!failure_.empty()) return;
-  failure_ = why + ". The communicator has been aborted; the job must be started again";
-  if (comm_ != nullptr) nccl_->calls().CommAbort(comm_);
-  comm_ = nullptr;
+  NcclComm* aborted = nullptr;
+  {
+    std::lock_guard<std::mutex> lock(state_);
+    if (!failure_.empty()) return;
+    failure_ = why + ". The communicator has been aborted; the job must be started again";
+    std::swap(aborted, comm_);
+  }
+  if (aborted == nullptr) return;
+  // NCCL ends the kernels first; then it waits for graphs with its calls in them to go,
+  // which they may never.
+  auto done = std::make_shared<std::promise<void>>();
+  const std::future<void> ended = done->get_future();
+  std::thread([done, aborted, abort = nccl_->calls().CommAbort] {
+    abort(aborted);
+    done->set_value();
+  }).detach();
+  ended.wait_for(kPatience);
 }
 
 std::string NcclCommunicator::failure() {

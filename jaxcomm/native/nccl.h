@@ -7,29 +7,16 @@
 #pragma once
 
 #include <atomic>
-#include <chrono>
 #include <cstdint>
 #include <memory>
 #include <mutex>
 #include <string>
 #include <vector>
 
+#include "gpu.h"
 #include "nccl_abi.h"
 
 namespace jaxcomm {
-
-// What is done on a stream besides NCCL's calls.
-class Device {
- public:
-  virtual ~Device() = default;
-  virtual bool Zero(void* to, int64_t bytes, CudaStream stream) = 0;
-  virtual bool Set(void* to, uint32_t word, CudaStream stream) = 0;
-};
-
-// The GPU, through the driver's library; null with a text where there is none.
-std::unique_ptr<Device> OpenGpu(std::string* error);
-// Host memory, for a library that reduces there.
-std::unique_ptr<Device> HostMemory();
 
 class Nccl {
  public:
@@ -49,14 +36,22 @@ struct Operand {
   NcclDType dtype;
 };
 
+// A bucket's leaves, and where they are to be reduced. `number` is for texts.
+struct Work {
+  std::vector<Operand> leaves;
+  CudaStream stream;
+  int64_t number;
+};
+
 // Counters that Python reads; order shared with jaxcomm/native/nccl.py.
 enum NcclCounter : int { kNcclCollectives, kNcclBytes, kNcclAgreements, kNcclCounters };
 
 class NcclCommunicator {
  public:
-  NcclCommunicator(const Nccl* nccl, int64_t id, int rank, int size, double timeout)
-      : id(id), rank(rank), size(size), nccl_(nccl), timeout_(timeout) {}
-  ~NcclCommunicator();
+  NcclCommunicator(const Nccl* nccl, const Gpu* gpu, int64_t id, int rank, int size,
+                   double timeout)
+      : id(id), rank(rank), size(size), nccl_(nccl), gpu_(gpu), timeout_(timeout),
+        running_(gpu) {}
   NcclCommunicator(const NcclCommunicator&) = delete;
   NcclCommunicator& operator=(const NcclCommunicator&) = delete;
 
@@ -64,19 +59,23 @@ class NcclCommunicator {
   std::string Join(const NcclUniqueId& unique);
   // Makes `part` this rank's group of a division of the ranks; all call it together.
   std::string Split(int color, NcclCommunicator* part);
-  std::string AllReduce(const std::vector<Operand>& leaves, NcclOp op, CudaStream stream);
-  std::string Broadcast(const std::vector<Operand>& leaves, int root, CudaStream stream);
-  std::string AllGather(const std::vector<Operand>& leaves, CudaStream stream);
-  std::string ReduceScatter(const std::vector<Operand>& leaves, CudaStream stream);
-  std::string AllToAll(const std::vector<Operand>& leaves, CudaStream stream);
+  std::string AllReduce(const Work& work, NcclOp op);
+  std::string Broadcast(const Work& work, int root);
+  std::string AllGather(const Work& work);
+  std::string ReduceScatter(const Work& work);
+  std::string AllToAll(const Work& work);
   // Sends to `target` and receives from `source`, -1 for neither.
-  std::string Permute(const std::vector<Operand>& leaves, int target, int source,
-                      Device* device, CudaStream stream);
+  std::string Permute(const Work& work, int target, int source);
 
-  // Asks NCCL whether something failed in the background, or a call does not come back;
-  // aborts if so. For a thread of its own.
-  void Check();
-  void Abort(const std::string& why);
+  // Gives NCCL its resources back, within some seconds; nothing may be under way. Does
+  // nothing where calls stand in CUDA graphs: NCCL would wait for the end of those, and XLA
+  // keeps them as long as the process.
+  void Close(double seconds);
+
+  // Says what has failed since the last call, if no call will: an error in the background,
+  // a kernel that waits for ranks that do not come, a call that does not come back. For a
+  // thread of its own.
+  std::string Check();
   std::string failure();
 
   const int64_t id;
@@ -88,14 +87,20 @@ class NcclCommunicator {
  private:
   // Runs `call(leaf)` for every leaf in one NCCL group.
   template <typename Call>
-  std::string Grouped(const char* name, const std::vector<Operand>& leaves, Call call);
-  std::string Finish(const char* name, NcclResult result);
+  std::string Grouped(const char* name, const Work& work, Call call);
+  std::string Finish(const char* name, NcclResult result, double seconds);
   std::string Fail(const char* name, NcclResult result);
-  std::string NotDone(const char* name) const;
+  void Abort(const std::string& why);
+  // "what on rank 1 of 2"
+  std::string Here(const std::string& what) const;
+  std::string NotDone(const std::string& what) const;
 
   const Nccl* nccl_;
+  const Gpu* gpu_;
   const double timeout_;
   std::atomic<int64_t> entered_{0};  // when the call under way began; 0 for none
+  std::atomic<bool> recorded_{false};  // whether a call stands in a graph
+  Running running_;
   std::mutex state_;  // guards what follows: Check runs on a thread of its own
   NcclComm* comm_ = nullptr;
   std::string failure_;

@@ -11,8 +11,9 @@ import jax
 from jaxcomm import native
 from jaxcomm.errors import TransportUnavailableError
 
-# Each with a twin on host memory, jaxcomm_nccl_host_*.
-HANDLERS = ("all_reduce", "broadcast", "move", "rank")
+# Each on a GPU, on a GPU to be recorded into CUDA graphs (jaxcomm_nccl_graph_*), and on
+# host memory (jaxcomm_nccl_host_*).
+COLLECTIVES = ("all_reduce", "broadcast", "move")
 COUNTERS = ("calls", "nccl_collectives", "bytes", "agreements")
 UNIQUE_ID_BYTES = 128
 # Order and values of nccl.h.
@@ -22,12 +23,14 @@ _TEXT_BYTES = 4096
 _Key = ctypes.c_int64
 
 
-def open_library(path: str, *, host_memory: bool) -> int:
+def open_library(path: str, driver: str, ordinal: int, *, host_memory: bool) -> int:
     """Load a libnccl and register the handlers; return its version.
 
     Args:
       path: of the library.
-      host_memory: whether it reduces host memory, for arrays of the CPU.
+      driver: path of CUDA's driver.
+      ordinal: the device's number in this process.
+      host_memory: whether the library reduces host memory, for arrays of the CPU.
 
     Raises:
       TransportUnavailableError: it cannot be used; says why.
@@ -36,15 +39,17 @@ def open_library(path: str, *, host_memory: bool) -> int:
     library.jaxcomm_nccl_close.restype = None
     _call(
         lambda text, size: library.jaxcomm_nccl_open(
-            path.encode(), int(host_memory), text, size
+            path.encode(), driver.encode(), ordinal, text, size
         ),
         f"{path} cannot be used as NCCL",
     )
-    kind, platform = ("host_", "cpu") if host_memory else ("", "CUDA")
-    for name in HANDLERS:
-        symbol = getattr(library, f"jaxcomm_nccl_{kind}{name}")
+    for target in (*COLLECTIVES, *(f"graph_{name}" for name in COLLECTIVES), "rank"):
+        on_host = f"host_{target.removeprefix('graph_')}"
+        symbol = getattr(library, f"jaxcomm_nccl_{on_host if host_memory else target}")
         jax.ffi.register_ffi_target(
-            f"jaxcomm_nccl_{name}", jax.ffi.pycapsule(symbol), platform=platform
+            f"jaxcomm_nccl_{target}",
+            jax.ffi.pycapsule(symbol),
+            platform="cpu" if host_memory else "CUDA",
         )
     return library.jaxcomm_nccl_version()
 
@@ -89,9 +94,9 @@ def counters(key: int) -> dict[str, int]:
     return dict(zip(COUNTERS, out, strict=True))
 
 
-def close() -> None:
-    """End all communicators; nothing may be under way."""
-    native.load().jaxcomm_nccl_close()
+def close(seconds: float) -> None:
+    """End all communicators, within some seconds each; nothing may be under way."""
+    native.load().jaxcomm_nccl_close(ctypes.c_double(seconds))
 
 
 def _call(function: Callable[[Any, Any], int], what: str) -> None:

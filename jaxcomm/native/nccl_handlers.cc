@@ -11,6 +11,8 @@
 #include "api.h"
 #include "callbacks.h"
 #include "calls.h"
+#include "exit.h"
+#include "gpu.h"
 #include "nccl.h"
 #include "progress.h"
 #include "rounding.h"
@@ -24,7 +26,7 @@ namespace {
 
 std::mutex registry_mutex;
 std::unique_ptr<Nccl> nccl;
-std::unique_ptr<Device> device;
+std::unique_ptr<Gpu> gpu;
 
 struct Member {
   NcclCommunicator comm;
@@ -39,7 +41,8 @@ Member* Find(int64_t id) {
   return found == members.end() ? nullptr : found->second.get();
 }
 
-// Looks after all communicators, for errors that no call reports.
+// Looks after all communicators, for what no call reports. It ends the process: the
+// programs under way have been promised results, and would give wrong ones.
 class Monitor {
  public:
   void Start() {
@@ -58,10 +61,18 @@ class Monitor {
 
  private:
   void Run() {
+    const Gpu::Current current(gpu.get());
+    gpu->AllowWhileRecording();
     std::unique_lock<std::mutex> lock(mutex_);
     while (!wake_.wait_for(lock, std::chrono::milliseconds(100), [this] { return stop_; })) {
       std::lock_guard<std::mutex> all(registry_mutex);
-      for (auto& entry : members) entry.second->comm.Check();
+      for (auto& entry : members) {
+        const std::string failed = entry.second->comm.Check();
+        if (failed.empty()) continue;
+        EndProcess("jaxcomm: " + failed + ". What is under way here cannot be finished, so " +
+                       "this process ends; the job must be started again\n",
+                   kStalled);
+      }
     }
   }
 
@@ -74,6 +85,12 @@ class Monitor {
 ffi::Error Failure(const std::string& text, int64_t bucket) {
   return ffi::Error(ffi::ErrorCode::kInternal,
                     "jaxcomm, bucket " + std::to_string(bucket) + ": " + text);
+}
+
+ffi::Error NotCreated() {
+  return Refused(
+      "jaxcomm: this program names a communicator that this process has not created; "
+      "call jaxcomm.init(\"nccl\") before running it");
 }
 
 // NCCL's type for XLA's, and how many of them an element is. Types that are only moved
@@ -103,11 +120,7 @@ bool ToNccl(ffi::DataType type, NcclDType* out, int64_t* times) {
 template <typename Work>
 ffi::Error InTurn(const Place& place, Work work) {
   Member* member = Find(place.comm);
-  if (member == nullptr) {
-    return Refused(
-        "jaxcomm: this program names a communicator that this process has not created; "
-        "call jaxcomm.init(\"nccl\") before running it");
-  }
+  if (member == nullptr) return NotCreated();
   std::lock_guard<std::mutex> lock(member->comm.mutex);
   const int64_t number = member->progress->Begin(place.schedule, place.bucket);
   struct Ended {
@@ -124,14 +137,15 @@ ffi::Error InTurn(const Place& place, Work work) {
   if (!text.empty()) return Refused(text);
   member->progress->Remember(number, place.schedule, place.bucket);
   if (place.partition != 0) member = Find(place.partition);
+  const Gpu::Current current(gpu.get());
   text = work(&member->comm);
   return text.empty() ? ffi::Error::Success() : Failure(text, place.bucket);
 }
 
-// The leaves of a call. `share`: of how many ranks' parts a leaf's operand (or, where it
-// is larger, its result) consists.
+// Fills in the leaves of a call. `share`: of how many ranks' parts a leaf's operand (or,
+// where it is larger, its result) consists.
 ffi::Error Operands(ffi::RemainingArgs args, ffi::RemainingRets rets, bool bytes,
-                    int64_t share, std::vector<Operand>* out) {
+                    int64_t share, Work* work) {
   if (args.size() != rets.size() || args.size() == 0) {
     return ffi::Error(ffi::ErrorCode::kInvalidArgument,
                       "jaxcomm: operands and results differ in number");
@@ -148,7 +162,7 @@ ffi::Error Operands(ffi::RemainingArgs args, ffi::RemainingRets rets, bool bytes
     }
     const auto whole = static_cast<int64_t>(
         bytes ? arg->size_bytes() : arg->element_count() * static_cast<size_t>(times));
-    out->push_back({arg->untyped_data(), (*ret)->untyped_data(), whole / share, dtype});
+    work->leaves.push_back({arg->untyped_data(), (*ret)->untyped_data(), whole / share, dtype});
   }
   return ffi::Error::Success();
 }
@@ -156,20 +170,20 @@ ffi::Error Operands(ffi::RemainingArgs args, ffi::RemainingRets rets, bool bytes
 ffi::Error AllReduceCall(CudaStream stream, ffi::RemainingArgs args,
                          ffi::RemainingRets rets, int64_t comm, int64_t schedule,
                          int64_t bucket, int64_t partition, Numbers groups, int64_t op) {
-  std::vector<Operand> leaves;
-  if (auto error = Operands(args, rets, false, 1, &leaves); error.failure()) return error;
+  Work work{{}, stream, bucket};
+  if (auto error = Operands(args, rets, false, 1, &work); error.failure()) return error;
   return InTurn(Place(comm, schedule, bucket, partition, groups), [&](NcclCommunicator* on) {
-    return on->AllReduce(leaves, static_cast<NcclOp>(op), stream);
+    return on->AllReduce(work, static_cast<NcclOp>(op));
   });
 }
 
 ffi::Error BroadcastCall(CudaStream stream, ffi::RemainingArgs args,
                          ffi::RemainingRets rets, int64_t comm, int64_t schedule,
                          int64_t bucket, int64_t partition, Numbers groups, int64_t root) {
-  std::vector<Operand> leaves;
-  if (auto error = Operands(args, rets, true, 1, &leaves); error.failure()) return error;
+  Work work{{}, stream, bucket};
+  if (auto error = Operands(args, rets, true, 1, &work); error.failure()) return error;
   return InTurn(Place(comm, schedule, bucket, partition, groups), [&](NcclCommunicator* on) {
-    return on->Broadcast(leaves, static_cast<int>(root), stream);
+    return on->Broadcast(work, static_cast<int>(root));
   });
 }
 
@@ -178,20 +192,20 @@ enum Move : int { kAllGather, kReduceScatter, kAllToAll, kPermute };  // native.
 ffi::Error MoveCall(CudaStream stream, ffi::RemainingArgs args, ffi::RemainingRets rets,
                     int64_t comm, int64_t schedule, int64_t bucket, int64_t partition,
                     Numbers groups, int64_t move, int64_t ranks, Numbers permutation) {
-  std::vector<Operand> leaves;
+  Work work{{}, stream, bucket};
   const bool parts = move == kReduceScatter || move == kAllToAll;
-  auto error = Operands(args, rets, move != kReduceScatter, parts ? ranks : 1, &leaves);
+  auto error = Operands(args, rets, move != kReduceScatter, parts ? ranks : 1, &work);
   if (error.failure()) return error;
   return InTurn(Place(comm, schedule, bucket, partition, groups), [&](NcclCommunicator* on) {
-    if (move == kAllGather) return on->AllGather(leaves, stream);
-    if (move == kReduceScatter) return on->ReduceScatter(leaves, stream);
-    if (move == kAllToAll) return on->AllToAll(leaves, stream);
+    if (move == kAllGather) return on->AllGather(work);
+    if (move == kReduceScatter) return on->ReduceScatter(work);
+    if (move == kAllToAll) return on->AllToAll(work);
     int target = -1, source = -1;
     for (size_t i = 0; i + 1 < permutation.size(); i += 2) {
       if (permutation[i] == on->rank) target = static_cast<int>(permutation[i + 1]);
       if (permutation[i + 1] == on->rank) source = static_cast<int>(permutation[i]);
     }
-    return on->Permute(leaves, target, source, device.get(), stream);
+    return on->Permute(work, target, source);
   });
 }
 
@@ -199,8 +213,9 @@ ffi::Error MoveCall(CudaStream stream, ffi::RemainingArgs args, ffi::RemainingRe
 ffi::Error RankCall(CudaStream stream, ffi::Result<ffi::BufferR0<ffi::S32>> out,
                     int64_t comm) {
   Member* member = Find(comm);
-  if (member == nullptr || device == nullptr ||
-      !device->Set(out->untyped_data(), static_cast<uint32_t>(member->comm.rank), stream)) {
+  if (member == nullptr) return NotCreated();
+  const Gpu::Current current(gpu.get());
+  if (!gpu->Set(out->untyped_data(), static_cast<uint32_t>(member->comm.rank), stream)) {
     return ffi::Error(ffi::ErrorCode::kFailedPrecondition,
                       "jaxcomm: this rank's number could not be written");
   }
@@ -218,25 +233,21 @@ ffi::Error OnHost(Arguments... arguments) {
 
 }  // namespace
 
-JAXCOMM_API XLA_FFI_Error* jaxcomm_nccl_all_reduce(XLA_FFI_CallFrame*);
-JAXCOMM_API XLA_FFI_Error* jaxcomm_nccl_broadcast(XLA_FFI_CallFrame*);
-JAXCOMM_API XLA_FFI_Error* jaxcomm_nccl_move(XLA_FFI_CallFrame*);
-JAXCOMM_API XLA_FFI_Error* jaxcomm_nccl_rank(XLA_FFI_CallFrame*);
-JAXCOMM_API XLA_FFI_Error* jaxcomm_nccl_host_all_reduce(XLA_FFI_CallFrame*);
-JAXCOMM_API XLA_FFI_Error* jaxcomm_nccl_host_broadcast(XLA_FFI_CallFrame*);
-JAXCOMM_API XLA_FFI_Error* jaxcomm_nccl_host_move(XLA_FFI_CallFrame*);
-JAXCOMM_API XLA_FFI_Error* jaxcomm_nccl_host_rank(XLA_FFI_CallFrame*);
-
-// Each pair differs in where it runs. On a GPU a call only puts NCCL's kernels on the
-// stream, so it may stand in a CUDA graph: XLA records it once and replays the kernels.
-#define JAXCOMM_DEFINE(name, call, attributes, ...)                                    \
-  XLA_FFI_DEFINE_HANDLER_SYMBOL(jaxcomm_nccl_##name, call,                             \
-                                JAXCOMM_COLLECTIVE(JAXCOMM_GPU) attributes,            \
-                                {ffi::Traits::kCmdBufferCompatible});                  \
-  XLA_FFI_DEFINE_HANDLER_SYMBOL(                                                       \
-      jaxcomm_nccl_host_##name,                                                        \
-      (OnHost<call, ffi::RemainingArgs, ffi::RemainingRets, int64_t, int64_t, int64_t, \
-              int64_t, Numbers, __VA_ARGS__>),                                         \
+// The handlers of a collective: for a GPU; for a GPU and to be recorded into CUDA graphs,
+// which replay NCCL's kernels without calling the handler; and for host memory.
+#define JAXCOMM_DEFINE(name, call, attributes, ...)                                     \
+  JAXCOMM_API XLA_FFI_Error* jaxcomm_nccl_##name(XLA_FFI_CallFrame*);                   \
+  JAXCOMM_API XLA_FFI_Error* jaxcomm_nccl_graph_##name(XLA_FFI_CallFrame*);             \
+  JAXCOMM_API XLA_FFI_Error* jaxcomm_nccl_host_##name(XLA_FFI_CallFrame*);              \
+  XLA_FFI_DEFINE_HANDLER_SYMBOL(jaxcomm_nccl_##name, call,                              \
+                                JAXCOMM_COLLECTIVE(JAXCOMM_GPU) attributes);            \
+  XLA_FFI_DEFINE_HANDLER_SYMBOL(jaxcomm_nccl_graph_##name, call,                        \
+                                JAXCOMM_COLLECTIVE(JAXCOMM_GPU) attributes,             \
+                                {ffi::Traits::kCmdBufferCompatible});                   \
+  XLA_FFI_DEFINE_HANDLER_SYMBOL(                                                        \
+      jaxcomm_nccl_host_##name,                                                         \
+      (OnHost<call, ffi::RemainingArgs, ffi::RemainingRets, int64_t, int64_t, int64_t,  \
+              int64_t, Numbers, __VA_ARGS__>),                                          \
       JAXCOMM_COLLECTIVE(ffi::Ffi::Bind()) attributes)
 
 JAXCOMM_DEFINE(all_reduce, AllReduceCall, .Attr<int64_t>("op"), int64_t);
@@ -245,6 +256,8 @@ JAXCOMM_DEFINE(move, MoveCall,
                .Attr<int64_t>("move").Attr<int64_t>("ranks").Attr<Numbers>("permutation"),
                int64_t, int64_t, Numbers);
 
+JAXCOMM_API XLA_FFI_Error* jaxcomm_nccl_rank(XLA_FFI_CallFrame*);
+JAXCOMM_API XLA_FFI_Error* jaxcomm_nccl_host_rank(XLA_FFI_CallFrame*);
 XLA_FFI_DEFINE_HANDLER_SYMBOL(jaxcomm_nccl_rank, RankCall,
                               JAXCOMM_GPU.Ret<ffi::BufferR0<ffi::S32>>()
                                   .Attr<int64_t>("comm"),
@@ -256,15 +269,16 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(
 
 // These return 0, or 1 with a text in `error`.
 
-JAXCOMM_API int jaxcomm_nccl_open(const char* path, int host_memory, char* error,
-                                  int64_t capacity) {
+// `driver` is the path of CUDA's driver, `ordinal` this process's device.
+JAXCOMM_API int jaxcomm_nccl_open(const char* path, const char* driver, int ordinal,
+                                  char* error, int64_t capacity) {
   std::lock_guard<std::mutex> lock(registry_mutex);
   if (nccl != nullptr) return 0;
   std::string text;
   auto opened = Nccl::Open(path, &text);
   if (opened) {
-    device = host_memory ? HostMemory() : OpenGpu(&text);
-    if (device) nccl = std::move(opened);
+    gpu = Gpu::Open(driver, ordinal, &text);
+    if (gpu) nccl = std::move(opened);
   }
   return Tell(text, error, capacity);
 }
@@ -286,7 +300,7 @@ JAXCOMM_API int jaxcomm_nccl_join(int64_t id, const NcclUniqueId* unique, int ra
                                   int size, double timeout, char* error,
                                   int64_t capacity) {
   auto member = std::unique_ptr<Member>(
-      new Member{{nccl.get(), id, rank, size, timeout}, {}, ProgressOf(id)});
+      new Member{{nccl.get(), gpu.get(), id, rank, size, timeout}, {}, ProgressOf(id)});
   std::string text = member->comm.Join(*unique);
   if (text.empty()) {
     std::lock_guard<std::mutex> lock(registry_mutex);
@@ -301,7 +315,7 @@ JAXCOMM_API int jaxcomm_nccl_join(int64_t id, const NcclUniqueId* unique, int ra
 JAXCOMM_API int jaxcomm_nccl_split(int64_t id, int64_t part, int color, int rank, int size,
                                    double timeout, char* error, int64_t capacity) {
   auto member = std::unique_ptr<Member>(
-      new Member{{nccl.get(), part, rank, size, timeout}, {}, ProgressOf(part)});
+      new Member{{nccl.get(), gpu.get(), part, rank, size, timeout}, {}, ProgressOf(part)});
   std::string text = Find(id)->comm.Split(color, &member->comm);
   if (text.empty()) {
     std::lock_guard<std::mutex> lock(registry_mutex);
@@ -318,14 +332,11 @@ JAXCOMM_API int jaxcomm_nccl_counters(int64_t id, int64_t* out) {
   return 0;
 }
 
-// Ends all communicators; nothing may be under way.
-JAXCOMM_API void jaxcomm_nccl_close() {
+// Ends all communicators, within some seconds each; nothing may be under way.
+JAXCOMM_API void jaxcomm_nccl_close(double seconds) {
   monitor.Stop();
-  std::map<int64_t, std::unique_ptr<Member>> all;
-  {
-    std::lock_guard<std::mutex> lock(registry_mutex);
-    all.swap(members);
-  }
+  std::lock_guard<std::mutex> lock(registry_mutex);
+  for (auto& entry : members) entry.second->comm.Close(seconds);
 }
 
 }  // namespace jaxcomm

@@ -19,9 +19,13 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from jaxcomm import _compat
+from jaxcomm import _compat, _settings
 from jaxcomm._fabric import Fabric
-from jaxcomm.errors import TransportUnavailableError, UnsupportedDtypeError
+from jaxcomm.errors import (
+    InvalidOptionError,
+    TransportUnavailableError,
+    UnsupportedDtypeError,
+)
 from jaxcomm.transports.base import Call, call_attributes, check_dtype, emit, numbers
 
 SONAME = "libnccl.so.2"
@@ -32,6 +36,15 @@ LIBRARY_VARIABLE = "JAXCOMM_NCCL_LIBRARY"
 # For a library that reduces host memory, as the tests' stand-in does.
 HOST_MEMORY_VARIABLE = "JAXCOMM_NCCL_HOST_MEMORY"
 MULTI_RANK_VARIABLE = "NCCL_MULTI_RANK_GPU_ENABLE"
+DRIVER = "libcuda.so.1"
+# Lets XLA record the calls into CUDA graphs.
+GRAPHS_VARIABLE = "JAXCOMM_NCCL_GRAPHS"
+# NCCL wants a collective to be recorded by all ranks or by none, and at the same time.
+# XLA records again when buffers of this process move, whatever the other ranks do. That is
+# harmless as long as recording needs no other rank: no registering of buffers with them,
+# and no first connecting.
+FOR_GRAPHS = {"NCCL_GRAPH_REGISTER": "0", "NCCL_RUNTIME_CONNECT": "0"}
+CLOSE_SECONDS = 10.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,21 +111,28 @@ def prepare(fabric: Fabric) -> None:
     Raises:
       TransportUnavailableError: on every rank, with the cause and the remedy.
     """
-    problem, version = "", 0
+    problem, version, device = "", 0, ""
     try:
         version = _open()
-    except TransportUnavailableError as error:
+        device = _uuid()
+    except (TransportUnavailableError, InvalidOptionError) as error:
         problem = str(error)
     # All ranks hear of one rank's trouble, or they would wait for it.
-    place = (socket.gethostname(), _device(fabric.local_rank))
-    found = fabric.host.all_gather([problem, version, list(place)])
+    mine = [problem, version, [socket.gethostname(), device], in_graphs()]
+    found = fabric.host.all_gather(mine)
     problems = {rank: text for rank, (text, *_) in enumerate(found) if text}
     if problems:
         ranks = ", ".join(map(str, problems))
         first = next(iter(problems.values()))
         raise TransportUnavailableError(f"rank {ranks} of {fabric.size}: {first}")
+    recording = [rank for rank, (*_, graphs) in enumerate(found) if graphs]
+    if 0 < len(recording) < fabric.size:
+        raise TransportUnavailableError(
+            f"{GRAPHS_VARIABLE}=1 is set on ranks {', '.join(map(str, recording))} of "
+            f"{fabric.size} only: set it on every rank or on none"
+        )
     versions: dict[int, list[int]] = {}
-    for rank, (_, number, _) in enumerate(found):
+    for rank, (_, number, *_) in enumerate(found):
         versions.setdefault(number, []).append(rank)
     if len(versions) > 1:
         text = "; ".join(
@@ -123,16 +143,24 @@ def prepare(fabric: Fabric) -> None:
             f"the ranks have different versions of NCCL: {text}. Install the same "
             "nvidia-nccl wheel, or load the same module, on all hosts"
         )
-    _check_devices([tuple(device) for *_, device in found], version)
+    _check_devices([tuple(place) for _, _, place, _ in found], version)
     atexit.register(_close)
 
 
 def _open() -> int:
     from jaxcomm.native import nccl
 
-    host_memory = os.environ.get(HOST_MEMORY_VARIABLE) == "1"
-    if not host_memory:
+    if not _on_host():
         _check_backend()
+    if in_graphs():
+        if _settings.check_every():
+            raise InvalidOptionError(
+                f"{_settings.CHECK_VARIABLE}=every compares every call, and with "
+                f"{GRAPHS_VARIABLE}=1 CUDA graphs replay calls that nobody sees: "
+                "leave one of them out"
+            )
+        for name, value in FOR_GRAPHS.items():
+            os.environ.setdefault(name, value)
     copies = loaded()
     if len(copies) > 1:
         raise TransportUnavailableError(
@@ -149,7 +177,11 @@ def _open() -> int:
             "plugin (pip install 'jax[cuda13]'), or set "
             f"{LIBRARY_VARIABLE}=/path/to/{SONAME}"
         )
-    version = nccl.open_library(library.path, host_memory=host_memory)
+    # A library that reduces host memory brings its own driver.
+    driver = library.path if _on_host() else DRIVER
+    version = nccl.open_library(
+        library.path, driver, _ordinal(), host_memory=_on_host()
+    )
     if version < OLDEST:
         raise TransportUnavailableError(
             f"NCCL {library.version} ({library.path}) is too old: jaxcomm needs "
@@ -176,31 +208,35 @@ def _check_backend() -> None:
         )
 
 
-def _device(local_rank: int) -> str:
-    """Name this rank's device, as no other device of its host is named."""
-    if os.environ.get(HOST_MEMORY_VARIABLE) != "1":
-        try:
-            return _uuid()
-        except OSError:
-            return f"local rank {local_rank}"  # NCCL itself will notice
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "")
-    return visible if visible and "," not in visible else f"local rank {local_rank}"
+def _on_host() -> bool:
+    return os.environ.get(HOST_MEMORY_VARIABLE) == "1"
+
+
+def in_graphs() -> bool:
+    """Tell whether XLA may record the calls into CUDA graphs."""
+    return os.environ.get(GRAPHS_VARIABLE) == "1"
+
+
+def _ordinal() -> int:
+    """Return the number of this process's device among those that CUDA shows it."""
+    return 0 if _on_host() else jax.local_devices()[0].local_hardware_id
 
 
 def _uuid() -> str:
-    """Ask the driver for the UUID of the only device that this process sees.
+    """Ask the driver for the UUID of this process's device.
 
     Ordinals would not do: under Slurm every task may see its own GPU as number 0.
     """
-    driver = ctypes.CDLL("libcuda.so.1")
+    found = find()
+    driver = ctypes.CDLL(found.path if _on_host() and found else DRIVER)
     device, uuid = ctypes.c_int(), ctypes.create_string_buffer(16)
     codes = (
         driver.cuInit(0),
-        driver.cuDeviceGet(ctypes.byref(device), 0),
+        driver.cuDeviceGet(ctypes.byref(device), _ordinal()),
         driver.cuDeviceGetUuid(uuid, device),
     )
     if any(codes):
-        raise OSError(f"the CUDA driver gives no device: codes {codes}")
+        raise TransportUnavailableError(f"the CUDA driver gives no UUID: codes {codes}")
     return f"GPU-{uuid.raw.hex()}"
 
 
@@ -231,7 +267,7 @@ def _check_devices(places: Sequence[tuple[Any, ...]], version: int) -> None:
 def _close() -> None:
     from jaxcomm.native import nccl
 
-    nccl.close()
+    nccl.close(CLOSE_SECONDS)
 
 
 def join(key: int, fabric: Fabric, timeout: float) -> None:
@@ -284,7 +320,7 @@ class Nccl:
             else:
                 _describe_move(attributes, call)
                 target, aliased = "move", [len(values) - 1]
-            return emit(f"jaxcomm_nccl_{target}", ctx, values, attributes, aliased)
+            return emit(_target(target), ctx, values, attributes, aliased)
 
         leaves = ctx.avals_in[:-1]
         results = ctx.avals_out[:-1]
@@ -297,12 +333,12 @@ class Nccl:
             ctx = _retyped(ctx, travels)
         if call.op == "reduce_scatter":
             _describe_move(attributes, call)
-            target, aliased = "jaxcomm_nccl_move", [len(values) - 1]
+            target, aliased = "move", [len(values) - 1]
         else:
             op = "avg" if average else {"mean": "sum"}.get(call.op, call.op)
             attributes["op"] = np.int64(_op_number(op))
-            target, aliased = "jaxcomm_nccl_all_reduce", range(len(values))
-        out = emit(target, ctx, values, attributes, aliased)
+            target, aliased = "all_reduce", range(len(values))
+        out = emit(_target(target), ctx, values, attributes, aliased)
         divide = mean and not average
         if travels == dtype and not divide:
             return out
@@ -317,6 +353,10 @@ class Nccl:
 
         got = [_compat.shaped_array(a.shape, np.dtype(travels)) for a in results]
         return _convert(ctx, got, out, finish)
+
+
+def _target(collective: str) -> str:
+    return f"jaxcomm_nccl_{'graph_' if in_graphs() else ''}{collective}"
 
 
 def _averages(dtype: str, ranks: int) -> bool:

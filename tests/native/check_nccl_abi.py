@@ -194,8 +194,11 @@ def version_key(version: str) -> tuple[int, ...]:
     return tuple(map(int, re.findall(r"\d+", version)))
 
 
-def fetch(project: str, oldest: str) -> None:
-    """Fill the cache from pip's index, through pip's own finder and session."""
+def fetch(project: str, oldest: str, few: bool) -> None:
+    """Fill the cache from pip's index, through pip's own finder and session.
+
+    Of the releases since `oldest`; with `few`, of the first and the last of them.
+    """
     from pip._internal.commands import create_command
 
     command: Any = create_command("download")
@@ -203,11 +206,16 @@ def fetch(project: str, oldest: str) -> None:
     with command.main_context():
         session = command.get_default_session(options)
         finder = command._build_package_finder(options, session)
-        for candidate in finder.find_all_candidates(project):
-            version, link = str(candidate.version), candidate.link
-            target = CACHE / f"{project}-{version}.h"
-            new = version_key(version) >= version_key(oldest)
-            if not new or not link.is_wheel or target.exists():
+        links = {
+            str(candidate.version): candidate.link
+            for candidate in finder.find_all_candidates(project)
+            if candidate.link.is_wheel
+        }
+        versions = sorted(links, key=version_key)
+        versions = [v for v in versions if version_key(v) >= version_key(oldest)]
+        for version in versions[:: max(len(versions) - 1, 1)] if few else versions:
+            link, target = links[version], CACHE / f"{project}-{version}.h"
+            if target.exists():
                 continue
             try:
                 remote = RemoteFile(session, link.url_without_fragment)
@@ -248,6 +256,9 @@ def main() -> int:
     parser.add_argument("--offline", action="store_true", help="fetch nothing")
     parser.add_argument("--oldest", default="2.18", help="the oldest version fetched")
     parser.add_argument(
+        "--few", action="store_true", help="the oldest and the newest releases only"
+    )
+    parser.add_argument(
         "--download", metavar="VERSION", help="fetch this one as a whole wheel"
     )
     options = parser.parse_args()
@@ -257,7 +268,7 @@ def main() -> int:
                 download(project, options.download)
             else:
                 with contextlib.suppress(KeyboardInterrupt):
-                    fetch(project, options.oldest)
+                    fetch(project, options.oldest, options.few)
     found = 0
     failed = 0
     for name, path in local_headers():

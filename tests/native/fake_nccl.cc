@@ -5,7 +5,7 @@
 // abort from another thread ends them: every rank has to abort for itself. Errors can
 // be ordered from outside (fake_nccl_inject.h). Build with
 //   c++ -std=c++17 -O2 -shared -fPIC -fvisibility=hidden -o libfake_nccl.so
-//     fake_nccl.cc -lrt -pthread
+//     fake_nccl.cc fake_cuda.cc -lrt -pthread
 #include <sys/random.h>
 
 #include <cstdint>
@@ -14,6 +14,7 @@
 #include <utility>
 #include <vector>
 
+#include "fake_cuda.h"
 #include "fake_nccl_group.h"
 
 namespace jaxcomm {
@@ -70,6 +71,12 @@ Transfer Describe(Kind kind, NcclComm* comm, const void* from, void* to, size_t 
           0,
           nullptr,
           0};
+}
+
+// NCCL counts the graphs that its calls stand in, and ends no communicator before them. Here
+// they never go, as with those that XLA keeps.
+void WaitForGraphs(NcclComm* comm) {
+  while (RecordsGraphs() && comm->collectives > 0) Sleep(100000);
 }
 
 bool Blocking(const char* call, const NcclConfig* config, bool otherwise) {
@@ -141,6 +148,10 @@ NcclResult ncclCommInitRankConfig(NcclComm** out, int ranks, NcclUniqueId id, in
   if (out) *out = comm;
   const NcclResult result = Run(call, {comm}, [&](Where where) {
     CheckPointer(call, out, "comm");
+    // NCCL would take device 0, whichever the caller meant.
+    if (std::getenv("FAKE_NCCL_WANTS_DEVICE") && !HasContext()) {
+      Fail(kNcclInvalidUsage, Text(call, "the calling thread has no current device"));
+    }
     if (ranks < 1 || ranks > kMaxRanks || rank < 0 || rank >= ranks) {
       Fail(kNcclInvalidArgument, Text(call, "no such rank"));
     }
@@ -197,7 +208,10 @@ NcclResult ncclCommFinalize(NcclComm* comm) {
     if (comm->finalized) Fail(kNcclInvalidArgument, Text(call, "called before"));
     comm->finalized = true;
     // Nothing is ever under way here; a nonblocking communicator still says so first.
-    group.foundings.push_back({comm, [] { Sleep(1000); }});
+    group.foundings.push_back({comm, [comm] {
+                                 Sleep(1000);
+                                 WaitForGraphs(comm);
+                               }});
     return Submit(where);
   });
 }
@@ -218,6 +232,7 @@ NcclResult ncclCommAbort(NcclComm* comm) {
   return Run(call, {}, [&](Where) {
     CheckComm(call, comm);
     comm->aborted = true;
+    WaitForGraphs(comm);
     Bury(comm);
     return kNcclSuccess;
   });

@@ -18,6 +18,7 @@
 //   FAKE_NCCL_VERSION  what GetVersion tells (default: 22703). From 22304 on, NCCL
 //                      launches what a nonblocking communicator does from a thread,
 //                      and so it runs in one here: calls return "in progress"
+//   FAKE_NCCL_WANTS_DEVICE  communicators are made only by threads with a current device
 #pragma once
 
 #include <fcntl.h>

@@ -1,0 +1,23 @@
+// Ends this process from a thread that Python does not know of.
+#pragma once
+
+#include <unistd.h>
+
+#include <string>
+
+namespace jaxcomm {
+
+// The exit code of a job that ranks cannot finish; watchdog.STALLED.
+inline constexpr int kStalled = 70;
+
+[[noreturn]] inline void EndProcess(const std::string& text, int code) {
+  size_t done = 0;
+  while (done < text.size()) {
+    const ssize_t n = write(STDERR_FILENO, text.data() + done, text.size() - done);
+    if (n <= 0) break;
+    done += static_cast<size_t>(n);
+  }
+  _exit(code);
+}
+
+}  // namespace jaxcomm

@@ -1,0 +1,86 @@
+// A GPU, through CUDA's driver: what is done on a stream besides NCCL's calls, and which
+// collectives run there.
+//
+// libcuda is loaded when it is first asked for, and its interface declared anew in gpu.cc;
+// any library of that interface will do.
+#pragma once
+
+#include <cstdint>
+#include <deque>
+#include <memory>
+#include <mutex>
+#include <string>
+#include <vector>
+
+namespace jaxcomm {
+
+using CudaStream = void*;
+using CudaEvent = void*;
+
+class Gpu {
+ public:
+  // `ordinal`: the device's number in this process. Null with a text in `error` where it
+  // cannot be used.
+  static std::unique_ptr<Gpu> Open(const char* driver, int ordinal, std::string* error);
+
+  // Makes this thread's calls of CUDA and of NCCL concern this GPU, while it lives. NCCL
+  // takes the thread's device for a new communicator's.
+  class Current {
+   public:
+    explicit Current(const Gpu* gpu);
+    ~Current();
+    Current(const Current&) = delete;
+
+   private:
+    const Gpu* gpu_;
+  };
+
+  bool Zero(void* to, int64_t bytes, CudaStream stream) const;
+  bool Set(void* to, uint32_t word, CudaStream stream) const;
+  // Whether what is put on the stream is recorded into a graph rather than run.
+  bool Records(CudaStream stream) const;
+  // Lets this thread ask for events while another records a graph.
+  void AllowWhileRecording() const;
+
+  CudaEvent NewEvent() const;  // null where there is none
+  bool Mark(CudaEvent event, CudaStream stream) const;
+  enum State { kPassed, kAhead, kUnknown };
+  State Ask(CudaEvent event) const;
+
+ private:
+  struct Driver;
+  std::shared_ptr<const Driver> driver_;
+  void* context_ = nullptr;
+};
+
+// The collectives that were put on a stream and have not been seen to end there. A call
+// of NCCL returns long before: where another rank is gone, its kernel may wait for ever,
+// and neither NCCL nor XLA says so.
+class Running {
+ public:
+  explicit Running(const Gpu* gpu) : gpu_(gpu) {}
+
+  // Around the calls that put a collective on a stream. `bucket` is for texts.
+  void Begin(int64_t bucket, CudaStream stream);
+  void End(bool put, CudaStream stream);
+
+  // The bucket of a collective that began more than `seconds` ago, -1 for none. What waits
+  // behind other work has not begun. For another thread, now and then.
+  int64_t Late(double seconds);
+
+ private:
+  struct Kernel {
+    CudaEvent begin = nullptr;
+    CudaEvent end = nullptr;
+    int64_t bucket = 0;
+    int64_t since = 0;  // when it was first seen to have begun; 0 for not yet
+  };
+
+  const Gpu* gpu_;
+  std::mutex mutex_;
+  Kernel next_;
+  std::deque<Kernel> put_;
+  std::vector<Kernel> spare_;
+};
+
+}  // namespace jaxcomm
