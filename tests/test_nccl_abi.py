@@ -1,4 +1,4 @@
-"""Our declarations of NCCL against its releases' own nccl.h."""
+"""Our declarations of NCCL and of CUDA's driver against their own headers."""
 
 from __future__ import annotations
 
@@ -72,3 +72,52 @@ def test_a_difference_is_noticed(
     header = list(headers.values())[-1]
     wrong = check.problems(header, ours.replace(text, other))
     assert any(shown in problem for problem in wrong), wrong
+
+
+# Passed alike: pointers are pointers, and all else are integers of a size.
+CUDA = """
+#include <cuda.h>
+#include <type_traits>
+#include "cuda_abi.h"
+using namespace jaxcomm;
+template <class A, class B> constexpr bool alike =
+    std::is_pointer_v<A> ? std::is_pointer_v<B>
+                         : (!std::is_pointer_v<B> && sizeof(A) == sizeof(B));
+template <class A, class B> struct Same;
+template <class... A, class... B> struct Same<int (*)(A...), CUresult (*)(B...)> {
+  static constexpr bool value = (alike<A, B> && ...);
+};
+#define CHECK(name, symbol, parameters) \\
+  static_assert(Same<decltype(CudaFunctions::name), decltype(&symbol)>::value, #symbol);
+JAXCOMM_CUDA_FUNCTIONS(CHECK)
+static_assert(kCudaSuccess == CUDA_SUCCESS && kCudaNotReady == CUDA_ERROR_NOT_READY);
+static_assert(kCudaCaptureRelaxed == CU_STREAM_CAPTURE_MODE_RELAXED);
+static_assert(kCudaEventNoTiming == CU_EVENT_DISABLE_TIMING);
+"""
+
+
+@pytest.mark.parametrize(
+    ("text", "other", "shown"),
+    [
+        ("", "", ""),
+        ("(CudaStream stream, int* status)", "(CudaStream stream, int s)", "Capturing"),
+        ("kCudaNotReady = 600", "kCudaNotReady = 601", "CUDA_ERROR_NOT_READY"),
+    ],
+)
+def test_the_drivers_declarations(
+    tmp_path: Path, text: str, other: str, shown: str
+) -> None:
+    folders = [Path("/usr/local/cuda/include"), Path("/usr/include")]
+    found = [folder for folder in folders if (folder / "cuda.h").exists()]
+    if not found:
+        pytest.skip("no cuda.h here")
+    ours = check.OURS.with_name("cuda_abi.h").read_text()
+    assert text in ours
+    (tmp_path / "cuda_abi.h").write_text(ours.replace(text, other) if text else ours)
+    (tmp_path / "check.cc").write_text(CUDA)
+    line = ["c++", "-std=c++17", "-fsyntax-only", f"-I{found[0]}", "check.cc"]
+    done = subprocess.run(
+        line, cwd=tmp_path, capture_output=True, text=True, check=False
+    )
+    assert (done.returncode != 0) == bool(shown), done.stderr
+    assert shown in done.stderr

@@ -4,12 +4,10 @@
 
 #include <chrono>
 
+#include "cuda_abi.h"
+
 namespace jaxcomm {
 namespace {
-
-constexpr int kSuccess = 0, kNotReady = 600;  // CUresult
-constexpr int kRelaxed = 2;                   // CU_STREAM_CAPTURE_MODE_RELAXED
-constexpr unsigned kNoTiming = 2;             // CU_EVENT_DISABLE_TIMING
 
 int64_t Now() {
   return std::chrono::duration_cast<std::chrono::nanoseconds>(
@@ -19,31 +17,6 @@ int64_t Now() {
 
 }  // namespace
 
-// The part of cuda.h that we call, as in CUDA 12 and 13. A CUdevice is an int, a
-// CUdeviceptr an unsigned integer as wide as a pointer, enumerations are ints and the other
-// types pointers.
-#define JAXCOMM_CUDA_FUNCTIONS(X)                               \
-  X(Init, "cuInit", (unsigned flags))                           \
-  X(DeviceGet, "cuDeviceGet", (int* device, int ordinal))       \
-  X(Retain, "cuDevicePrimaryCtxRetain", (void** context, int device)) \
-  X(Push, "cuCtxPushCurrent_v2", (void* context))               \
-  X(Pop, "cuCtxPopCurrent_v2", (void** context))                \
-  X(Zero, "cuMemsetD8Async",                                    \
-    (uintptr_t to, unsigned char byte, size_t count, CudaStream stream)) \
-  X(Set, "cuMemsetD32Async",                                    \
-    (uintptr_t to, unsigned word, size_t count, CudaStream stream)) \
-  X(IsCapturing, "cuStreamIsCapturing", (CudaStream stream, int* status)) \
-  X(ExchangeMode, "cuThreadExchangeStreamCaptureMode", (int* mode)) \
-  X(EventCreate, "cuEventCreate", (CudaEvent* event, unsigned flags)) \
-  X(EventRecord, "cuEventRecord", (CudaEvent event, CudaStream stream)) \
-  X(EventQuery, "cuEventQuery", (CudaEvent event))
-
-struct Gpu::Driver {
-#define JAXCOMM_CUDA_POINTER(name, symbol, parameters) int(*name) parameters = nullptr;
-  JAXCOMM_CUDA_FUNCTIONS(JAXCOMM_CUDA_POINTER)
-#undef JAXCOMM_CUDA_POINTER
-};
-
 std::unique_ptr<Gpu> Gpu::Open(const char* path, int ordinal, std::string* error) {
   void* library = dlopen(path, RTLD_NOW | RTLD_LOCAL);
   if (library == nullptr) {
@@ -51,21 +24,21 @@ std::unique_ptr<Gpu> Gpu::Open(const char* path, int ordinal, std::string* error
     *error = std::string("the CUDA driver's library cannot be loaded: ") + (why ? why : path);
     return nullptr;
   }
-  auto driver = std::make_shared<Driver>();
+  auto driver = std::make_shared<CudaFunctions>();
 #define JAXCOMM_CUDA_LOAD(name, symbol, parameters)                                    \
-  driver->name = reinterpret_cast<decltype(driver->name)>(dlsym(library, symbol));     \
+  driver->name = reinterpret_cast<decltype(driver->name)>(dlsym(library, #symbol));     \
   if (driver->name == nullptr) {                                                       \
-    *error = std::string(path) + " has no " symbol "; the driver is too old for CUDA 12"; \
+    *error = std::string(path) + " has no " #symbol "; the driver is too old for CUDA 12"; \
     return nullptr;                                                                    \
   }
   JAXCOMM_CUDA_FUNCTIONS(JAXCOMM_CUDA_LOAD)
 #undef JAXCOMM_CUDA_LOAD
   auto gpu = std::make_unique<Gpu>();
   int device = 0, code = driver->Init(0);
-  if (code == kSuccess) code = driver->DeviceGet(&device, ordinal);
+  if (code == kCudaSuccess) code = driver->DeviceGet(&device, ordinal);
   // XLA's own context: there is one primary context of a device in a process.
-  if (code == kSuccess) code = driver->Retain(&gpu->context_, device);
-  if (code != kSuccess) {
+  if (code == kCudaSuccess) code = driver->Retain(&gpu->context_, device);
+  if (code != kCudaSuccess) {
     *error = "the CUDA driver does not give GPU " + std::to_string(ordinal) +
              ": error " + std::to_string(code);
     return nullptr;
@@ -83,35 +56,35 @@ Gpu::Current::~Current() {
 
 bool Gpu::Zero(void* to, int64_t bytes, CudaStream stream) const {
   const auto at = reinterpret_cast<uintptr_t>(to);
-  return driver_->Zero(at, 0, static_cast<size_t>(bytes), stream) == kSuccess;
+  return driver_->Zero(at, 0, static_cast<size_t>(bytes), stream) == kCudaSuccess;
 }
 
 bool Gpu::Set(void* to, uint32_t word, CudaStream stream) const {
-  return driver_->Set(reinterpret_cast<uintptr_t>(to), word, 1, stream) == kSuccess;
+  return driver_->Set(reinterpret_cast<uintptr_t>(to), word, 1, stream) == kCudaSuccess;
 }
 
 bool Gpu::Records(CudaStream stream) const {
   int status = 0;
-  return driver_->IsCapturing(stream, &status) != kSuccess || status != 0;
+  return driver_->IsCapturing(stream, &status) != kCudaSuccess || status != 0;
 }
 
 void Gpu::AllowWhileRecording() const {
-  int mode = kRelaxed;
+  int mode = kCudaCaptureRelaxed;
   driver_->ExchangeMode(&mode);
 }
 
 CudaEvent Gpu::NewEvent() const {
   CudaEvent event = nullptr;
-  return driver_->EventCreate(&event, kNoTiming) == kSuccess ? event : nullptr;
+  return driver_->EventCreate(&event, kCudaEventNoTiming) == kCudaSuccess ? event : nullptr;
 }
 
 bool Gpu::Mark(CudaEvent event, CudaStream stream) const {
-  return event != nullptr && driver_->EventRecord(event, stream) == kSuccess;
+  return event != nullptr && driver_->EventRecord(event, stream) == kCudaSuccess;
 }
 
 Gpu::State Gpu::Ask(CudaEvent event) const {
   const int code = driver_->EventQuery(event);
-  return code == kSuccess ? kPassed : code == kNotReady ? kAhead : kUnknown;
+  return code == kCudaSuccess ? kPassed : code == kCudaNotReady ? kAhead : kUnknown;
 }
 
 void Running::Begin(int64_t bucket, CudaStream stream) {

@@ -1,8 +1,7 @@
 // A GPU, through CUDA's driver: what is done on a stream besides NCCL's calls, and which
 // collectives run there.
 //
-// libcuda is loaded when it is first asked for, and its interface declared anew in gpu.cc;
-// any library of that interface will do.
+// libcuda is loaded when it is first asked for; any library of its interface will do.
 #pragma once
 
 #include <cstdint>
@@ -12,10 +11,9 @@
 #include <string>
 #include <vector>
 
-namespace jaxcomm {
+#include "cuda_abi.h"
 
-using CudaStream = void*;
-using CudaEvent = void*;
+namespace jaxcomm {
 
 class Gpu {
  public:
@@ -48,8 +46,7 @@ class Gpu {
   State Ask(CudaEvent event) const;
 
  private:
-  struct Driver;
-  std::shared_ptr<const Driver> driver_;
+  std::shared_ptr<const CudaFunctions> driver_;
   void* context_ = nullptr;
 };
 

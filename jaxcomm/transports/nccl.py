@@ -225,7 +225,8 @@ def _ordinal() -> int:
 def _uuid() -> str:
     """Ask the driver for the UUID of this process's device.
 
-    Ordinals would not do: under Slurm every task may see its own GPU as number 0.
+    Ordinals would not do: under Slurm every task may see its own GPU as number 0. Of a
+    part of a GPU (MIG) this is the part's own.
     """
     found = find()
     driver = ctypes.CDLL(found.path if _on_host() and found else DRIVER)
@@ -233,7 +234,7 @@ def _uuid() -> str:
     codes = (
         driver.cuInit(0),
         driver.cuDeviceGet(ctypes.byref(device), _ordinal()),
-        driver.cuDeviceGetUuid(uuid, device),
+        driver.cuDeviceGetUuid_v2(uuid, device),
     )
     if any(codes):
         raise TransportUnavailableError(f"the CUDA driver gives no UUID: codes {codes}")

@@ -52,7 +52,7 @@ FAKE_CUDA cuDeviceGet(int* device, int ordinal) {
   return kSuccess;
 }
 
-FAKE_CUDA cuDeviceGetUuid(char* uuid, int device) {
+FAKE_CUDA cuDeviceGetUuid_v2(char* uuid, int device) {
   const char* visible = std::getenv("CUDA_VISIBLE_DEVICES");
   std::string name;
   if (visible != nullptr && visible[0] != '\0') {
