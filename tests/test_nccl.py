@@ -237,7 +237,7 @@ comm = jaxcomm.init("nccl", timeout=120)
 assert os.environ["NCCL_GRAPH_REGISTER"] == os.environ["NCCL_RUNTIME_CONNECT"] == "0"
 step = jaxcomm.data_parallel(lambda x: jax.lax.psum(x, "batch"))
 text = step.trace(jnp.ones(4)).lower(lowering_platforms=("cuda",)).as_text()
-names = re.findall(r"custom_call @(\w+)\(", text)
+names = re.findall(r"custom_call @(\\w+)\\(", text)
 assert names == ["jaxcomm_nccl_graph_all_reduce"], names
 assert float(step(jnp.ones(4))[0]) == comm.size
 """
