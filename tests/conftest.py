@@ -97,7 +97,7 @@ def settle(processes: Sequence[subprocess.Popen[str]], timeout: float) -> list[i
 
 @functools.cache
 def fake_nccl() -> Path:
-    """Compile the stand-in for NCCL and CUDA's driver (tests/native/fake_*.cc), once."""
+    """Compile the stand-in for NCCL and CUDA's driver (native/fake_*.cc), once."""
     folder = tempfile.mkdtemp(prefix="jaxcomm-fake-nccl-")
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     library = Path(folder) / "libfake_nccl.so"

@@ -244,7 +244,7 @@ assert float(step(jnp.ones(4))[0]) == comm.size
 
 
 def test_calls_may_be_recorded_into_graphs(job: Launch) -> None:
-    """NCCL then ends no communicator, so neither the end nor an error may wait for it."""
+    """NCCL then ends no communicator: neither the end nor an error may wait for it."""
     env = on_fake_nccl(JAXCOMM_NCCL_GRAPHS="1", FAKE_CUDA_RECORDS="1")
     done = job(2, GRAPHS, env=env, timeout=60)
     assert done.returncode == 0, done.stderr

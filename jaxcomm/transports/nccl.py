@@ -40,9 +40,9 @@ DRIVER = "libcuda.so.1"
 # Lets XLA record the calls into CUDA graphs.
 GRAPHS_VARIABLE = "JAXCOMM_NCCL_GRAPHS"
 # NCCL wants a collective to be recorded by all ranks or by none, and at the same time.
-# XLA records again when buffers of this process move, whatever the other ranks do. That is
-# harmless as long as recording needs no other rank: no registering of buffers with them,
-# and no first connecting.
+# XLA records again when buffers of this process move, whatever the other ranks do. That
+# is harmless as long as recording needs no other rank: no registering of buffers with
+# them, and no first connecting.
 FOR_GRAPHS = {"NCCL_GRAPH_REGISTER": "0", "NCCL_RUNTIME_CONNECT": "0"}
 CLOSE_SECONDS = 10.0
 
