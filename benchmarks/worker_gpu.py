@@ -33,7 +33,8 @@ def connect(timeout: float = TIMEOUT) -> Any:
             heartbeat_timeout_seconds=20,
             shutdown_timeout_seconds=20,
         )
-    return jaxcomm.init(os.environ["BENCH_TRANSPORT"], timeout=timeout)
+    transport = os.environ["BENCH_TRANSPORT"]
+    return jaxcomm.init(transport, timeout=timeout, abort_after=timeout)
 
 
 def main(section: str, out: Path) -> None:

@@ -54,7 +54,8 @@ def init(
         jax.distributed where it is initialised, else by MPI. "xla" is refused in this
         version, with the reason.
       timeout: seconds that the one-time schedule check waits for the other ranks
-        before it raises StallError; 600 unless given.
+        before it raises StallError, and a call of NCCL until it is done; 600 unless
+        given.
       staging_bytes: size of the buffer that small leaves share, per communicator; 8 MiB
         or JAXCOMM_STAGING_BYTES unless given. Rank 0's value holds for all.
       warn_after: seconds after which a rank that waits in a collective over MPI says
@@ -62,7 +63,8 @@ def init(
       abort_after: seconds after which the job ends, with a report of which ranks wait
         in which bucket, which have not come and where their Python is, and which do
         not answer; JAXCOMM_ABORT_AFTER or 600 unless given, 0 for never. Where both
-        are 0, which all ranks must say alike, nothing watches.
+        are 0, which all ranks must say alike, nothing watches. Over NCCL also how long
+        a collective may run on the GPU.
 
     Returns:
       The communicator of all ranks; the same object at every call.
@@ -186,7 +188,10 @@ def _connect(
     native.set_agree(agreement.answer, agreement.differ)
     native.set_partition(answer_partition)
     if transport == "nccl":
-        importlib.import_module("jaxcomm.transports.nccl").prepare(fabric)
+        nccl = importlib.import_module("jaxcomm.transports.nccl")
+        nccl.prepare(fabric, limits[1])
+        atexit.register(nccl.close)
+        _at_exit.append(nccl.close)
     else:
         native.bind_mpi(sys.modules["mpi4py.MPI"])
     comm = Communicator("world", transport, settings, fabric)

@@ -113,7 +113,7 @@ def on_fake_nccl(**more: str) -> dict[str, str]:
     return {
         "JAXCOMM_NCCL_LIBRARY": str(fake_nccl()),
         "JAXCOMM_NCCL_HOST_MEMORY": "1",
-        "FAKE_NCCL_WANTS_DEVICE": "1",
+        "FAKE_NCCL_WANTS_DEVICE": "0",
         **more,
     }
 

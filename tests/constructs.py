@@ -1,7 +1,7 @@
 """Functions of one rank's data, written for `jax.pmap`, and what they give.
 
-    python constructs.py pmap 4 OUT.npz          under jax.pmap, on 4 host devices
-    mpiexec -n 4 python constructs.py ranks 4 OUT.npz    under jaxcomm
+    python constructs.py pmap 4 OUT.npz             under jax.pmap, on 4 host devices
+    mpiexec -n 4 python constructs.py mpi 4 OUT.npz    under jaxcomm, over MPI (or nccl)
 
 `test_named_axis.py` runs both and compares.
 """
@@ -320,10 +320,10 @@ def under_pmap(ranks: int) -> dict[str, np.ndarray]:
     return found
 
 
-def under_jaxcomm(ranks: int) -> dict[str, np.ndarray]:
+def under_jaxcomm(transport: str, ranks: int) -> dict[str, np.ndarray]:
     import jaxcomm
 
-    comm = jaxcomm.init()
+    comm = jaxcomm.init(transport)
     assert comm.size == ranks
     x = jnp.asarray(data(comm.rank))
     found: dict[str, np.ndarray] = {}
@@ -349,7 +349,7 @@ def save(out: Path, found: Any) -> None:
 
 
 def main(kind: str, ranks: int, out: Path) -> None:
-    found = under_pmap(ranks) if kind == "pmap" else under_jaxcomm(ranks)
+    found = under_pmap(ranks) if kind == "pmap" else under_jaxcomm(kind, ranks)
     if kind == "pmap":
         save(out, found)
         return

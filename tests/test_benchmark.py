@@ -24,21 +24,21 @@ def test_a_step_makes_no_mpi_call_but_its_reductions(
     for name, value in jobs.UNWATCHED.items():
         monkeypatch.setenv(name, value)
     count = ("--what", "calls", "--shim", str(shim))
-    for calls in jobs.run_job("small", "mpi", 2, *count):
+    for calls in jobs.run_job("dispatch", "mpi", 2, *count):
         assert calls["no reduction"] == {}
         # The ranks share memory.
         assert calls["jaxcomm"] == {}
         # The shim sees mpi4jax's calls too, so it would have seen ours.
-        assert calls["mpi4jax per leaf"] == {"Allreduce": 1000}
-    for calls in jobs.run_job("small", "apart", 2, *count):
-        # 1,000 leaves of 1 KB, packed.
+        assert calls["mpi4jax per leaf"] == {"Allreduce": 100}
+    for calls in jobs.run_job("dispatch", "apart", 2, *count):
+        # 100 leaves of 16 bytes, packed.
         (found,) = calls.values()
         assert set(found) == {"Allreduce"}
         assert found["Allreduce"] < 10
 
 
 def test_timing_job() -> None:
-    results = jobs.run_job("small", "mpi4jax", 2, "--repeats", "2")
+    results = jobs.run_job("dispatch", "mpi4jax", 2, "--repeats", "2")
     samples = jobs.slowest(results)
     assert set(samples) == {"no reduction", "jaxcomm over mpi4jax"}
     assert all(len(times) == 2 and min(times) > 0 for times in samples.values())

@@ -12,13 +12,15 @@ from pathlib import Path
 import constructs
 import numpy as np
 import pytest
-from conftest import launch_ranks
+from conftest import launch_ranks, on_fake_nccl
 
 SCRIPT = Path(constructs.__file__)
 
 
 @functools.cache
-def results(ranks: int) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
+def results(
+    transport: str, ranks: int
+) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
     """What the constructs give under jax.pmap and under jaxcomm."""
     with tempfile.TemporaryDirectory() as folder:
         want, got = Path(folder) / "pmap.npz", Path(folder) / "ranks.npz"
@@ -31,16 +33,25 @@ def results(ranks: int) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
             check=False,
         )
         assert done.returncode == 0, done.stderr[-4000:]
-        done = launch_ranks(ranks, [SCRIPT, "ranks", str(ranks), got], timeout=300)
+        env = on_fake_nccl() if transport == "nccl" else {}
+        command = [SCRIPT, transport, str(ranks), got]
+        done = launch_ranks(ranks, command, timeout=300, env=env)
         assert done.returncode == 0, done.stderr[-6000:]
         return dict(np.load(want)), dict(np.load(got))
 
 
 @pytest.mark.timeout(700)
-@pytest.mark.parametrize("ranks", [pytest.param(2, marks=pytest.mark.thorough), 4])
+@pytest.mark.parametrize(
+    ("transport", "ranks"),
+    [
+        pytest.param("mpi", 2, marks=pytest.mark.thorough),
+        ("mpi", 4),
+        pytest.param("nccl", 2, marks=pytest.mark.thorough),
+    ],
+)
 @pytest.mark.parametrize("name", sorted(constructs.CONSTRUCTS))
-def test_as_under_pmap(ranks: int, name: str) -> None:
-    want, got = results(ranks)
+def test_as_under_pmap(transport: str, ranks: int, name: str) -> None:
+    want, got = results(transport, ranks)
     mine = {path for path in want if path.startswith(name)}
     assert mine and mine == {path for path in got if path.startswith(name)}
     for path in mine:

@@ -192,7 +192,7 @@ INIT = "import jaxcomm; jaxcomm.init('nccl'); print('connected')"
         ({"JAXCOMM_NCCL_HOST_MEMORY": "0"}, ["JAX runs on 'cpu'"]),
         (
             {"CUDA_VISIBLE_DEVICES": "0", "FAKE_NCCL_VERSION": "22703"},
-            ["ranks 0, 1 share GPU GPU-30", "2.27.3 allows one rank per GPU"],
+            ["ranks 0, 1 share GPU-30000000-0000-", "2.27.3 allows one rank per GPU"],
         ),
         (
             {"CUDA_VISIBLE_DEVICES": "0", "FAKE_NCCL_VERSION": "23004"},
@@ -219,7 +219,9 @@ import jaxcomm
 from jaxcomm.transports import nccl
 # As jax.distributed under Slurm: every process sees all GPUs, and has the rank's.
 nccl._ordinal = lambda: rank
-jaxcomm.init("nccl")
+os.environ["FAKE_NCCL_WANTS_DEVICE"] = str(rank)
+comm = jaxcomm.init("nccl")
+assert comm.subgroup([1, 0]).size == 2
 """
 
 
@@ -235,11 +237,15 @@ if sys.argv[1:] == ["one"]:
 import jax, jax.numpy as jnp, jaxcomm
 comm = jaxcomm.init("nccl", timeout=120)
 assert os.environ["NCCL_GRAPH_REGISTER"] == os.environ["NCCL_RUNTIME_CONNECT"] == "0"
-step = jaxcomm.data_parallel(lambda x: jax.lax.psum(x, "batch"))
+def body(x):
+    halves = jax.lax.psum(x, "batch", axis_index_groups=[[0], [1]])
+    return jax.lax.psum(x, "batch"), halves, jax.lax.all_gather(x, "batch")
+step = jaxcomm.data_parallel(body)
 text = step.trace(jnp.ones(4)).lower(lowering_platforms=("cuda",)).as_text()
-names = re.findall(r"custom_call @(\\w+)\\(", text)
-assert names == ["jaxcomm_nccl_graph_all_reduce"], names
-assert float(step(jnp.ones(4))[0]) == comm.size
+names = sorted(re.findall(r"custom_call @jaxcomm_nccl_(\\w+)\\(", text))
+# What may meet other ranks while it is recorded is not.
+assert names == ["all_reduce", "graph_all_reduce", "move"], names
+assert float(step(jnp.ones(4))[0][0]) == comm.size
 """
 
 
@@ -251,7 +257,8 @@ def test_calls_may_be_recorded_into_graphs(job: Launch) -> None:
     rule = "rank=1,call=ncclGroupEnd,after=1,result=remoteError"
     done = job(2, GRAPHS, env={**env, "FAKE_NCCL_INJECT": rule}, timeout=60)
     assert done.returncode not in (0, 124), done.stderr
-    assert "ncclAllReduce failed on rank 1 of 2" in done.stderr
+    assert "rank 1 of 2 failed" in done.stderr
+    assert ": remote error" in done.stderr and "has been aborted" in done.stderr
 
 
 def test_graphs_are_for_all_ranks_or_none(job: Launch) -> None:
@@ -260,28 +267,47 @@ def test_graphs_are_for_all_ranks_or_none(job: Launch) -> None:
     assert "JAXCOMM_NCCL_GRAPHS=1 is set on ranks 1 of 2 only" in done.stderr
 
 
-STUCK = f"""{RANK}
-# Two records for each collective: the second sum after the warm-up begins on rank 1's
-# GPU and does not end.
+RUNNING = f"""{RANK}
+import sys
+# Two records for each collective, the warm-up's too: after 5 the second sum has begun
+# on rank 1's GPU and does not end; after 4 it waits for what lies before it.
 if rank == 1:
-    os.environ["FAKE_CUDA_STOPS"] = "5"
+    os.environ["FAKE_CUDA_STOPS"] = sys.argv[1]
 import jax, jax.numpy as jnp, jaxcomm
-comm = jaxcomm.init("nccl", timeout=3)
+comm = jaxcomm.init("nccl", warn_after=0, abort_after=float(sys.argv[2]))
 step = jaxcomm.data_parallel(lambda x: jax.lax.psum(x, "batch"))
-for _ in range(200):
+for _ in range(int(sys.argv[3])):
     jax.block_until_ready(step(jnp.ones(7)))
     time.sleep(0.1)
-print("no end", flush=True)
+print("went on", flush=True)
 """
 
 
 def test_a_kernel_that_waits_for_ever_ends_the_job(job: Launch) -> None:
-    done = job(2, STUCK, env=on_fake_nccl(), timeout=60)
+    done = job(2, RUNNING, "5", "2", "300", env=on_fake_nccl(), timeout=60)
     assert done.returncode == 70, done.stderr
-    text = "bucket 0 began on the GPU and was not done after 3 s on rank 1 of 2"
+    text = "bucket 0 began on the GPU and was not done after 2 s on rank 1 of 2"
     assert text in done.stderr
     assert "this process ends" in done.stderr
-    assert "no end" not in done.stdout
+    assert "went on" not in done.stdout
+
+
+@pytest.mark.parametrize(("stops", "abort_after"), [("4", "1"), ("5", "0")])
+def test_other_kernels_may_take_their_time(
+    job: Launch, stops: str, abort_after: str
+) -> None:
+    done = job(2, RUNNING, stops, abort_after, "30", env=on_fake_nccl(), timeout=60)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("went on") == 2
+
+
+def test_an_error_in_the_background_ends_what_is_under_way(job: Launch) -> None:
+    rule = "rank=1,call=ncclAllReduce,after=2,result=async:remoteError"
+    env = on_fake_nccl(FAKE_NCCL_INJECT=rule, FAKE_NCCL_VERSION="22203")
+    done = job(2, RUNNING, "4", "60", "300", env=env, timeout=60)
+    assert done.returncode == 70, done.stderr
+    assert "NCCL failed in the background on rank 1 of 2: remote error" in done.stderr
+    assert "went on" not in done.stdout
 
 
 def test_ranks_may_share_a_gpu_where_that_is_allowed(job: Launch) -> None:

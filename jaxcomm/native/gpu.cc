@@ -2,20 +2,11 @@
 
 #include <dlfcn.h>
 
-#include <chrono>
+#include <algorithm>
 
-#include "cuda_abi.h"
+#include "clock.h"
 
 namespace jaxcomm {
-namespace {
-
-int64_t Now() {
-  return std::chrono::duration_cast<std::chrono::nanoseconds>(
-             std::chrono::steady_clock::now().time_since_epoch())
-      .count();
-}
-
-}  // namespace
 
 std::unique_ptr<Gpu> Gpu::Open(const char* path, int ordinal, std::string* error) {
   void* library = dlopen(path, RTLD_NOW | RTLD_LOCAL);
@@ -47,11 +38,12 @@ std::unique_ptr<Gpu> Gpu::Open(const char* path, int ordinal, std::string* error
   return gpu;
 }
 
-Gpu::Current::Current(const Gpu* gpu) : gpu_(gpu) { gpu->driver_->Push(gpu->context_); }
+Gpu::Current::Current(const Gpu* gpu)
+    : gpu_(gpu), pushed_(gpu->driver_->Push(gpu->context_) == kCudaSuccess) {}
 
 Gpu::Current::~Current() {
   void* popped = nullptr;
-  gpu_->driver_->Pop(&popped);
+  if (pushed_) gpu_->driver_->Pop(&popped);
 }
 
 bool Gpu::Zero(void* to, int64_t bytes, CudaStream stream) const {
@@ -65,7 +57,7 @@ bool Gpu::Set(void* to, uint32_t word, CudaStream stream) const {
 
 bool Gpu::Records(CudaStream stream) const {
   int status = 0;
-  return driver_->IsCapturing(stream, &status) != kCudaSuccess || status != 0;
+  return driver_->IsCapturing(stream, &status) == kCudaSuccess && status != 0;
 }
 
 void Gpu::AllowWhileRecording() const {
@@ -99,7 +91,6 @@ void Running::Begin(int64_t bucket, CudaStream stream) {
   if (next_.begin == nullptr) next_.begin = gpu_->NewEvent();
   if (next_.end == nullptr) next_.end = gpu_->NewEvent();
   next_.bucket = gpu_->Mark(next_.begin, stream) ? bucket : -1;
-  next_.since = 0;
 }
 
 void Running::End(bool put, CudaStream stream) {
@@ -113,20 +104,31 @@ void Running::End(bool put, CudaStream stream) {
 }
 
 int64_t Running::Late(double seconds) {
-  std::lock_guard<std::mutex> lock(mutex_);
-  while (!put_.empty()) {
-    Kernel& first = put_.front();
+  const int64_t now = Now();
+  const double passed = std::min(Seconds(now - looked_), 1.0);
+  looked_ = now;
+  while (true) {
+    Kernel first;
+    {
+      std::lock_guard<std::mutex> lock(mutex_);
+      if (put_.empty()) return -1;
+      first = put_.front();  // this thread alone takes it away
+    }
     // What cannot be asked for has failed, which XLA reports.
     if (gpu_->Ask(first.end) == Gpu::kAhead) {
-      if (gpu_->Ask(first.begin) == Gpu::kAhead) return -1;
-      if (first.since == 0) first.since = Now();
-      const bool late = 1e-9 * static_cast<double>(Now() - first.since) > seconds;
-      return late ? first.bucket : -1;
+      if (gpu_->Ask(first.begin) != Gpu::kAhead) has_run_ += passed;
+      return has_run_ > seconds ? first.bucket : -1;
     }
+    has_run_ = 0;
+    std::lock_guard<std::mutex> lock(mutex_);
     spare_.push_back(first);
     put_.pop_front();
   }
-  return -1;
+}
+
+bool Running::any() {
+  std::lock_guard<std::mutex> lock(mutex_);
+  return !put_.empty();
 }
 
 }  // namespace jaxcomm

@@ -31,6 +31,7 @@ class Gpu {
 
    private:
     const Gpu* gpu_;
+    const bool pushed_;
   };
 
   bool Zero(void* to, int64_t bytes, CudaStream stream) const;
@@ -61,21 +62,24 @@ class Running {
   void Begin(int64_t bucket, CudaStream stream);
   void End(bool put, CudaStream stream);
 
-  // The bucket of a collective that began more than `seconds` ago, -1 for none. What waits
-  // behind other work has not begun. For another thread, now and then.
+  // The bucket of a collective that has run for more than `seconds`, -1 for none. What waits
+  // behind other work has not begun. For a thread of its own, several times a second: a
+  // process that was stopped for a while does not count that time.
   int64_t Late(double seconds);
+  bool any();
 
  private:
   struct Kernel {
     CudaEvent begin = nullptr;
     CudaEvent end = nullptr;
     int64_t bucket = 0;
-    int64_t since = 0;  // when it was first seen to have begun; 0 for not yet
   };
 
   const Gpu* gpu_;
-  std::mutex mutex_;
-  Kernel next_;
+  Kernel next_;            // between Begin and End
+  int64_t looked_ = 0;     // when Late looked last
+  double has_run_ = 0;     // how long the first of put_ has been seen to run
+  std::mutex mutex_;       // guards what follows
   std::deque<Kernel> put_;
   std::vector<Kernel> spare_;
 };

@@ -293,7 +293,7 @@ ffi::Future MoveCall(ffi::RemainingArgs args, ffi::RemainingRets rets, int64_t c
 // Records that the operands are there. Its result, a zero, is added to the token.
 ffi::Error MarkCall(ffi::RemainingArgs, ffi::Result<ffi::BufferR0<ffi::U32>> out,
                     int64_t comm_id, int64_t schedule, int64_t bucket) {
-  const int64_t now = Timeline::Now();
+  const int64_t now = Now();
   Timeline::Get().Add({comm_id, schedule, bucket, 0, now, now});
   *out->typed_data() = 0;
   return ffi::Error::Success();

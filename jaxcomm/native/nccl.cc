@@ -6,20 +6,16 @@
 #include <future>
 #include <thread>
 
+#include "clock.h"
+
 namespace jaxcomm {
 namespace {
 
 constexpr std::chrono::microseconds kPoll{20};
 constexpr int64_t kSpin = 200'000;  // ns
 
-int64_t Now() {
-  return std::chrono::duration_cast<std::chrono::nanoseconds>(
-             std::chrono::steady_clock::now().time_since_epoch())
-      .count();
-}
-
 // How long an abort may keep the call that failed, and a call its own report.
-constexpr std::chrono::seconds kPatience{3};
+constexpr double kPatience = 3;
 constexpr int kItem[] = {1, 1, 4, 4, 8, 8, 2, 4, 8, 2};  // by NcclDType
 
 }  // namespace
@@ -45,37 +41,38 @@ std::unique_ptr<Nccl> Nccl::Open(const char* path, std::string* error) {
   return nccl;
 }
 
+NcclCommunicator::Entered::Entered(NcclCommunicator* comm) : comm(comm) {
+  comm->entered_ = Now();
+}
+
+NcclCommunicator::Entered::~Entered() { comm->entered_ = 0; }
+
 std::string NcclCommunicator::Join(const NcclUniqueId& unique) {
   const Gpu::Current current(gpu_);
   NcclConfig config;
   config.blocking = 0;
   const NcclResult result =
       nccl_->calls().CommInitRankConfig(&comm_, size, unique, rank, &config);
-  return Finish("ncclCommInitRankConfig", result, timeout_);
+  return Finish("ncclCommInitRankConfig", result);
 }
 
 std::string NcclCommunicator::Split(int color, NcclCommunicator* part) {
   const Gpu::Current current(gpu_);
+  const Entered entered(this);
   NcclConfig config;
   config.blocking = 0;
   const NcclResult result =
       nccl_->calls().CommSplit(comm_, color, part->rank, &part->comm_, &config);
   // The parent knows when it is done; until then there is no child to ask.
-  std::string failed = Finish("ncclCommSplit", result, timeout_);
-  if (failed.empty()) return part->Finish("ncclCommSplit", kNcclInProgress, timeout_);
-  part->Abort(failed);
-  return failed;
+  const std::string failed = Finish("ncclCommSplit", result);
+  return failed.empty() ? part->Finish("ncclCommSplit", kNcclInProgress) : failed;
 }
 
 template <typename Call>
 std::string NcclCommunicator::Grouped(const char* name, const Work& work, Call call) {
   if (std::string failed = failure(); !failed.empty()) return failed;
   const NcclFunctions& nccl = nccl_->calls();
-  entered_ = Now();
-  struct Left {
-    std::atomic<int64_t>* entered;
-    ~Left() { *entered = 0; }
-  } left{&entered_};
+  const Entered entered(this);
   const bool records = gpu_->Records(work.stream);
   if (records) {
     recorded_ = true;
@@ -98,7 +95,7 @@ std::string NcclCommunicator::Grouped(const char* name, const Work& work, Call c
   // A group must end, also after a failure, or the next one would be inside it.
   const NcclResult ended = nccl.GroupEnd();
   if (result != kNcclSuccess && result != kNcclInProgress) return done(Fail(name, result));
-  return done(Finish(name, ended, timeout_));
+  return done(Finish(name, ended));
 }
 
 std::string NcclCommunicator::AllReduce(const Work& work, NcclOp op) {
@@ -171,29 +168,32 @@ std::string NcclCommunicator::Permute(const Work& work, int target, int source) 
   });
 }
 
-void NcclCommunicator::Close(double seconds) {
+void NcclCommunicator::Finalize(double seconds) {
   if (comm_ == nullptr || recorded_) return;
   const Gpu::Current current(gpu_);
-  const NcclResult result = nccl_->calls().CommFinalize(comm_);
-  const std::string failed = Finish("ncclCommFinalize", result, seconds);
-  if (failed.empty()) nccl_->calls().CommDestroy(comm_);
-  comm_ = nullptr;
+  const int64_t begun = Now();
+  NcclResult result = nccl_->calls().CommFinalize(comm_);
+  while (result == kNcclInProgress && Seconds(Now() - begun) < seconds) {
+    std::this_thread::sleep_for(kPoll);
+    if (nccl_->calls().CommGetAsyncError(comm_, &result) != kNcclSuccess) return;
+  }
 }
 
 // Waits until what returned `result` is done. The stream may be used again only then.
-std::string NcclCommunicator::Finish(const char* name, NcclResult result, double seconds) {
+std::string NcclCommunicator::Finish(const char* name, NcclResult result) {
   const int64_t begun = Now();
   while (result == kNcclInProgress) {
     NcclResult now = kNcclSuccess;
     {
       std::lock_guard<std::mutex> lock(state_);
+      if (!failure_.empty()) return failure_;
       const NcclResult asked = nccl_->calls().CommGetAsyncError(comm_, &now);
       result = asked == kNcclSuccess ? now : asked;
     }
     if (result != kNcclInProgress) break;
     const int64_t waited = Now() - begun;
-    if (1e-9 * static_cast<double>(waited) > seconds) {
-      Abort(NotDone(name));
+    if (Seconds(waited) > timeout_) {
+      Abort(NotDone(name, timeout_));
       return failure();
     }
     // Putting kernels on a stream takes NCCL's thread microseconds, connecting much more.
@@ -210,45 +210,52 @@ std::string NcclCommunicator::Here(const std::string& what) const {
   return what + " on rank " + std::to_string(rank) + " of " + std::to_string(size);
 }
 
-std::string NcclCommunicator::NotDone(const std::string& what) const {
-  return Here(what + " was not done after " + std::to_string(static_cast<int>(timeout_)) +
+std::string NcclCommunicator::NotDone(const std::string& what, double seconds) const {
+  return Here(what + " was not done after " + std::to_string(static_cast<int>(seconds)) +
               " s") +
          ": another rank has not come, or NCCL found no way to it";
 }
 
-std::string NcclCommunicator::Fail(const char* name, NcclResult result) {
+std::string NcclCommunicator::Why(const std::string& what, NcclResult result) const {
+  std::string why = Here(what) + ": " + nccl_->calls().GetErrorString(result);
   const char* last = nccl_->calls().GetLastError(comm_);
-  std::string why =
-      Here(std::string(name) + " failed") + ": " + nccl_->calls().GetErrorString(result);
   if (last != nullptr && last[0] != '\0') why += std::string(" (") + last + ")";
-  Abort(why);
+  return why;
+}
+
+std::string NcclCommunicator::Fail(const char* name, NcclResult result) {
+  Abort(Why(std::string(name) + " failed", result));
   return failure();
 }
 
-std::string NcclCommunicator::Check() {
-  const int64_t entered = entered_;
-  if (entered != 0) {
-    const double waited = 1e-9 * static_cast<double>(Now() - entered);
-    const bool late = waited > timeout_ + static_cast<double>(kPatience.count());
-    return late ? NotDone("a collective") : "";
+std::string NcclCommunicator::Check(double abort_after) {
+  if (const int64_t entered = entered_; entered != 0) {
+    const bool late = Seconds(Now() - entered) > timeout_ + kPatience;
+    return late ? NotDone("a collective", timeout_) : "";
   }
-  std::lock_guard<std::mutex> lock(state_);
-  if (comm_ == nullptr || !failure_.empty()) return "";
-  NcclResult now = kNcclSuccess;
-  const NcclResult asked = nccl_->calls().CommGetAsyncError(comm_, &now);
-  if (asked != kNcclSuccess) now = asked;
-  if (now != kNcclSuccess && now != kNcclInProgress) {
-    const char* last = nccl_->calls().GetLastError(comm_);
-    std::string why = Here("NCCL failed in the background") + ": " +
-                      nccl_->calls().GetErrorString(now);
-    if (last != nullptr && last[0] != '\0') why += std::string(" (") + last + ")";
-    return why;
+  std::string why;
+  {
+    std::lock_guard<std::mutex> lock(state_);
+    if (comm_ == nullptr) return "";
+    NcclResult now = kNcclSuccess;
+    const NcclResult asked = nccl_->calls().CommGetAsyncError(comm_, &now);
+    if (asked != kNcclSuccess) now = asked;
+    if (now != kNcclSuccess && now != kNcclInProgress) {
+      why = Why("NCCL failed in the background", now);
+    }
   }
-  const int64_t late = running_.Late(timeout_);
-  return late < 0 ? "" : NotDone("bucket " + std::to_string(late) + " began on the GPU and");
+  const int64_t late = running_.Late(abort_after);
+  if (!why.empty()) {
+    if (running_.any() || recorded_) return why;
+    Abort(why);
+    return "";
+  }
+  if (late < 0 || abort_after == 0) return "";
+  return NotDone("bucket " + std::to_string(late) + " began on the GPU and", abort_after);
 }
 
 void NcclCommunicator::Abort(const std::string& why) {
+  entered_ = 0;  // what is late now is the abort
   NcclComm* aborted = nullptr;
   {
     std::lock_guard<std::mutex> lock(state_);
@@ -265,7 +272,7 @@ void NcclCommunicator::Abort(const std::string& why) {
     abort(aborted);
     done->set_value();
   }).detach();
-  ended.wait_for(kPatience);
+  ended.wait_for(std::chrono::duration<double>(kPatience));
 }
 
 std::string NcclCommunicator::failure() {

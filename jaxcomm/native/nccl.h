@@ -67,15 +67,17 @@ class NcclCommunicator {
   // Sends to `target` and receives from `source`, -1 for neither.
   std::string Permute(const Work& work, int target, int source);
 
-  // Gives NCCL its resources back, within some seconds; nothing may be under way. Does
-  // nothing where calls stand in CUDA graphs: NCCL would wait for the end of those, and XLA
-  // keeps them as long as the process.
-  void Close(double seconds);
+  // Sees to it that NCCL's threads have sent what other ranks wait for; for the end of the
+  // process, with nothing under way. NCCL's resources go with the process: to give them
+  // back NCCL would wait for other ranks, and for the CUDA graphs that calls stand in, which
+  // XLA keeps. Such calls are the reason to leave it out.
+  void Finalize(double seconds);
 
-  // Says what has failed since the last call, if no call will: an error in the background,
-  // a kernel that waits for ranks that do not come, a call that does not come back. For a
-  // thread of its own.
-  std::string Check();
+  // Looks for what no call reports: an error in the background, a call that does not come
+  // back, a kernel that has run for more than `abort_after` seconds (0: no limit), as where
+  // it waits for a rank that does not come. For a thread of its own, several times a second.
+  // Returns why the process must end, or "": then the next call fails, if anything did.
+  std::string Check(double abort_after);
   std::string failure();
 
   const int64_t id;
@@ -85,15 +87,23 @@ class NcclCommunicator {
   std::atomic<int64_t> counters[kNcclCounters] = {};
 
  private:
+  // While it lives, a call of NCCL is under way.
+  struct Entered {
+    explicit Entered(NcclCommunicator* comm);
+    ~Entered();
+    NcclCommunicator* comm;
+  };
+
   // Runs `call(leaf)` for every leaf in one NCCL group.
   template <typename Call>
   std::string Grouped(const char* name, const Work& work, Call call);
-  std::string Finish(const char* name, NcclResult result, double seconds);
+  std::string Finish(const char* name, NcclResult result);
   std::string Fail(const char* name, NcclResult result);
+  std::string Why(const std::string& what, NcclResult result) const;
   void Abort(const std::string& why);
   // "what on rank 1 of 2"
   std::string Here(const std::string& what) const;
-  std::string NotDone(const std::string& what) const;
+  std::string NotDone(const std::string& what, double seconds) const;
 
   const Nccl* nccl_;
   const Gpu* gpu_;

@@ -11,9 +11,10 @@ import jax
 from jaxcomm import native
 from jaxcomm.errors import TransportUnavailableError
 
-# Each on a GPU, on a GPU to be recorded into CUDA graphs (jaxcomm_nccl_graph_*), and on
-# host memory (jaxcomm_nccl_host_*).
-COLLECTIVES = ("all_reduce", "broadcast", "move")
+# Each on a GPU and on host memory (jaxcomm_nccl_host_*).
+HANDLERS = ("all_reduce", "broadcast", "move", "rank")
+# On a GPU also to be recorded into CUDA graphs (jaxcomm_nccl_graph_*).
+RECORDED = ("all_reduce", "broadcast")
 COUNTERS = ("calls", "nccl_collectives", "bytes", "agreements")
 UNIQUE_ID_BYTES = 128
 # Order and values of nccl.h.
@@ -23,13 +24,16 @@ _TEXT_BYTES = 4096
 _Key = ctypes.c_int64
 
 
-def open_library(path: str, driver: str, ordinal: int, *, host_memory: bool) -> int:
+def open_library(
+    path: str, driver: str, ordinal: int, abort_after: float, *, host_memory: bool
+) -> int:
     """Load a libnccl and register the handlers; return its version.
 
     Args:
       path: of the library.
       driver: path of CUDA's driver.
       ordinal: the device's number in this process.
+      abort_after: seconds that a collective may run on the device; 0 for no limit.
       host_memory: whether the library reduces host memory, for arrays of the CPU.
 
     Raises:
@@ -39,11 +43,12 @@ def open_library(path: str, driver: str, ordinal: int, *, host_memory: bool) -> 
     library.jaxcomm_nccl_close.restype = None
     _call(
         lambda text, size: library.jaxcomm_nccl_open(
-            path.encode(), driver.encode(), ordinal, text, size
+            *(path.encode(), driver.encode(), ordinal),
+            *(ctypes.c_double(abort_after), text, size),
         ),
         f"{path} cannot be used as NCCL",
     )
-    for target in (*COLLECTIVES, *(f"graph_{name}" for name in COLLECTIVES), "rank"):
+    for target in (*HANDLERS, *(f"graph_{name}" for name in RECORDED)):
         on_host = f"host_{target.removeprefix('graph_')}"
         symbol = getattr(library, f"jaxcomm_nccl_{on_host if host_memory else target}")
         jax.ffi.register_ffi_target(

@@ -3,10 +3,15 @@
 //
 // As in handlers.cc, every handler takes the leaves of one bucket and, last, a token.
 
+#include <chrono>
 #include <condition_variable>
 #include <cstring>
+#include <future>
 #include <map>
+#include <memory>
+#include <mutex>
 #include <thread>
+#include <vector>
 
 #include "api.h"
 #include "callbacks.h"
@@ -24,63 +29,77 @@ namespace ffi = xla::ffi;
 namespace jaxcomm {
 namespace {
 
-std::mutex registry_mutex;
-std::unique_ptr<Nccl> nccl;
-std::unique_ptr<Gpu> gpu;
+// Nothing here is ever destroyed: threads, ours and NCCL's, may use it to the last.
+std::mutex& registry_mutex = *new std::mutex;
+Nccl* nccl = nullptr;
+Gpu* gpu = nullptr;
+double abort_after = 0;  // for how many seconds a kernel may run; 0 for no limit
 
 struct Member {
   NcclCommunicator comm;
   Agreement agreement;
   Progress* progress;
 };
-std::map<int64_t, std::unique_ptr<Member>> members;
+std::map<int64_t, Member*>& members = *new std::map<int64_t, Member*>;
 
 Member* Find(int64_t id) {
   std::lock_guard<std::mutex> lock(registry_mutex);
   auto found = members.find(id);
-  return found == members.end() ? nullptr : found->second.get();
+  return found == members.end() ? nullptr : found->second;
 }
 
-// Looks after all communicators, for what no call reports. It ends the process: the
-// programs under way have been promised results, and would give wrong ones.
+std::vector<Member*> All() {
+  std::vector<Member*> all;
+  std::lock_guard<std::mutex> lock(registry_mutex);
+  for (auto& entry : members) all.push_back(entry.second);
+  return all;
+}
+
+// Looks after all communicators, for what no call reports. Where work is under way it ends
+// the process: programs have been promised results, and would give wrong ones.
 class Monitor {
  public:
   void Start() {
     std::lock_guard<std::mutex> lock(mutex_);
-    if (!thread_.joinable()) thread_ = std::thread([this] { Run(); });
+    if (started_) return;
+    started_ = true;
+    std::thread([this] { Run(); }).detach();
   }
+  // Waits for it, but not for ever: the driver may not come back.
   void Stop() {
-    {
-      std::lock_guard<std::mutex> lock(mutex_);
-      stop_ = true;
-    }
-    wake_.notify_one();
-    if (thread_.joinable()) thread_.join();
+    std::unique_lock<std::mutex> lock(mutex_);
+    stop_ = true;
+    changed_.notify_all();
+    changed_.wait_for(lock, std::chrono::seconds(2), [this] { return !started_; });
   }
-  ~Monitor() { Stop(); }
 
  private:
   void Run() {
-    const Gpu::Current current(gpu.get());
+    const Gpu::Current current(gpu);
     gpu->AllowWhileRecording();
     std::unique_lock<std::mutex> lock(mutex_);
-    while (!wake_.wait_for(lock, std::chrono::milliseconds(100), [this] { return stop_; })) {
-      std::lock_guard<std::mutex> all(registry_mutex);
-      for (auto& entry : members) {
-        const std::string failed = entry.second->comm.Check();
+    const std::chrono::milliseconds pause(100);
+    while (!changed_.wait_for(lock, pause, [this] { return stop_; })) {
+      lock.unlock();
+      for (Member* member : All()) {
+        const std::string failed = member->comm.Check(abort_after);
         if (failed.empty()) continue;
         EndProcess("jaxcomm: " + failed + ". What is under way here cannot be finished, so " +
                        "this process ends; the job must be started again\n",
                    kStalled);
       }
+      lock.lock();
     }
+    started_ = false;
+    changed_.notify_all();
   }
 
   std::mutex mutex_;
-  std::condition_variable wake_;
+  std::condition_variable changed_;
+  bool started_ = false;
   bool stop_ = false;
-  std::thread thread_;
-} monitor;
+};
+Monitor& monitor = *new Monitor;
 
 ffi::Error Failure(const std::string& text, int64_t bucket) {
   return ffi::Error(ffi::ErrorCode::kInternal,
@@ -137,7 +156,7 @@ ffi::Error InTurn(const Place& place, Work work) {
   if (!text.empty()) return Refused(text);
   member->progress->Remember(number, place.schedule, place.bucket);
   if (place.partition != 0) member = Find(place.partition);
-  const Gpu::Current current(gpu.get());
+  const Gpu::Current current(gpu);
   text = work(&member->comm);
   return text.empty() ? ffi::Error::Success() : Failure(text, place.bucket);
 }
@@ -214,7 +233,7 @@ ffi::Error RankCall(CudaStream stream, ffi::Result<ffi::BufferR0<ffi::S32>> out,
                     int64_t comm) {
   Member* member = Find(comm);
   if (member == nullptr) return NotCreated();
-  const Gpu::Current current(gpu.get());
+  const Gpu::Current current(gpu);
   if (!gpu->Set(out->untyped_data(), static_cast<uint32_t>(member->comm.rank), stream)) {
     return ffi::Error(ffi::ErrorCode::kFailedPrecondition,
                       "jaxcomm: this rank's number could not be written");
@@ -233,25 +252,30 @@ ffi::Error OnHost(Arguments... arguments) {
 
 }  // namespace
 
-// The handlers of a collective: for a GPU; for a GPU and to be recorded into CUDA graphs,
-// which replay NCCL's kernels without calling the handler; and for host memory.
-#define JAXCOMM_DEFINE(name, call, attributes, ...)                                     \
-  JAXCOMM_API XLA_FFI_Error* jaxcomm_nccl_##name(XLA_FFI_CallFrame*);                   \
-  JAXCOMM_API XLA_FFI_Error* jaxcomm_nccl_graph_##name(XLA_FFI_CallFrame*);             \
-  JAXCOMM_API XLA_FFI_Error* jaxcomm_nccl_host_##name(XLA_FFI_CallFrame*);              \
-  XLA_FFI_DEFINE_HANDLER_SYMBOL(jaxcomm_nccl_##name, call,                              \
-                                JAXCOMM_COLLECTIVE(JAXCOMM_GPU) attributes);            \
-  XLA_FFI_DEFINE_HANDLER_SYMBOL(jaxcomm_nccl_graph_##name, call,                        \
-                                JAXCOMM_COLLECTIVE(JAXCOMM_GPU) attributes,             \
-                                {ffi::Traits::kCmdBufferCompatible});                   \
-  XLA_FFI_DEFINE_HANDLER_SYMBOL(                                                        \
-      jaxcomm_nccl_host_##name,                                                         \
-      (OnHost<call, ffi::RemainingArgs, ffi::RemainingRets, int64_t, int64_t, int64_t,  \
-              int64_t, Numbers, __VA_ARGS__>),                                          \
+// The handlers of a collective, for a GPU and for host memory.
+#define JAXCOMM_DEFINE(name, call, attributes, ...)                                    \
+  JAXCOMM_API XLA_FFI_Error* jaxcomm_nccl_##name(XLA_FFI_CallFrame*);                  \
+  JAXCOMM_API XLA_FFI_Error* jaxcomm_nccl_host_##name(XLA_FFI_CallFrame*);             \
+  XLA_FFI_DEFINE_HANDLER_SYMBOL(jaxcomm_nccl_##name, call,                             \
+                                JAXCOMM_COLLECTIVE(JAXCOMM_GPU) attributes);           \
+  XLA_FFI_DEFINE_HANDLER_SYMBOL(                                                       \
+      jaxcomm_nccl_host_##name,                                                        \
+      (OnHost<call, ffi::RemainingArgs, ffi::RemainingRets, int64_t, int64_t, int64_t, \
+              int64_t, Numbers, __VA_ARGS__>),                                         \
       JAXCOMM_COLLECTIVE(ffi::Ffi::Bind()) attributes)
 
+// The same on a GPU, to be recorded into CUDA graphs: those replay NCCL's kernels without
+// calling the handler.
+#define JAXCOMM_DEFINE_RECORDED(name, call, attributes)                                \
+  JAXCOMM_API XLA_FFI_Error* jaxcomm_nccl_graph_##name(XLA_FFI_CallFrame*);            \
+  XLA_FFI_DEFINE_HANDLER_SYMBOL(jaxcomm_nccl_graph_##name, call,                       \
+                                JAXCOMM_COLLECTIVE(JAXCOMM_GPU) attributes,            \
+                                {ffi::Traits::kCmdBufferCompatible})
+
 JAXCOMM_DEFINE(all_reduce, AllReduceCall, .Attr<int64_t>("op"), int64_t);
+JAXCOMM_DEFINE_RECORDED(all_reduce, AllReduceCall, .Attr<int64_t>("op"));
 JAXCOMM_DEFINE(broadcast, BroadcastCall, .Attr<int64_t>("root"), int64_t);
+JAXCOMM_DEFINE_RECORDED(broadcast, BroadcastCall, .Attr<int64_t>("root"));
 JAXCOMM_DEFINE(move, MoveCall,
                .Attr<int64_t>("move").Attr<int64_t>("ranks").Attr<Numbers>("permutation"),
                int64_t, int64_t, Numbers);
@@ -269,16 +293,18 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(
 
 // These return 0, or 1 with a text in `error`.
 
-// `driver` is the path of CUDA's driver, `ordinal` this process's device.
+// `driver` is the path of CUDA's driver, `ordinal` this process's device, and `limit` for how
+// many seconds a kernel may run, 0 for no limit.
 JAXCOMM_API int jaxcomm_nccl_open(const char* path, const char* driver, int ordinal,
-                                  char* error, int64_t capacity) {
+                                  double limit, char* error, int64_t capacity) {
   std::lock_guard<std::mutex> lock(registry_mutex);
   if (nccl != nullptr) return 0;
+  abort_after = limit;
   std::string text;
   auto opened = Nccl::Open(path, &text);
   if (opened) {
-    gpu = Gpu::Open(driver, ordinal, &text);
-    if (gpu) nccl = std::move(opened);
+    gpu = Gpu::Open(driver, ordinal, &text).release();
+    if (gpu) nccl = opened.release();
   }
   return Tell(text, error, capacity);
 }
@@ -299,12 +325,12 @@ JAXCOMM_API int jaxcomm_nccl_unique_id(NcclUniqueId* out, char* error, int64_t c
 JAXCOMM_API int jaxcomm_nccl_join(int64_t id, const NcclUniqueId* unique, int rank,
                                   int size, double timeout, char* error,
                                   int64_t capacity) {
-  auto member = std::unique_ptr<Member>(
-      new Member{{nccl.get(), gpu.get(), id, rank, size, timeout}, {}, ProgressOf(id)});
-  std::string text = member->comm.Join(*unique);
+  // Kept also where this fails: NCCL may still write to it.
+  auto* member = new Member{{nccl, gpu, id, rank, size, timeout}, {}, ProgressOf(id)};
+  const std::string text = member->comm.Join(*unique);
   if (text.empty()) {
     std::lock_guard<std::mutex> lock(registry_mutex);
-    members[id] = std::move(member);
+    members[id] = member;
   }
   if (text.empty()) monitor.Start();
   return Tell(text, error, capacity);
@@ -314,12 +340,11 @@ JAXCOMM_API int jaxcomm_nccl_join(int64_t id, const NcclUniqueId* unique, int ra
 // `size` are this one's place among them.
 JAXCOMM_API int jaxcomm_nccl_split(int64_t id, int64_t part, int color, int rank, int size,
                                    double timeout, char* error, int64_t capacity) {
-  auto member = std::unique_ptr<Member>(
-      new Member{{nccl.get(), gpu.get(), part, rank, size, timeout}, {}, ProgressOf(part)});
-  std::string text = Find(id)->comm.Split(color, &member->comm);
+  auto* member = new Member{{nccl, gpu, part, rank, size, timeout}, {}, ProgressOf(part)};
+  const std::string text = Find(id)->comm.Split(color, &member->comm);
   if (text.empty()) {
     std::lock_guard<std::mutex> lock(registry_mutex);
-    members[part] = std::move(member);
+    members[part] = member;
   }
   return Tell(text, error, capacity);
 }
@@ -332,11 +357,17 @@ JAXCOMM_API int jaxcomm_nccl_counters(int64_t id, int64_t* out) {
   return 0;
 }
 
-// Ends all communicators, within some seconds each; nothing may be under way.
+// For the end of the process: nothing may be under way. Returns after so many seconds at
+// the latest, with NCCL's threads still at it.
 JAXCOMM_API void jaxcomm_nccl_close(double seconds) {
   monitor.Stop();
-  std::lock_guard<std::mutex> lock(registry_mutex);
-  for (auto& entry : members) entry.second->comm.Close(seconds);
+  auto done = std::make_shared<std::promise<void>>();
+  const std::future<void> ended = done->get_future();
+  std::thread([done, seconds] {
+    for (Member* member : All()) member->comm.Finalize(seconds);
+    done->set_value();
+  }).detach();
+  ended.wait_for(std::chrono::duration<double>(seconds));
 }
 
 }  // namespace jaxcomm

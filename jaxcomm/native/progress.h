@@ -5,8 +5,9 @@
 #pragma once
 
 #include <atomic>
-#include <chrono>
 #include <cstdint>
+
+#include "clock.h"
 
 namespace jaxcomm {
 
@@ -92,12 +93,6 @@ class Progress {
     std::atomic<int64_t> number{0};
     std::atomic<int64_t> hash{0};
   };
-
-  static int64_t Now() {
-    return std::chrono::duration_cast<std::chrono::nanoseconds>(
-               std::chrono::steady_clock::now().time_since_epoch())
-        .count();
-  }
 
   std::atomic<int64_t> calls_{0};
   std::atomic<int64_t> schedule_{0};

@@ -3,10 +3,11 @@
 
 #include <algorithm>
 #include <atomic>
-#include <chrono>
 #include <cstdint>
 #include <mutex>
 #include <vector>
+
+#include "clock.h"
 
 namespace jaxcomm {
 
@@ -25,13 +26,6 @@ class Timeline {
   static Timeline& Get() {
     static Timeline timeline;
     return timeline;
-  }
-
-  static int64_t Now() {
-    // The same clock in all processes of a host.
-    return std::chrono::duration_cast<std::chrono::nanoseconds>(
-               std::chrono::steady_clock::now().time_since_epoch())
-        .count();
   }
 
   void Start() { on_.store(true, std::memory_order_relaxed); }
@@ -65,10 +59,10 @@ class Timed {
  public:
   Timed(int64_t comm, int64_t schedule, int64_t bucket)
       : on_(Timeline::Get().on()),
-        event_{comm, schedule, bucket, 1, on_ ? Timeline::Now() : 0, 0} {}
+        event_{comm, schedule, bucket, 1, on_ ? Now() : 0, 0} {}
   ~Timed() {
     if (!on_) return;
-    event_.end_ns = Timeline::Now();
+    event_.end_ns = Now();
     Timeline::Get().Add(event_);
   }
   Timed(const Timed&) = delete;

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import atexit
 import ctypes
 import dataclasses
 import functools
@@ -42,9 +41,13 @@ GRAPHS_VARIABLE = "JAXCOMM_NCCL_GRAPHS"
 # NCCL wants a collective to be recorded by all ranks or by none, and at the same time.
 # XLA records again when buffers of this process move, whatever the other ranks do. That
 # is harmless as long as recording needs no other rank: no registering of buffers with
-# them, and no first connecting.
+# them, and no first connecting. Sends and receives connect when first used, and groups
+# of ranks are divided then, so neither is recorded.
 FOR_GRAPHS = {"NCCL_GRAPH_REGISTER": "0", "NCCL_RUNTIME_CONNECT": "0"}
 CLOSE_SECONDS = 10.0
+
+
+_in_graphs = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,16 +108,21 @@ def version_text(number: int) -> str:
     return f"{number // 10000}.{number // 100 % 100}.{number % 100}"
 
 
-def prepare(fabric: Fabric) -> None:
+def prepare(fabric: Fabric, abort_after: float) -> None:
     """Load NCCL and see that the ranks' libraries and devices go together.
+
+    Args:
+      fabric: of the ranks.
+      abort_after: seconds that a collective may run on the device before this process
+        is ended; 0 for no limit.
 
     Raises:
       TransportUnavailableError: on every rank, with the cause and the remedy.
     """
     problem, version, device = "", 0, ""
     try:
-        version = _open()
-        device = _uuid()
+        version = _open(abort_after)
+        device = _uuid(_ordinal())
     except (TransportUnavailableError, InvalidOptionError) as error:
         problem = str(error)
     # All ranks hear of one rank's trouble, or they would wait for it.
@@ -144,15 +152,16 @@ def prepare(fabric: Fabric) -> None:
             "nvidia-nccl wheel, or load the same module, on all hosts"
         )
     _check_devices([tuple(place) for _, _, place, _ in found], version)
-    atexit.register(_close)
 
 
-def _open() -> int:
+def _open(abort_after: float) -> int:
     from jaxcomm.native import nccl
 
     if not _on_host():
         _check_backend()
-    if in_graphs():
+    global _in_graphs
+    _in_graphs = os.environ.get(GRAPHS_VARIABLE) == "1"
+    if _in_graphs:
         if _settings.check_every():
             raise InvalidOptionError(
                 f"{_settings.CHECK_VARIABLE}=every compares every call, and with "
@@ -180,7 +189,7 @@ def _open() -> int:
     # A library that reduces host memory brings its own driver.
     driver = library.path if _on_host() else DRIVER
     version = nccl.open_library(
-        library.path, driver, _ordinal(), host_memory=_on_host()
+        library.path, driver, _ordinal(), abort_after, host_memory=_on_host()
     )
     if version < OLDEST:
         raise TransportUnavailableError(
@@ -213,8 +222,8 @@ def _on_host() -> bool:
 
 
 def in_graphs() -> bool:
-    """Tell whether XLA may record the calls into CUDA graphs."""
-    return os.environ.get(GRAPHS_VARIABLE) == "1"
+    """Tell whether XLA may record the calls into CUDA graphs, as said in `init`."""
+    return _in_graphs
 
 
 def _ordinal() -> int:
@@ -222,23 +231,31 @@ def _ordinal() -> int:
     return 0 if _on_host() else jax.local_devices()[0].local_hardware_id
 
 
-def _uuid() -> str:
-    """Ask the driver for the UUID of this process's device.
+def _uuid(ordinal: int) -> str:
+    """Ask the driver for the UUID of a device, as nvidia-smi spells it.
 
     Ordinals would not do: under Slurm every task may see its own GPU as number 0. Of a
     part of a GPU (MIG) this is the part's own.
     """
     found = find()
-    driver = ctypes.CDLL(found.path if _on_host() and found else DRIVER)
     device, uuid = ctypes.c_int(), ctypes.create_string_buffer(16)
-    codes = (
-        driver.cuInit(0),
-        driver.cuDeviceGet(ctypes.byref(device), _ordinal()),
-        driver.cuDeviceGetUuid_v2(uuid, device),
-    )
+    try:
+        driver = ctypes.CDLL(found.path if _on_host() and found else DRIVER)
+        codes = (
+            driver.cuInit(0),
+            driver.cuDeviceGet(ctypes.byref(device), ordinal),
+            driver.cuDeviceGetUuid_v2(uuid, device),
+        )
+    except (OSError, AttributeError) as error:
+        codes = (str(error),)
     if any(codes):
-        raise TransportUnavailableError(f"the CUDA driver gives no UUID: codes {codes}")
-    return f"GPU-{uuid.raw.hex()}"
+        raise TransportUnavailableError(
+            f"the CUDA driver gives no UUID of GPU {ordinal}: {codes}. nvidia-smi -L "
+            "shows whether the driver works, and `jaxcomm doctor` which one is found"
+        )
+    digits = uuid.raw.hex()
+    parts = (digits[a:b] for a, b in ((0, 8), (8, 12), (12, 16), (16, 20), (20, 32)))
+    return f"GPU-{'-'.join(parts)}"
 
 
 def _check_devices(places: Sequence[tuple[Any, ...]], version: int) -> None:
@@ -250,7 +267,7 @@ def _check_devices(places: Sequence[tuple[Any, ...]], version: int) -> None:
         return
     (host, device), several = next(iter(shared.items()))
     text = (
-        f"ranks {', '.join(map(str, several))} share GPU {device} of {host}, and NCCL "
+        f"ranks {', '.join(map(str, several))} share {device} of {host}, and NCCL "
         f"{version_text(version)} "
     )
     if version < SHARED_GPU:
@@ -265,7 +282,8 @@ def _check_devices(places: Sequence[tuple[Any, ...]], version: int) -> None:
         )
 
 
-def _close() -> None:
+def close() -> None:
+    """Let NCCL finish what it sends, at the end of the process."""
     from jaxcomm.native import nccl
 
     nccl.close(CLOSE_SECONDS)
@@ -321,7 +339,7 @@ class Nccl:
             else:
                 _describe_move(attributes, call)
                 target, aliased = "move", [len(values) - 1]
-            return emit(_target(target), ctx, values, attributes, aliased)
+            return emit(_target(target, call), ctx, values, attributes, aliased)
 
         leaves = ctx.avals_in[:-1]
         results = ctx.avals_out[:-1]
@@ -339,7 +357,7 @@ class Nccl:
             op = "avg" if average else {"mean": "sum"}.get(call.op, call.op)
             attributes["op"] = np.int64(_op_number(op))
             target, aliased = "all_reduce", range(len(values))
-        out = emit(_target(target), ctx, values, attributes, aliased)
+        out = emit(_target(target, call), ctx, values, attributes, aliased)
         divide = mean and not average
         if travels == dtype and not divide:
             return out
@@ -356,8 +374,11 @@ class Nccl:
         return _convert(ctx, got, out, finish)
 
 
-def _target(collective: str) -> str:
-    return f"jaxcomm_nccl_{'graph_' if in_graphs() else ''}{collective}"
+def _target(collective: str, call: Call) -> str:
+    from jaxcomm.native import nccl
+
+    recorded = in_graphs() and collective in nccl.RECORDED and not call.partition
+    return f"jaxcomm_nccl_{'graph_' if recorded else ''}{collective}"
 
 
 def _averages(dtype: str, ranks: int) -> bool:

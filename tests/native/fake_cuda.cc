@@ -19,6 +19,7 @@
 #include <cstring>
 #include <sstream>
 #include <string>
+#include <vector>
 
 #define FAKE_CUDA extern "C" __attribute__((visibility("default"))) int
 
@@ -32,12 +33,15 @@ struct Event {
   int64_t number = 0;
 };
 std::atomic<int64_t> recorded{0};
-thread_local int contexts = 0;
-int the_context = 0;
+constexpr int kDevices = 8;
+int primary[kDevices];  // their addresses are the devices' contexts
+thread_local std::vector<int> current;
+
+bool HasContext() { return !current.empty(); }
 
 }  // namespace
 
-bool HasContext() { return contexts > 0; }
+int CurrentDevice() { return current.empty() ? -1 : current.back(); }
 
 bool RecordsGraphs() {
   const char* says = std::getenv("FAKE_CUDA_RECORDS");
@@ -47,7 +51,7 @@ bool RecordsGraphs() {
 FAKE_CUDA cuInit(unsigned flags) { return flags == 0 ? kSuccess : kInvalidValue; }
 
 FAKE_CUDA cuDeviceGet(int* device, int ordinal) {
-  if (ordinal < 0 || ordinal > 7) return kInvalidDevice;
+  if (ordinal < 0 || ordinal >= kDevices) return kInvalidDevice;
   *device = ordinal;
   return kSuccess;
 }
@@ -68,21 +72,24 @@ FAKE_CUDA cuDeviceGetUuid_v2(char* uuid, int device) {
   return kSuccess;
 }
 
-FAKE_CUDA cuDevicePrimaryCtxRetain(void** context, int) {
-  *context = &the_context;
+FAKE_CUDA cuDevicePrimaryCtxRetain(void** context, int device) {
+  *context = &primary[device];
   return kSuccess;
 }
 
 FAKE_CUDA cuCtxPushCurrent_v2(void* context) {
-  if (context != &the_context) return kInvalidContext;
-  ++contexts;
-  return kSuccess;
+  for (int device = 0; device < kDevices; ++device) {
+    if (context != &primary[device]) continue;
+    current.push_back(device);
+    return kSuccess;
+  }
+  return kInvalidContext;
 }
 
 FAKE_CUDA cuCtxPopCurrent_v2(void** context) {
-  if (contexts == 0) return kInvalidContext;
-  --contexts;
-  *context = &the_context;
+  if (!HasContext()) return kInvalidContext;
+  *context = &primary[current.back()];
+  current.pop_back();
   return kSuccess;
 }
 

@@ -3,7 +3,7 @@
 
 namespace jaxcomm {
 
-bool HasContext();     // whether this thread has a device
+int CurrentDevice();   // of this thread; -1 for none
 bool RecordsGraphs();  // instead of running what is put on a stream
 
 }  // namespace jaxcomm

@@ -79,6 +79,14 @@ void WaitForGraphs(NcclComm* comm) {
   while (RecordsGraphs() && comm->collectives > 0) Sleep(100000);
 }
 
+// NCCL takes the calling thread's device, whichever the caller meant.
+void CheckDevice(const char* call) {
+  const char* wanted = std::getenv("FAKE_NCCL_WANTS_DEVICE");
+  if (wanted && CurrentDevice() != std::atoi(wanted)) {
+    Fail(kNcclInvalidUsage, Text(call, "the thread's device is another than was wanted"));
+  }
+}
+
 bool Blocking(const char* call, const NcclConfig* config, bool otherwise) {
   if (!config) return otherwise;
   // Copies as much as both know, as NCCL does.
@@ -148,10 +156,7 @@ NcclResult ncclCommInitRankConfig(NcclComm** out, int ranks, NcclUniqueId id, in
   if (out) *out = comm;
   const NcclResult result = Run(call, {comm}, [&](Where where) {
     CheckPointer(call, out, "comm");
-    // NCCL would take device 0, whichever the caller meant.
-    if (std::getenv("FAKE_NCCL_WANTS_DEVICE") && !HasContext()) {
-      Fail(kNcclInvalidUsage, Text(call, "the calling thread has no current device"));
-    }
+    CheckDevice(call);
     if (ranks < 1 || ranks > kMaxRanks || rank < 0 || rank >= ranks) {
       Fail(kNcclInvalidArgument, Text(call, "no such rank"));
     }
@@ -181,6 +186,7 @@ NcclResult ncclCommSplit(NcclComm* comm, int color, int key, NcclComm** out,
   return Run(call, Those(comm), [&](Where where) {
     CheckReady(call, comm);
     CheckPointer(call, out, "newcomm");
+    CheckDevice(call);
     if (color < -1) Fail(kNcclInvalidArgument, Text(call, "the color is negative"));
     auto* part = color < 0 ? nullptr : new NcclComm;
     const bool blocking = Blocking(call, config, comm->blocking);

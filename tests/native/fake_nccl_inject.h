@@ -18,7 +18,7 @@
 //   FAKE_NCCL_VERSION  what GetVersion tells (default: 22703). From 22304 on, NCCL
 //                      launches what a nonblocking communicator does from a thread,
 //                      and so it runs in one here: calls return "in progress"
-//   FAKE_NCCL_WANTS_DEVICE  communicators are made only by threads with a current device
+//   FAKE_NCCL_WANTS_DEVICE  the device that a thread must have which makes communicators
 #pragma once
 
 #include <fcntl.h>
