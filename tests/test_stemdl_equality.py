@@ -19,7 +19,7 @@ from simulate_cache import data_config
 
 PLAIN, SCOPES = "2 ranks", "2 ranks, a bucket per scope"
 SAMPLES = 16
-SHORT = ("--steps", "6", "--batch", "8", "--samples", str(SAMPLES))
+SHORT = ("--steps", "4", "--batch", "4", "--samples", str(SAMPLES))
 
 
 def run(folder: Path, *options: str) -> dict[str, Any]:
@@ -48,7 +48,7 @@ def test_one_rank_and_two(tmp_path: Path) -> None:
     assert found[SCOPES]["equals"] == {"run": PLAIN, "bitwise": True}
     for entry in found.values():
         assert entry["difference"] <= 1e-10
-        assert len(entry["losses"]) == 6
+        assert len(entry["losses"]) == 4
     assert found[SCOPES]["difference"] > 0
     assert found[SCOPES]["buckets"] > found[equality.REFERENCE]["buckets"]
     assert not report["problems"]
