@@ -169,7 +169,7 @@ std::string NcclCommunicator::Permute(const Work& work, int target, int source) 
 }
 
 void NcclCommunicator::Finalize(double seconds) {
-  if (comm_ == nullptr || recorded_) return;
+  if (comm_ == nullptr || recorded_ || !failure().empty()) return;
   const Gpu::Current current(gpu_);
   const int64_t begun = Now();
   NcclResult result = nccl_->calls().CommFinalize(comm_);
@@ -236,7 +236,7 @@ std::string NcclCommunicator::Check(double abort_after) {
   std::string why;
   {
     std::lock_guard<std::mutex> lock(state_);
-    if (comm_ == nullptr) return "";
+    if (comm_ == nullptr || !failure_.empty()) return "";
     NcclResult now = kNcclSuccess;
     const NcclResult asked = nccl_->calls().CommGetAsyncError(comm_, &now);
     if (asked != kNcclSuccess) now = asked;
@@ -247,7 +247,9 @@ std::string NcclCommunicator::Check(double abort_after) {
   const int64_t late = running_.Late(abort_after);
   if (!why.empty()) {
     if (running_.any() || recorded_) return why;
-    Abort(why);
+    // Nothing runs, so nothing has to be aborted, and a call may just begin.
+    std::lock_guard<std::mutex> lock(state_);
+    if (failure_.empty()) failure_ = why + ". The job must be started again";
     return "";
   }
   if (late < 0 || abort_after == 0) return "";
