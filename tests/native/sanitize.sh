@@ -53,22 +53,29 @@ for kind in thread address,undefined; do
   done
 done
 
-echo "== conformance suite, 2 ranks, with the library under address,undefined"
 jaxlib=$("$bin/python" -c \
   "import importlib.util as u; print(u.find_spec('jaxlib').submodule_search_locations[0])")
 c++ -std=c++17 -g -O1 -fPIC -fno-omit-frame-pointer -fsanitize=address,undefined \
   -isystem "$jaxlib/include" -fvisibility=hidden -shared \
-  $source/handlers.cc $build/address/{deadline,mpi_binding,node,progress,reduce,ring,dispatch,kernels_*}.o -ldl \
+  $source/{handlers,gpu,nccl,nccl_handlers}.cc \
+  $build/address/{deadline,mpi_binding,node,progress,reduce,ring,dispatch,kernels_*}.o -ldl \
   -o $build/libjaxcomm_native.so
+# Of NCCL's and CUDA's interface; its own memory is not of interest.
+c++ -std=c++17 -O2 -shared -fPIC -fvisibility=hidden tests/native/fake_*.cc -lrt -pthread \
+  -o $build/libfake_nccl.so
+export JAXCOMM_NCCL_LIBRARY=$PWD/$build/libfake_nccl.so JAXCOMM_NCCL_HOST_MEMORY=1
 results=$build/results.json
-rm -f "$results"
-JAXCOMM_NATIVE_LIBRARY=$PWD/$build/libjaxcomm_native.so \
-LD_PRELOAD="$(c++ -print-file-name=libasan.so) $(c++ -print-file-name=libubsan.so) $(c++ -print-file-name=libstdc++.so)" \
-  "$bin/python" -m jaxcomm run -n 2 --timeout 300 tests/conformance.py "$results" mpi
-"$bin/python" - "$results" <<'PYTHON'
+for transport in mpi nccl; do
+  echo "== conformance over $transport, 2 ranks, with the library under address,undefined"
+  rm -f "$results"
+  JAXCOMM_NATIVE_LIBRARY=$PWD/$build/libjaxcomm_native.so \
+  LD_PRELOAD="$(c++ -print-file-name=libasan.so) $(c++ -print-file-name=libubsan.so) $(c++ -print-file-name=libstdc++.so)" \
+    "$bin/python" -m jaxcomm run -n 2 --timeout 300 tests/conformance.py "$results" $transport
+  "$bin/python" - "$results" <<'PYTHON'
 import json, sys
 found = json.load(open(sys.argv[1]))
 errors = [text for text in found.values() if text]
 print(f"{len(found)} checks, {len(errors)} failed", *errors, sep="\n")
 sys.exit(bool(errors) or not found)
 PYTHON
+done
