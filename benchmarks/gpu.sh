@@ -5,8 +5,8 @@
 #
 #   bash benchmarks/gpu.sh [--dry] [--only exact1,time2]   (see gpu.py)
 #
-# Needs Python with jax (and its CUDA plugin), numpy, pip and scikit-build-core, or a
-# C++17 compiler instead of the last. PYTHON chooses the interpreter.
+# Needs Python with jax (and its CUDA plugin), numpy and optax, and a C++17 compiler; uses
+# pip and scikit-build-core where they are. PYTHON chooses the interpreter.
 set -euo pipefail
 root=$(cd "$(dirname "$0")/.." && pwd)
 python=${PYTHON:-python3}

@@ -162,7 +162,9 @@ def mismatch(comm: Communicator) -> dict[str, Any]:
 
 
 def leave(comm: Communicator, out: Path) -> None:
-    """Let the last rank end without a word; the others must end too, with an error.
+    """Let the last rank end without a word; the others must end with an error.
+
+    Over NCCL the monitor may end the process; then nothing is written.
 
     It leaves before a schedule was compared, or (BENCH_WHEN=after) afterwards, so that
     the others are already inside the collective. What they say is written to `out`,

@@ -62,6 +62,8 @@ def graph(comm: Communicator, dump: Path) -> dict[str, Any]:
         "thunks": dumped,
         "launches": launched,
         "buckets": len(step.schedule.buckets),
+        # What a graph replays is not counted.
+        "counters": comm.counters(),
     }
 
 

@@ -2,7 +2,8 @@
 
 Writes {"ok": ..., ...} to OUT.<rank>. Variables that gpu.py sets: BENCH_TRANSPORT;
 BENCH_COORDINATOR, BENCH_RANK and BENCH_RANKS where jax.distributed is to be used;
-BENCH_SMALL=1 for small trees and few steps; BENCH_DUMP, a folder.
+BENCH_SMALL=1 for small trees and few steps; BENCH_DUMP, a folder; BENCH_WHEN and
+BENCH_STREAM for the sections that ask for them.
 """
 
 from __future__ import annotations
@@ -40,8 +41,8 @@ def connect(timeout: float = TIMEOUT) -> Any:
 def main(section: str, out: Path) -> None:
     faulthandler.enable()
     rank = os.environ.get("BENCH_RANK", "0")
+    rank = os.environ.get("OMPI_COMM_WORLD_RANK", os.environ.get("PMI_RANK", rank))
     if section == "graph":
-        rank = os.environ.get("OMPI_COMM_WORLD_RANK", os.environ.get("PMI_RANK", rank))
         folder = Path(os.environ["BENCH_DUMP"]) / rank
         flags = f"--xla_dump_to={folder} --xla_dump_hlo_as_text"
         os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flags}"

@@ -206,6 +206,14 @@ def _connect(
         watch = watchdog.Watchdog(fabric.duplicate(), fabric.host, *limits)
         atexit.register(watch.stop)
         _at_exit.append(watch.stop)
+        if limits[1]:
+            here = f"rank {comm.rank} of {comm.size} (host {socket.gethostname()})"
+            text = (
+                f"jaxcomm: {here} has waited {limits[1]:g} s in MPI_Finalize for the "
+                "other ranks, so the job ends: one of them was stopped, or is stuck, "
+                "after its last call\n"
+            )
+            native.deadline_at_end(limits[1], text, watchdog.STALLED)
     atexit.register(wait_for_pending_work)  # runs first
     os.register_at_fork(after_in_child=_leave_to_parent)
     return comm

@@ -156,6 +156,9 @@ def test_what_never_ends_is_aborted(job: Launch, rule: str, says: str) -> None:
     done = job(2, slow, "3", env=env, timeout=60)
     assert done.returncode not in (0, 124), done.stdout + done.stderr
     assert says in done.stderr, done.stderr
+    if "async" in rule:  # nothing was under way, so the next call raises
+        assert done.returncode == 1
+        assert "The job must be started again" in done.stderr
 
 
 RANK = """
@@ -235,6 +238,8 @@ import re, sys
 if sys.argv[1:] == ["one"]:
     os.environ["JAXCOMM_NCCL_GRAPHS"] = "01"[rank == 1]
 import jax, jax.numpy as jnp, jaxcomm
+from jaxcomm.transports import nccl
+nccl.CLOSE_SECONDS = 1000.0  # were the end to wait for graphs
 comm = jaxcomm.init("nccl", timeout=120)
 assert os.environ["NCCL_GRAPH_REGISTER"] == os.environ["NCCL_RUNTIME_CONNECT"] == "0"
 def body(x):

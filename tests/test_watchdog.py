@@ -38,6 +38,18 @@ for step in range(6):
 print("went on", flush=True)
 """
 
+ENDS = """
+import atexit, os, signal, sys
+def stay():
+    if rank == 1:
+        os.kill(os.getpid(), signal.SIGSTOP)
+atexit.register(stay)  # so it runs after what init registers
+import jax.numpy as jnp, jaxcomm
+rank = jaxcomm.init("mpi").rank
+assert float(jaxcomm.all_reduce(jnp.ones(3), op="sum")[0]) == 2
+print("right", flush=True)
+"""
+
 WAYS = {
     "shared memory": {},
     "MPI calls": {"JAXCOMM_SHARED_MEMORY": "off"},
@@ -206,3 +218,12 @@ def test_unusable_limits(job: Launch) -> None:
     done = job(2, text, env={"JAXCOMM_ABORT_AFTER": "soon"})
     assert done.returncode == 1
     assert "JAXCOMM_ABORT_AFTER: 'soon'; give a time in seconds" in done.stderr
+
+
+def test_a_rank_that_is_stopped_after_its_last_call(job: Launch) -> None:
+    """The others wait for it in MPI_Finalize, where there is no Python."""
+    done = job(2, ENDS, env={"JAXCOMM_WARN_AFTER": "1", "JAXCOMM_ABORT_AFTER": "3"})
+    assert done.returncode == 70, done.stderr
+    assert done.stdout.count("right") == 2
+    text = "has waited 3 s in MPI_Finalize for the other ranks, so the job ends"
+    assert text in done.stderr and "rank 0 of 2" in done.stderr

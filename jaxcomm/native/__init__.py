@@ -166,6 +166,7 @@ def load() -> ctypes.CDLL:
     library.jaxcomm_check_every_call.restype = None
     library.jaxcomm_set_deadline.restype = None
     library.jaxcomm_lift_deadline.restype = None
+    library.jaxcomm_prepare_end.restype = None
     library.jaxcomm_progress.restype = ctypes.c_int64
     library.jaxcomm_timeline_take.restype = ctypes.c_int64
     library.jaxcomm_set_partition.restype = None
@@ -367,6 +368,22 @@ def deadline(seconds: float, text: str, code: int) -> Iterator[None]:
         yield
     finally:
         load().jaxcomm_lift_deadline()
+
+
+def deadline_at_end(seconds: float, text: str, code: int) -> None:
+    """End this process if it does not end by itself, that long after Python has.
+
+    MPI_Finalize waits for all ranks, and for ever for one that was stopped.
+
+    Args:
+      seconds: from the end of the interpreter; not 0.
+      text: for standard error.
+      code: the process's exit code.
+    """
+    library = load()
+    library.jaxcomm_prepare_end(ctypes.c_double(seconds), text.encode(), code)
+    # Called before what was registered earlier, as mpi4py's MPI_Finalize was.
+    ctypes.pythonapi.Py_AtExit(ctypes.cast(library.jaxcomm_end, ctypes.c_void_p))
 
 
 class Progress(NamedTuple):

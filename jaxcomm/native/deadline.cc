@@ -1,6 +1,8 @@
 // Ends this process if what Python waits in does not come back in time. A thread of
 // Python could not: MPI_Init holds the interpreter for as long as it waits.
 
+#include <unistd.h>
+
 #include <chrono>
 #include <condition_variable>
 #include <cstdint>
@@ -19,6 +21,13 @@ std::mutex& mutex = *new std::mutex;
 std::condition_variable& changed = *new std::condition_variable;
 int64_t current = 0;  // number of the deadline that is set; 0 for none
 int64_t last = 0;
+struct End {
+  double seconds = 0;
+  std::string text;
+  int code = 0;
+  pid_t process = 0;
+};
+End& at_end = *new End;
 
 }  // namespace
 
@@ -34,6 +43,18 @@ JAXCOMM_API void jaxcomm_set_deadline(double seconds, const char* text, int code
       EndProcess(text, code);
     }
   }).detach();
+}
+
+// What jaxcomm_end sets.
+JAXCOMM_API void jaxcomm_prepare_end(double seconds, const char* text, int code) {
+  at_end = {seconds, text, code, getpid()};
+}
+
+// For Py_AtExit: sets the deadline of the process's last steps, but not of a forked one's.
+JAXCOMM_API void jaxcomm_end() {
+  if (at_end.process == getpid()) {
+    jaxcomm_set_deadline(at_end.seconds, at_end.text.c_str(), at_end.code);
+  }
 }
 
 JAXCOMM_API void jaxcomm_lift_deadline() {

@@ -14,7 +14,8 @@ namespace {
 constexpr std::chrono::microseconds kPoll{20};
 constexpr int64_t kSpin = 200'000;  // ns
 
-// How long an abort may keep the call that failed, and a call its own report.
+// How long an abort may delay the call that failed, and how long after its timeout a call
+// may take to say so.
 constexpr double kPatience = 3;
 constexpr int kItem[] = {1, 1, 4, 4, 8, 8, 2, 4, 8, 2};  // by NcclDType
 
@@ -236,10 +237,12 @@ std::string NcclCommunicator::Check(double abort_after) {
   std::string why;
   {
     std::lock_guard<std::mutex> lock(state_);
-    if (comm_ == nullptr || !failure_.empty()) return "";
+    if (comm_ == nullptr) return "";
     NcclResult now = kNcclSuccess;
-    const NcclResult asked = nccl_->calls().CommGetAsyncError(comm_, &now);
-    if (asked != kNcclSuccess) now = asked;
+    if (failure_.empty()) {
+      const NcclResult asked = nccl_->calls().CommGetAsyncError(comm_, &now);
+      if (asked != kNcclSuccess) now = asked;
+    }
     if (now != kNcclSuccess && now != kNcclInProgress) {
       why = Why("NCCL failed in the background", now);
     }

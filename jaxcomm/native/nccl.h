@@ -3,7 +3,8 @@
 // libnccl is loaded when it is first asked for: the one that JAX's CUDA plugin uses, or
 // any library of its interface. Every call is nonblocking: it may come back in progress
 // (since NCCL 2.23 most do), and then the communicator's state is polled, for a bounded
-// time. What fails is aborted, so that no rank waits for it, and says so ever after.
+// time. What a call fails in is aborted, so that no rank waits for it; a communicator that
+// has failed says so ever after.
 #pragma once
 
 #include <atomic>
@@ -55,7 +56,8 @@ class NcclCommunicator {
   NcclCommunicator(const NcclCommunicator&) = delete;
   NcclCommunicator& operator=(const NcclCommunicator&) = delete;
 
-  // These return "", or what went wrong; then the communicator has been aborted.
+  // These return "", or what went wrong; where it was a call of NCCL, the communicator has
+  // been aborted.
   std::string Join(const NcclUniqueId& unique);
   // Makes `part` this rank's group of a division of the ranks; all call it together.
   std::string Split(int color, NcclCommunicator* part);
@@ -70,7 +72,7 @@ class NcclCommunicator {
   // Sees to it that NCCL's threads have sent what other ranks wait for; for the end of the
   // process, with nothing under way. NCCL's resources go with the process: to give them
   // back NCCL would wait for other ranks, and for the CUDA graphs that calls stand in, which
-  // XLA keeps. Such calls are the reason to leave it out.
+  // XLA keeps. For those it would wait here too, so this does nothing then.
   void Finalize(double seconds);
 
   // Looks for what no call reports: an error in the background, a call that does not come

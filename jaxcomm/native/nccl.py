@@ -100,7 +100,7 @@ def counters(key: int) -> dict[str, int]:
 
 
 def close(seconds: float) -> None:
-    """End all communicators, within some seconds each; nothing may be under way."""
+    """Finalise all communicators, in so many seconds; nothing may be under way."""
     native.load().jaxcomm_nccl_close(ctypes.c_double(seconds))
 
 

@@ -357,8 +357,8 @@ JAXCOMM_API int jaxcomm_nccl_counters(int64_t id, int64_t* out) {
   return 0;
 }
 
-// For the end of the process: nothing may be under way. Returns after so many seconds at
-// the latest, with NCCL's threads still at it.
+// For the end of the process: nothing may be under way. Returns so many seconds after the
+// monitor has stopped at the latest, with NCCL's threads still at it.
 JAXCOMM_API void jaxcomm_nccl_close(double seconds) {
   monitor.Stop();
   auto done = std::make_shared<std::promise<void>>();

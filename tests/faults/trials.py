@@ -148,7 +148,7 @@ def verdict(trial: Trial, code: int, out: str, err: str) -> str:
         pattern += r"|message truncated|MPI_ERR_TRUNCATE"
     # Whom a stop or a kill catches before init has no watchdog yet.
     if trial.step < 0 and trial.kind == "stop":
-        pattern += r"|in init for the other ranks"
+        pattern += r"|in init for the other ranks|in MPI_Finalize for the other ranks"
         if trial.way == "nccl":  # its own limit, for its first collective
             pattern += r"|another rank has not come"
     return REPORTED if re.search(pattern, err) else UNCLEAR

@@ -127,7 +127,7 @@ FAKE_CUDA cuEventCreate(void** event, unsigned) {
 
 FAKE_CUDA cuEventRecord(void* event, void*) {
   if (!HasContext()) return kInvalidContext;
-  // Into a graph, an event is not recorded at all.
+  // CUDA would record it into the graph, and then it could not be asked for.
   if (RecordsGraphs()) return kInvalidValue;
   static_cast<Event*>(event)->number = ++recorded;
   return kSuccess;
