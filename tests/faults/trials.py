@@ -192,7 +192,9 @@ def main(trials: int, first_seed: int, soak: int, out: Path | None) -> None:
     if out is not None:
         machine = f"{platform.machine()}, Python {platform.python_version()}"
         head = {"machine": machine, "verdicts": counts, "calls": soak, "grown": soaks}
-        rows = ",\n".join(json.dumps(result) for result in results)
+        # What a job printed is on the console; it holds paths of this machine.
+        kept = [{k: v for k, v in r.items() if k != "output"} for r in results]
+        rows = ",\n".join(json.dumps(result) for result in kept)
         out.parent.mkdir(parents=True, exist_ok=True)
         out.write_text(f'{json.dumps(head)[:-1]},\n"trials": [\n{rows}\n]}}\n')
     bad = any(counts[v] for v in (UNCLEAR, WRONG, HANG))
