@@ -6,7 +6,7 @@ import itertools
 import math
 import os.path
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -34,12 +34,13 @@ __all__ = [
     "distributed_client",
     "eval_eqn",
     "failing_call",
+    "inner_eqns",
     "instantiate_zeros",
     "is_drop_var",
     "keeps_its_place",
     "literal",
     "mlir",
-    "outside_jit",
+    "outside_trace",
     "register_ordered_effect",
     "scan_counts",
     "shaped_array",
@@ -55,8 +56,8 @@ abstract_token = _core.abstract_token
 Effect = _effects.Effect
 
 
-def outside_jit() -> bool:
-    """Tell whether no trace is under way."""
+def outside_trace() -> bool:
+    """Tell whether no trace is under way: no jit, and no eager grad or vmap either."""
     return _core.trace_state_clean()
 
 
@@ -72,8 +73,12 @@ def register_ordered_effect(effect: Effect) -> None:
     _effects.lowerable_effects.add_type(kind)
     _effects.control_flow_allowed_effects.add_type(kind)
     _effects.custom_derivatives_allowed_effects.add_type(kind)
-    # Recomputing a forward pass repeats its collectives on every rank alike.
+    # A rematerialised function keeps the results of calls with effects: they are made
+    # once.
     _effects.remat_allowed_effects.add_type(kind)
+    # Without this the call is gone where a scan is differentiated and nobody uses its
+    # result: one rank that drops a result would not call, and the others would wait.
+    _effects.partial_eval_kept_effects.add_type(kind)
 
 
 def keeps_its_place(eqn: Any) -> bool:
@@ -150,6 +155,12 @@ def literal(value: Any, aval: Any) -> Literal:
 def sub_jaxprs(eqn: Any) -> list[Any]:
     """Return the open jaxprs among an equation's parameters."""
     return list(_core.jaxprs_in_params(eqn.params))
+
+
+def inner_eqns(eqn: Any) -> Iterator[Any]:
+    """Yield the equations of the jaxprs among an equation's parameters."""
+    for jaxpr in sub_jaxprs(eqn):
+        yield from jaxpr.eqns
 
 
 def scan_counts(params: Any) -> tuple[int, int]:

@@ -15,12 +15,15 @@ from jaxcomm import _compat, timeline
 from jaxcomm._jaxprs import Body, Unit, is_var
 from jaxcomm.communicator import Communicator
 from jaxcomm.errors import UnsupportedCollectiveError
-from jaxcomm.primitives import chained_p, local_result, mark
+from jaxcomm.primitives import bind_bucket, local_result, mark
 from jaxcomm.schedule import Schedule
 
 
 class Evaluator:
-    """Evaluates planned bodies under the current trace, threading the token."""
+    """Evaluates planned bodies under the current trace, threading the token.
+
+    With None for a token nothing is threaded: each call has the effect instead.
+    """
 
     def __init__(self, schedule: Schedule, comm: Communicator):
         self.schedule = schedule
@@ -44,6 +47,8 @@ class Evaluator:
                 results = [unit.function(*values)]
             elif unit.kind == "bucket":
                 results, token = self._bucket(unit.index, values, token)
+            elif unit.kind == "foreign":
+                results, token = bind_bucket(values, token, **unit.eqn.params)
             else:
                 results, token = self._threaded(unit, values, token)
             env.update(zip(unit.outputs, results, strict=True))
@@ -55,17 +60,9 @@ class Evaluator:
         if self.comm.transport == "local":
             bucket = self.schedule.buckets[index]
             return [local_result(bucket, value) for value in values], token
-        if timeline.wanted() and self.comm.transport != "nccl":
+        if timeline.wanted() and token is not None and self.comm.transport != "nccl":
             token = mark(values, token, self.comm, self.schedule, index)
-        with jax.named_scope(f"jaxcomm/bucket_{index:02d}"):
-            *results, token = chained_p.bind(
-                *values,
-                token,
-                comm=self.comm,
-                schedule=self.schedule,
-                index=index,
-            )
-        return results, token
+        return bind_bucket(values, token, self.comm, self.schedule, index)
 
     def _threaded(
         self, unit: Unit, values: Sequence[Any], token: Any
@@ -125,7 +122,7 @@ class Evaluator:
         body_consts = list(values[n_cond : n_cond + n_body])
         init = list(values[n_cond + n_body :])
         test, step = bodies
-        if any(unit.kind in ("bucket", "body") for unit in test.units):
+        if any(unit.kind in ("bucket", "foreign", "body") for unit in test.units):
             raise UnsupportedCollectiveError(
                 "a collective in the condition of a while_loop is not scheduled; "
                 "compute it in the body and carry the result"

@@ -23,7 +23,9 @@ _INLINED |= {"custom_vjp_call", "custom_vjp_call_jaxpr", "custom_lin"}
 class Unit:
     """What is evaluated at once: an equation, a bucket, or a body with collectives."""
 
-    kind: str  # "equation", "function", "bucket" or "body"
+    # "equation", "function", "bucket", "body" (with collectives), or "foreign": a call
+    # of another communicator than the function's
+    kind: str
     eqn: Any = None
     inputs: Sequence[Any] = ()
     outputs: Sequence[Any] = ()

@@ -154,7 +154,7 @@ def barrier(*, comm: Communicator | None = None) -> None:
     the bare collectives of that program, in their order. Elsewhere it blocks.
     """
     comm = comm or world()
-    if _compat.outside_jit():
+    if _compat.outside_trace():
         comm.barrier()
     else:
         all_reduce(jnp.zeros((), jnp.int8) + 0, op="max", comm=comm)

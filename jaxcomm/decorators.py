@@ -16,6 +16,7 @@ from jaxcomm import _compat, agreement, planner, rewrite
 from jaxcomm.communicator import Communicator
 from jaxcomm.errors import InvalidOptionError, JaxcommError
 from jaxcomm.planner import Groups
+from jaxcomm.primitives import new_token
 from jaxcomm.schedule import Schedule
 from jaxcomm.startup import world
 
@@ -56,14 +57,21 @@ class DataParallel:
 
         # jit reads argument names from the signature, which a bound method cannot take.
         @functools.wraps(fn)
-        def traced(*args: Any, **kwargs: Any) -> Any:
-            return self._trace(*args, **kwargs)
+        def program(*args: Any, **kwargs: Any) -> Any:
+            return self._trace(args, kwargs, new_token())
 
-        self._jitted = jax.jit(
-            traced,
-            donate_argnums=donate_argnums,
-            static_argnums=static_argnums,
+        @functools.wraps(fn)
+        def part(*args: Any, **kwargs: Any) -> Any:
+            return self._trace(args, kwargs, None)[0]
+
+        # As a program of its own, its calls are chained by a token and have no effect.
+        self._program = jax.jit(
+            program, donate_argnums=donate_argnums, static_argnums=static_argnums
         )
+        # As part of another, its calls have the effect that orders all calls of that
+        # one. Inlined, so that each use has its own calls there; what they are given
+        # may be needed again, so nothing is donated.
+        self._part = jax.jit(part, static_argnums=static_argnums, inline=True)
 
     @property
     def schedule(self) -> Schedule:
@@ -85,8 +93,11 @@ class DataParallel:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run the function on this rank's arguments."""
+        # To be asked here: inside a jit of ours the answer is always no, and kept.
+        if not _compat.outside_trace():
+            return self._part(*args, **kwargs)
         try:
-            out = self._jitted(*args, **kwargs)
+            out = self._program(*args, **kwargs)
             if self._unchecked:
                 # A failed check of this first run is ours to name; later runs stay
                 # asynchronous.
@@ -107,24 +118,28 @@ class DataParallel:
         The lowered function returns a pair: the function's result and the token that
         orders its collectives.
         """
-        return self._jitted.lower(*args, **kwargs)
+        return self._program.lower(*args, **kwargs)
 
     def trace(self, *args: Any, **kwargs: Any) -> Any:
         """Trace without lowering, as `jax.jit(fn).trace`; never waits for other ranks.
 
         What is traced returns a pair, as with `lower`.
         """
-        return self._jitted.trace(*args, **kwargs)
+        return self._program.trace(*args, **kwargs)
 
     def clear_cache(self) -> None:
         """Forget compiled programs, as `jax.jit(fn).clear_cache()`."""
-        self._jitted.clear_cache()  # pyright: ignore[reportAttributeAccessIssue]
+        self._program.clear_cache()  # pyright: ignore[reportAttributeAccessIssue]
 
     def _communicator(self) -> Communicator:
         return self._comm or world()
 
-    def _trace(self, *args: Any, **kwargs: Any) -> Any:
-        """Trace, plan and evaluate; runs when JAX traces the jitted function."""
+    def _trace(self, args: Any, kwargs: Any, token: Any) -> tuple[Any, Any]:
+        """Trace, plan and evaluate; runs when JAX traces a jitted function.
+
+        Returns:
+          The function's result, and the last token; None where none was given.
+        """
         comm = self._communicator()
         paths, treedef = jax.tree_util.tree_flatten_with_path((args, kwargs))
         leaves = [leaf for _, leaf in paths]
@@ -169,9 +184,9 @@ class DataParallel:
         )
         with _no_garbage():
             program = rewrite.program(closed, options, inputs)
-            out, token = program.run(values)
+            out, token = program.run(values, token)
         self._schedules.append(program.schedule)
-        self._unchecked = comm.transport != "local"
+        self._unchecked |= token is not None and comm.transport != "local"
         if log.isEnabledFor(logging.DEBUG):
             log.debug("%s: %s", _name(self._fn), program.schedule.explain())
         return jax.tree.unflatten(jax.tree.structure(shapes), out), token

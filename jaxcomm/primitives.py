@@ -4,12 +4,15 @@ Each bucket of a schedule is one equation. There are two primitives, because the
 calls of a program need one total order and must all be made, whatever happens to
 their results:
 
-- `bucket_p` carries an ordered JAX effect. It is what a bare collective binds in a
-  user's own `jit`: JAX then keeps its order and never prunes it, at the price of
-  Python dispatch (docs/performance.md says what that costs).
+- `bucket_p` carries an ordered JAX effect, one for all communicators. It is what is
+  bound while a program is traced that is not ours: a bare collective in a user's own
+  `jit`, and a decorated function that is called inside another. JAX then keeps the
+  order of all of them and never prunes one, through `scan`, `cond`, `grad` and the
+  rest, at the price of Python dispatch (docs/performance.md says what that costs).
 - `chained_p` takes and returns a token, a uint32 scalar, and has no effect: order and
   liveness follow from the data alone and dispatch stays on JAX's fast path. Only a
-  pass that owns the whole function can thread the token: see `rewrite`.
+  pass that owns the whole program can thread the token: see `rewrite`. It finds the
+  equations of `bucket_p` in what it has traced, and strings them on its token too.
 """
 
 from __future__ import annotations
@@ -42,9 +45,11 @@ def run_schedule(
             for i in bucket.leaves:
                 out[i] = local_result(bucket, out[i])
         return out
-    if any(isinstance(leaf, _compat.Tracer) for leaf in leaves):
-        return bind_buckets(leaves, comm, schedule)
-    return _run_now(leaves, comm, schedule, range(len(schedule.buckets)))
+    every = range(len(schedule.buckets))
+    if not _compat.outside_trace():
+        # Constants too: a call made now would not be in the program.
+        return _bind_buckets(leaves, None, comm, schedule, every)[0]
+    return _run_now(leaves, comm, schedule, every)
 
 
 def _run_now(
@@ -75,34 +80,44 @@ def _compiled(
     schedule: Schedule,
     buckets: tuple[int, ...],
 ) -> tuple[list[Any], Any]:
-    out, token = list(leaves), new_token()
+    return _bind_buckets(leaves, new_token(), comm, schedule, buckets)
+
+
+def _bind_buckets(
+    leaves: Sequence[Any],
+    token: Any,
+    comm: Communicator,
+    schedule: Schedule,
+    buckets: Sequence[int],
+) -> tuple[list[Any], Any]:
+    out = list(leaves)
     for k in buckets:
-        bucket = schedule.buckets[k]
-        *reduced, token = chained_p.bind(
-            *(out[i] for i in bucket.leaves),
-            token,
-            comm=comm,
-            schedule=schedule,
-            index=k,
+        members = schedule.buckets[k].leaves
+        reduced, token = bind_bucket(
+            [out[i] for i in members], token, comm, schedule, k
         )
-        for i, leaf in zip(bucket.leaves, reduced, strict=True):
+        for i, leaf in zip(members, reduced, strict=True):
             out[i] = leaf
     return out, token
 
 
-def bind_buckets(
-    leaves: Sequence[Any], comm: Communicator, schedule: Schedule
-) -> list[Any]:
-    """Bind one `bucket_p` equation per bucket."""
-    out = list(leaves)
-    for k, bucket in enumerate(schedule.buckets):
-        with jax.named_scope(f"jaxcomm/bucket_{k:02d}"):
-            reduced = bucket_p.bind(
-                *(out[i] for i in bucket.leaves), comm=comm, schedule=schedule, index=k
-            )
-        for i, leaf in zip(bucket.leaves, reduced, strict=True):
-            out[i] = leaf
-    return out
+def bind_bucket(
+    values: Sequence[Any],
+    token: Any,
+    comm: Communicator,
+    schedule: Schedule,
+    index: int,
+) -> tuple[list[Any], Any]:
+    """Bind one bucket's equation; return its results and the next token.
+
+    With None for a token it is `bucket_p`, which has the effect, and None is returned.
+    """
+    params = {"comm": comm, "schedule": schedule, "index": index}
+    with jax.named_scope(f"jaxcomm/bucket_{index:02d}"):
+        if token is None:
+            return bucket_p.bind(*values, **params), None
+        *results, token = chained_p.bind(*values, token, **params)
+    return results, token
 
 
 def new_token() -> Any:
@@ -114,7 +129,11 @@ def new_token() -> Any:
 
 
 class _CollectiveOrder(_compat.Effect):
-    """Orders bare collectives in a user's own jitted function."""
+    """Orders the collectives of a program that is not ours.
+
+    One for all communicators: calls of two that share ranks would wait for each other
+    if the ranks made them in another order.
+    """
 
     def __str__(self) -> str:
         return "jaxcomm order"

@@ -13,11 +13,19 @@ gradients of different stages may share a bucket, and go after its stage's other
 All collectives of the function are strung on one token, in the order of the plan.
 The token goes in and out of `scan`, `while_loop`, `cond` and `checkpoint` bodies that
 contain collectives, so the order is total and fixed by data. Returned as a hidden
-output, it keeps every call alive whatever outputs a rank uses.
+output, it keeps every call alive whatever outputs a rank uses. A function that is
+called inside another program has no token of its own: there its calls have an effect,
+and whoever owns that program, this pass or JAX, puts them into its order.
+
+Calls of other communicators (subgroups', mostly) take their place on the token and are
+otherwise left as they were planned: they belong to schedules of their own, which other
+ranks than ours compare. They do not count as stages, and of what is ready when, only
+the order among this function's own reductions counts: ranks may differ in the rest.
 """
 
 from __future__ import annotations
 
+import bisect
 import dataclasses
 import heapq
 import itertools
@@ -45,7 +53,7 @@ from jaxcomm._uniform import Checker
 from jaxcomm.communicator import Communicator
 from jaxcomm.errors import UnsupportedCollectiveError
 from jaxcomm.planner import Groups
-from jaxcomm.primitives import bucket_p, moved_shape, new_token, rank_p
+from jaxcomm.primitives import bucket_p, moved_shape, rank_p
 from jaxcomm.schedule import Bucket, LeafSpec, Schedule
 
 _THREADED = {"scan", "while", "cond", "checkpoint", "remat", "remat2"}
@@ -71,9 +79,13 @@ class Program:
     comm: Communicator
     body: Body
 
-    def run(self, args: Sequence[Any]) -> tuple[list[Any], Any]:
-        """Evaluate under the current trace; returns (flat outputs, last token)."""
-        return Evaluator(self.schedule, self.comm).body(self.body, new_token(), args)
+    def run(self, args: Sequence[Any], token: Any = None) -> tuple[list[Any], Any]:
+        """Evaluate under the current trace; returns (flat outputs, last token).
+
+        Without a token (None) the calls have the effect that orders those of the
+        program around them.
+        """
+        return Evaluator(self.schedule, self.comm).body(self.body, token, args)
 
 
 def program(
@@ -145,9 +157,9 @@ class _Planner:
             collective = kinds[position]
             if placed[position]:
                 level = max(level, stage.get(EFFECT, 0))
-                stage[EFFECT] = level + (collective == "body")
+                stage[EFFECT] = level + self._is_stage(collective, eqn)
             for var in outvars:
-                stage[var] = level + (collective not in (None, "rank"))
+                stage[var] = level + self._is_stage(collective, eqn)
                 ready[var] = position + 1
             if position in means.skipped:
                 ready[outvars[0]] = when
@@ -191,24 +203,28 @@ class _Planner:
             unit = Unit("equation", eqn, invars, outvars, level, position)
             unit.urgent = position in awaited
             unit.placed = placed[position]
+            if collective is not None:
+                unit.kind, unit.ready = collective, when
+                chain.append(unit)
             if collective == "bucket":
-                unit.kind, unit.ready = "bucket", when
                 unit.index = self._adopt(eqn, level)
-                chain.append(unit)
-            elif collective == "body":
-                unit.kind, unit.ready = "body", when
-                chain.append(unit)
             units.append(unit)
 
-        buckets = self._plan(reductions)
+        # When each reduction is ready: the how many-th of these moments.
+        moments = sorted({r.ready for r in reductions})
+        buckets = self._plan(reductions, moments)
         # Where synchronised batch statistics wait behind gradients, the computation
         # waits with them, while gradients can travel as it goes on: those that were
         # not ready long before let them pass.
-        patience = len(eqns) // 20
-        chain = sorted(
-            [*chain, *buckets],
-            key=lambda u: (u.stage, u.ready + (0 if u.urgent else patience)),
-        )
+        patience = len(moments) // 20
+
+        def turn(unit: Unit) -> tuple[int, float]:
+            at = bisect.bisect_right(moments, unit.ready) - 0.5
+            if unit.eqn is None:  # a reduction: ready at that moment, not after it
+                at -= 0.5
+            return unit.stage, at + (0 if unit.urgent else patience)
+
+        chain = sorted([*chain, *buckets], key=turn)
         for unit in chain:
             if unit.kind == "body":
                 unit.bodies = [self.body(j) for j in bodies_of(unit.eqn)]
@@ -220,7 +236,7 @@ class _Planner:
     def _kind(self, eqn: Any) -> str | None:
         name = eqn.primitive.name
         if eqn.primitive is bucket_p:
-            return "bucket"
+            return "bucket" if self._is_own(eqn) else "foreign"
         if self._uses_axis(eqn):
             if name == "axis_index":
                 return "rank"
@@ -234,17 +250,28 @@ class _Planner:
             raise self._unsupported(eqn, "contains a collective and is not supported")
         return None
 
+    def _is_own(self, eqn: Any) -> bool:
+        """Tell whether a jaxcomm collective is one of this function's communicator."""
+        return eqn.params["comm"] == self.options.comm
+
+    def _is_stage(self, kind: str | None, eqn: Any) -> bool:
+        """Tell whether what depends on an equation is of a later stage."""
+        return kind in ("bucket", "collective") or (
+            kind == "body" and any(map(self._has_own, _compat.inner_eqns(eqn)))
+        )
+
+    def _has_own(self, eqn: Any) -> bool:
+        if eqn.primitive is bucket_p:
+            return self._is_own(eqn)
+        return self._uses_axis(eqn) or any(map(self._has_own, _compat.inner_eqns(eqn)))
+
     def _uses_axis(self, eqn: Any) -> bool:
         return self.options.axis_name in axes_of(eqn)
 
     def _has_collective(self, eqn: Any) -> bool:
         if eqn.primitive is bucket_p or self._uses_axis(eqn):
             return True
-        return any(
-            self._has_collective(inner)
-            for sub in _compat.sub_jaxprs(eqn)
-            for inner in sub.eqns
-        )
+        return any(map(self._has_collective, _compat.inner_eqns(eqn)))
 
     def _check(self, eqn: Any) -> None:
         names = [a for a in axes_of(eqn) if not isinstance(a, int)]
@@ -295,11 +322,7 @@ class _Planner:
             return True
         if self._uses_axis(eqn):
             return eqn.primitive.name != "axis_index"
-        return any(
-            self._communicates(inner)
-            for sub in _compat.sub_jaxprs(eqn)
-            for inner in sub.eqns
-        )
+        return any(map(self._communicates, _compat.inner_eqns(eqn)))
 
     def _divergent(self, eqn: Any, what: str) -> UnsupportedCollectiveError:
         return UnsupportedCollectiveError(
@@ -343,13 +366,17 @@ class _Planner:
         self.buckets.append(dataclasses.replace(bucket, leaves=indices, stage=stage))
         return len(self.buckets) - 1
 
-    def _plan(self, reductions: list[Reduction]) -> list[Unit]:
+    def _plan(self, reductions: list[Reduction], moments: list[int]) -> list[Unit]:
         if not reductions:
             return []
         name_leaves(reductions, self.inputs)
+        order = {ready: place for place, ready in enumerate(moments)}
         specs = tuple(
             LeafSpec(
-                r.path, tuple(r.operand.aval.shape), str(r.operand.aval.dtype), r.ready
+                r.path,
+                tuple(r.operand.aval.shape),
+                str(r.operand.aval.dtype),
+                order[r.ready],
             )
             for r in reductions
         )
