@@ -114,6 +114,7 @@ class MpiFabric:
         # Traffic of different kinds never meets.
         self.data, self.control, self._host = comm.Dup(), comm.Dup(), comm.Dup()
         self.host, self.check = HostChannel(self._host), HostChannel(self.control)
+        self._comparison = _members.Comparison(self._host, self.host.turn, timeout)
         # An MPI failure becomes a Python exception, never MPI_Abort.
         self.data.Set_errhandler(MPI.ERRORS_RETURN)
 
@@ -121,7 +122,7 @@ class MpiFabric:
         if self._lost is not None:  # messages may be left that nobody received
             raise self._lost
         try:
-            _members.compare(self._host, self.host.turn, members, self._timeout)
+            self._comparison.compare(members)
         except ScheduleMismatchError as error:
             self._lost = error
             raise

@@ -6,6 +6,7 @@ MPI's own call would wait for ever. Internal to `_fabric`.
 from __future__ import annotations
 
 import contextlib
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
@@ -13,74 +14,95 @@ from jaxcomm import _waiting
 from jaxcomm.errors import ScheduleMismatchError
 
 _TAG = 7
+# How long a verdict may be under way after those that it lets go on.
+_GRACE_SECONDS = 2.0
 _Turn = Callable[[], contextlib.AbstractContextManager[None]]
 
 
-def compare(comm: Any, turn: _Turn, members: Sequence[int], timeout: float) -> None:
-    """Compare lists of members: all of them call this, each with its own.
+# About which lists, and a verdict: None asks for one, "" says that all agree.
+_Message = tuple[tuple[list[int], ...], str | None]
 
-    The lowest rank hears from the others and answers them. Everyone's next rank hears
-    too, so that one with another idea of who is the lowest finds out. Whoever hears of
-    another list tells everyone in either.
 
-    Args:
-      comm: MPI communicator of which the members are ranks.
-      turn: held around MPI calls.
-      members: distinct ranks, this one among them.
-      timeout: seconds.
+class Comparison:
+    """Compares the members of subgroups of one communicator, one after another."""
 
-    Raises:
-      ScheduleMismatchError: a list differs; on every rank in either.
-      StallError: a member does not come.
-    """
-    own = list(members)
-    rank, leader = comm.Get_rank(), min(own)
-    ring = sorted(own)
-    place = ring.index(rank)
-    following, preceding = ring[(place + 1) % len(own)], ring[place - 1]
-    here = {rank}
-    verdict: str | None = None
-    sent: list[Any] = []
+    def __init__(self, comm: Any, turn: _Turn, timeout: float):
+        """Send over MPI communicator `comm`, holding `turn` around MPI calls."""
+        self._comm, self._turn, self._timeout = comm, turn, timeout
+        # Of other subgroups, from ranks that are ahead of this one.
+        self._early: list[tuple[int, _Message]] = []
 
-    def send(text: str | None, ranks: Iterable[int]) -> None:
-        with turn():
-            sent.extend(comm.isend((own, text), to, _TAG) for to in ranks)
+    def compare(self, members: Sequence[int]) -> None:
+        """Compare lists of members: all of them call this, each with its own.
 
-    def settle(text: str, ranks: Sequence[int]) -> None:
-        nonlocal verdict
-        verdict = text
-        send(text, [to for to in ranks if to != rank])
+        The lowest rank hears from the others and answers them. Everyone's next rank
+        hears too, so that one with another idea of who is the lowest finds out. Two
+        ranks that ask for different lists, each with the other in it, wait for each
+        other: whoever finds that out tells everyone in either. A rank that asks for
+        another list after this one, or for one that this rank comes to later, does not.
 
-    def step() -> bool:
-        nonlocal verdict
-        for source, (theirs, text) in _received(comm, turn):
-            if text is not None:
-                verdict = text
-            elif theirs == own:
-                here.add(source)
-            else:
-                asked = {rank: own, source: theirs}
-                lists = "; ".join(
-                    f"rank {r} asks for {asked[r]}" for r in sorted(asked)
-                )
-                differing = "the ranks ask for different subgroups: "
-                settle(
-                    f"{differing}{lists}. Every member must give the "
-                    "same ranks in the same order.",
-                    sorted({*own, *theirs}),
-                )
-        if verdict is None and len(here) == len(own):
-            settle("", own)
-        # All that was sent is received: the next subgroup's messages are its own.
-        return verdict is not None and (verdict != "" or preceding in here)
+        Args:
+          members: distinct ranks, this one among them.
 
-    send(None, {leader, following} - {rank})
-    _waiting.wait(step, timeout, who=f"rank {rank}", what=f"make the subgroup {own}")
-    _waiting.wait(
-        lambda: _sent(sent, turn), timeout, who=f"rank {rank}", what="hear of it"
+        Raises:
+          ScheduleMismatchError: a list differs; on every rank in either.
+          StallError: a member does not come.
+        """
+        own, rank = list(members), self._comm.Get_rank()
+        ring, leader = sorted(own), min(own)
+        place = ring.index(rank)
+        following, preceding = ring[(place + 1) % len(own)], ring[place - 1]
+        here = {rank}
+        verdict: str | None = None
+        sent: list[Any] = []
+        start = time.monotonic()
+
+        def send(message: _Message, ranks: Iterable[int]) -> None:
+            with self._turn():
+                sent.extend(self._comm.isend(message, to, _TAG) for to in ranks)
+
+        def step() -> bool:
+            nonlocal verdict
+            messages = [*self._early, *_received(self._comm, self._turn)]
+            self._early = []
+            late = time.monotonic() - start > _GRACE_SECONDS
+            for source, (lists, text) in messages:
+                if own not in lists:
+                    self._early.append((source, (lists, text)))
+                elif text is None:
+                    here.add(source)
+                else:
+                    verdict = text
+            if verdict is None and late:
+                for source, (lists, text) in self._early:
+                    if text is None and source in {*own} - here:
+                        verdict = _differing({rank: own, source: lists[0]})
+                        both = {*own, *lists[0]} - {rank}
+                        send(((own, lists[0]), verdict), sorted(both))
+                        break
+            if verdict is None and rank == leader and len(here) == len(own):
+                verdict = ""
+                send(((own,), ""), [to for to in own if to != rank])
+            # What the one before has sent is received: it is not left for a later list.
+            return verdict is not None and (verdict != "" or preceding in here)
+
+        send(((own,), None), {leader, following} - {rank})
+        who = f"rank {rank}"
+        what = f"make the subgroup {own}"
+        _waiting.wait(step, self._timeout, who=who, what=what)
+        _waiting.wait(
+            lambda: _sent(sent, self._turn), self._timeout, who=who, what="hear of it"
+        )
+        if verdict:
+            raise ScheduleMismatchError(verdict)
+
+
+def _differing(asked: dict[int, list[int]]) -> str:
+    lists = "; ".join(f"rank {r} asks for {asked[r]}" for r in sorted(asked))
+    return (
+        f"the ranks ask for different subgroups: {lists}. Every member must give the "
+        "same ranks in the same order."
     )
-    if verdict:
-        raise ScheduleMismatchError(verdict)
 
 
 def _received(comm: Any, turn: _Turn) -> Iterator[tuple[int, Any]]:

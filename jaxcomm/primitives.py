@@ -146,8 +146,8 @@ class _CollectiveOrder(_compat.Effect):
         return isinstance(other, _CollectiveOrder)
 
 
-_effect = _CollectiveOrder()
-_compat.register_ordered_effect(_effect)
+order_effect = _CollectiveOrder()
+_compat.register_ordered_effect(order_effect)
 
 bucket_p = _compat.Primitive("jaxcomm_bucket")
 bucket_p.multiple_results = True
@@ -162,7 +162,7 @@ def _bucket_abstract_eval(
     return [
         _compat.shaped_array(moved_shape(bucket, a.shape, comm.size), a.dtype)
         for a in avals
-    ], {_effect}
+    ], {order_effect}
 
 
 def _chained_abstract_eval(*avals: Any, **params: Any) -> list[Any]:
@@ -221,7 +221,7 @@ def _chained_lowering(
 def _bucket_lowering(
     ctx: Any, *values: Any, comm: Communicator, schedule: Schedule, index: int
 ) -> Sequence[Any]:
-    token = ctx.tokens_in.get(_effect)
+    token = ctx.tokens_in.get(order_effect)
     avals_in = (*ctx.avals_in, _compat.abstract_token)
     avals_out = (*ctx.avals_out, _compat.abstract_token)
     *out, token = comm.lowering.lower(
@@ -229,7 +229,7 @@ def _bucket_lowering(
         _call(ctx, comm, schedule, index),
         (*values, token),
     )
-    ctx.set_tokens_out(_compat.mlir.TokenSet({_effect: token}))
+    ctx.set_tokens_out(_compat.mlir.TokenSet({order_effect: token}))
     return out
 
 

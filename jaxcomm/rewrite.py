@@ -21,6 +21,8 @@ Calls of other communicators (subgroups', mostly) take their place on the token 
 otherwise left as they were planned: they belong to schedules of their own, which other
 ranks than ours compare. They do not count as stages, and of what is ready when, only
 the order among this function's own reductions counts: ranks may differ in the rest.
+They and jaxcomm's own collectives, which have an effect, keep the order in which the
+program calls them, whatever a rank does with their results.
 """
 
 from __future__ import annotations
@@ -53,7 +55,7 @@ from jaxcomm._uniform import Checker
 from jaxcomm.communicator import Communicator
 from jaxcomm.errors import UnsupportedCollectiveError
 from jaxcomm.planner import Groups
-from jaxcomm.primitives import bucket_p, moved_shape, rank_p
+from jaxcomm.primitives import bucket_p, moved_shape, order_effect, rank_p
 from jaxcomm.schedule import Bucket, LeafSpec, Schedule
 
 _THREADED = {"scan", "while", "cond", "checkpoint", "remat", "remat2"}
@@ -147,6 +149,9 @@ class _Planner:
         awaited = awaited_by(eqns, [k not in (None, "rank") for k in kinds], placed)
         stage: dict[Any, int] = {}
         ready: dict[Any, int] = {}
+        # The least stage and moment of the next ordered call, and those of the last.
+        following, preceding = (0, 0), (0, 0)
+        last: Any = None
         units: list[Unit] = []
         reductions: list[Reduction] = []
         chain: list[Unit] = []
@@ -155,6 +160,15 @@ class _Planner:
             level = max([stage.get(v, 0) for v in invars if is_var(v)], default=0)
             when = max([ready.get(v, 0) for v in invars if is_var(v)], default=0)
             collective = kinds[position]
+            if order_effect in eqn.effects:
+                if not _is_same_call(last, eqn):
+                    preceding = following
+                level, when = max(level, preceding[0]), max(when, preceding[1])
+                following = (
+                    max(following[0], level + self._is_stage(collective, eqn)),
+                    max(following[1], when),
+                )
+                last = eqn
             if placed[position]:
                 level = max(level, stage.get(EFFECT, 0))
                 stage[EFFECT] = level + self._is_stage(collective, eqn)
@@ -201,7 +215,7 @@ class _Planner:
                 units.append(_function(self._rank, [], outvars[0], level, position))
                 continue
             unit = Unit("equation", eqn, invars, outvars, level, position)
-            unit.urgent = position in awaited
+            unit.urgent = position in awaited or not self._is_stage(collective, eqn)
             unit.placed = placed[position]
             if collective is not None:
                 unit.kind, unit.ready = collective, when
@@ -210,8 +224,13 @@ class _Planner:
                 unit.index = self._adopt(eqn, level)
             units.append(unit)
 
-        # When each reduction is ready: the how many-th of these moments.
-        moments = sorted({r.ready for r in reductions})
+        # When each reduction is ready, counted in these moments.
+        moments = sorted(
+            {
+                *(r.ready for r in reductions),
+                *(int(unit.ready) for unit in chain if unit.kind == "bucket"),
+            }
+        )
         buckets = self._plan(reductions, moments)
         # Where synchronised batch statistics wait behind gradients, the computation
         # waits with them, while gradients can travel as it goes on: those that were
@@ -412,6 +431,20 @@ class _Planner:
                 )
             )
         return units
+
+
+def _is_same_call(last: Any, eqn: Any) -> bool:
+    """Tell whether two ordered calls are consecutive buckets of one tree.
+
+    Those do not depend on each other, and go as they become ready.
+    """
+    if last is None or not last.primitive is eqn.primitive is bucket_p:
+        return False
+    one, two = last.params, eqn.params
+    return (one["comm"], one["schedule"], one["index"] + 1) == (
+        *(two["comm"], two["schedule"]),
+        two["index"],
+    )
 
 
 def _function(
