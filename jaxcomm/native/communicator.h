@@ -58,6 +58,8 @@ class Communicator {
   const int size;
   const int64_t staging_bytes;  // a multiple of 16, the largest element
   const int64_t segment_bytes;  // likewise
+  // What MPI moves or broadcasts at once: it counts bytes in a C int. Tests make it small.
+  int64_t piece_bytes = int64_t{1} << 30;
   Progress& progress;
   // Set where collectives wait for a network: one thread makes the MPI calls, so that
   // XLA's may compute meanwhile, and another tells XLA that they are done, because what

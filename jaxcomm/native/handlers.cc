@@ -440,6 +440,12 @@ JAXCOMM_API int jaxcomm_all_reduce_float(int64_t id, void* data, int64_t count,
   return AllReduce(comm, sum, {{static_cast<char*>(data), count}});
 }
 
+// For tests: leaves above `bytes`, not above 1 GiB, are moved and broadcast in pieces.
+// All ranks say the same, between calls.
+JAXCOMM_API void jaxcomm_limit_pieces(int64_t id, int64_t bytes) {
+  if (Communicator* comm = FindCommunicator(id); comm != nullptr) comm->piece_bytes = bytes;
+}
+
 JAXCOMM_API void jaxcomm_set_agree(AgreeFn agree, DifferFn differ) {
   agree_callback = agree;
   differ_callback = differ;

@@ -246,7 +246,7 @@ int ReduceScatter(Communicator* comm, const Movement& how, const char* from, cha
 
 int MoveLeaf(Communicator* comm, const Movement& how, const char* from, char* to,
              int64_t bytes) {
-  constexpr int64_t kMost = int64_t{1} << 30;  // MPI counts in a C int
+  const int64_t most = comm->piece_bytes;
   comm->counters[kMoved]++;
   comm->counters[kBytes] += bytes;
   if (bytes == 0) return 0;
@@ -257,8 +257,8 @@ int MoveLeaf(Communicator* comm, const Movement& how, const char* from, char* to
   }
   if (how.move == kPermute) {
     if (how.source < 0) std::memset(to, 0, static_cast<size_t>(bytes));
-    for (int64_t start = 0; start < bytes; start += kMost) {
-      const int n = static_cast<int>(std::min(kMost, bytes - start));
+    for (int64_t start = 0; start < bytes; start += most) {
+      const int n = static_cast<int>(std::min(most, bytes - start));
       const int code = comm->mpi->Exchange(from + start, how.target, to + start,
                                            how.source, n, comm->handle);
       if (code != 0) return code;
@@ -266,7 +266,7 @@ int MoveLeaf(Communicator* comm, const Movement& how, const char* from, char* to
     return 0;
   }
   const bool gather = how.move == kAllGather;
-  if (bytes <= kMost) {
+  if (bytes <= most) {
     const int n = static_cast<int>(bytes);
     return gather ? comm->mpi->AllGather(from, to, n, comm->handle)
                   : comm->mpi->AllToAll(from, to, n, comm->handle);
@@ -274,8 +274,8 @@ int MoveLeaf(Communicator* comm, const Movement& how, const char* from, char* to
   // Pair by pair: in round k every rank sends to the k-th after it.
   for (int k = 0; k < size; ++k) {
     const int target = (comm->rank + k) % size, source = (comm->rank + size - k) % size;
-    for (int64_t start = 0; start < bytes; start += kMost) {
-      const int n = static_cast<int>(std::min(kMost, bytes - start));
+    for (int64_t start = 0; start < bytes; start += most) {
+      const int n = static_cast<int>(std::min(most, bytes - start));
       const int code = comm->mpi->Exchange(from + (gather ? 0 : target * bytes) + start,
                                            target, to + source * bytes + start, source, n,
                                            comm->handle);
@@ -286,9 +286,9 @@ int MoveLeaf(Communicator* comm, const Movement& how, const char* from, char* to
 }
 
 int Broadcast(Communicator* comm, int root, char* data, int64_t bytes) {
-  constexpr int64_t kStep = int64_t{1} << 30;  // below INT_MAX, the count's type
-  for (int64_t start = 0; start < bytes; start += kStep) {
-    const int64_t count = std::min(kStep, bytes - start);
+  const int64_t step = comm->piece_bytes;
+  for (int64_t start = 0; start < bytes; start += step) {
+    const int64_t count = std::min(step, bytes - start);
     comm->counters[kMpiBroadcast]++;
     comm->counters[kBytes] += count;
     const int code = comm->mpi->Broadcast(data + start, static_cast<int>(count), root,

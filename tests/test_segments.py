@@ -1,0 +1,52 @@
+"""What is cut up: means over many segments, and arrays that are moved in pieces."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from conftest import ROOT, Launch
+from segments_ranks import SEGMENT
+
+from jaxcomm import costmodel
+from jaxcomm.costmodel import CostModel
+
+WAYS = {
+    "shared": {},
+    "apart": {"JAXCOMM_SHARED_MEMORY": "off"},
+    "ring": {"JAXCOMM_SHARED_MEMORY": "off", "JAXCOMM_OWN_THREAD": "on"},
+}
+
+
+@pytest.mark.parametrize("ranks", [2, 3, 4])
+@pytest.mark.parametrize("way", WAYS)
+def test_means_over_many_segments(
+    launch: Launch, tmp_path: Path, way: str, ranks: int
+) -> None:
+    # Leaves of up to 1.3 KB are packed.
+    profile = CostModel(
+        call=1e-6,
+        curve=((8, 1e-6), (SEGMENT, 2e-6)),
+        copy_bandwidth=2e9,
+        segment_bytes=SEGMENT,
+        source="small segments",
+    )
+    costmodel.save_profile(profile, tmp_path / "profile.json")
+    env = {
+        costmodel.PROFILE_VARIABLE: str(tmp_path / "profile.json"),
+        # The window of shared memory then has three slots of a segment.
+        "JAXCOMM_STAGING_BYTES": str(3 * SEGMENT),
+        **WAYS[way],
+    }
+    done = launch(ranks, [ROOT / "tests" / "segments_ranks.py", way], env=env)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.count("all checked") == ranks, done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_arrays_that_are_moved_in_pieces(
+    launch: Launch, tmp_path: Path, ranks: int
+) -> None:
+    done = launch(ranks, [ROOT / "tests" / "pieces_ranks.py", tmp_path])
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.count("all checked") == ranks, done.stdout + done.stderr
