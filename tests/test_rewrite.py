@@ -6,19 +6,22 @@ import logging
 import random
 import subprocess
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from jax import lax
 from jax.sharding import PartitionSpec
 
 import jaxcomm
 from jaxcomm import _compat, rewrite
+from jaxcomm._fabric import Alone
+from jaxcomm._settings import Settings
+from jaxcomm.communicator import Communicator
 from jaxcomm.errors import InvalidOptionError, UnsupportedCollectiveError
 
 Job = Callable[..., "subprocess.CompletedProcess[str]"]
@@ -172,71 +175,138 @@ def test_pmap_honours_axes() -> None:
     np.testing.assert_array_equal(out["sum"], np.full((2, 1, 3), 3.0))
 
 
-# A random program: each node is a sum, or a product of two earlier values.
+class Node(NamedTuple):
+    """One value of a random program, made of earlier ones; number 0 is the argument."""
+
+    kind: str
+    a: int
+    b: int
+    returned: bool
+
+    @property
+    def operands(self) -> tuple[int, ...]:
+        return (self.a, self.b) if self.kind in BINARY else (self.a,)
+
+
+REDUCTIONS = {"psum": "sum", "pmax": "max", "pmean": "mean"}
+BINARY = ("add", "larger")
+# Divided by the number of ranks, a sum is a mean, unless it is needed itself; by
+# another number it is none.
+KINDS = (*REDUCTIONS, *BINARY, "share", "part")
+
+
 @st.composite
-def programs(draw: st.DrawFn) -> list[tuple[str, int, int]]:
+def programs(draw: st.DrawFn) -> list[Node]:
     nodes = []
     for k in range(draw(st.integers(1, 14))):
-        kind = draw(st.sampled_from(["psum", "pmax", "pmean", "multiply", "add"]))
-        before = st.integers(0, k)
-        nodes.append((kind, draw(before), draw(before)))
+        kind, before = draw(st.sampled_from(KINDS)), st.integers(0, k)
+        nodes.append(Node(kind, draw(before), draw(before), draw(st.booleans())))
     return nodes
 
 
-def planned(nodes: list[tuple[str, int, int]], order: list[int]) -> Any:
+def computed(nodes: list[Node], order: list[int], x: Any, size: int, call: Any) -> Any:
+    """Return the values of a program, whose reductions are made by `call`."""
+    values: dict[int, Any] = {0: x}
+    for k in order:
+        node = nodes[k]
+        operands = [values[i] for i in node.operands]
+        if node.kind in REDUCTIONS:
+            values[k + 1] = call(node.kind, *operands)
+        elif node.kind == "share":
+            values[k + 1] = operands[0] / size
+        elif node.kind == "part":
+            values[k + 1] = operands[0] / (size + 1)
+        else:
+            combine = jnp.add if node.kind == "add" else jnp.maximum
+            values[k + 1] = combine(*operands)
+    return [values[k + 1] for k, node in enumerate(nodes) if node.returned]
+
+
+def planned(nodes: list[Node], order: list[int], size: int) -> Any:
     """Plan a program whose equations stand in another, equivalent order."""
+    comm = Communicator(f"{size} that are not there", "local", Settings(), Alone())
+    comm.size, comm.transport = size, "none"
+
+    def call(kind: str, x: Any) -> Any:
+        return getattr(lax, kind)(x, "batch")
 
     def run(x: Any) -> Any:
-        values: dict[int, Any] = {0: x}
-        for k in order:
-            kind, a, b = nodes[k]
-            if kind in ("multiply", "add"):
-                combine = jnp.multiply if kind == "multiply" else jnp.add
-                values[k + 1] = combine(values[a], values[b])
-            else:
-                # Its own length, by which it is known again.
-                values[k + 1] = getattr(lax, kind)(values[a], "batch")
-        return [values[k + 1] for k in range(len(nodes))]
+        return computed(nodes, order, x, size, call)
 
     args = [jnp.ones(3)]
-    closed, _ = _compat.trace_with_axis(run, "batch", 2, args)
-    options = rewrite.Options("batch", jaxcomm.world())
+    closed, _ = _compat.trace_with_axis(run, "batch", size, args)
+    options = rewrite.Options("batch", comm)
     return rewrite.program(closed, options, [("x", args[0])])
 
 
-def depends(nodes: list[tuple[str, int, int]]) -> list[set[int]]:
+def values_if_all_are_alike(program: Any, x: Any) -> list[Any]:
+    """Run a planned program as on ranks that all hold the same `x`."""
+    closed = jax.make_jaxpr(lambda v: program.run([v])[0])(x)
+    jaxpr, env = closed.jaxpr, {}
+    env.update(zip(jaxpr.constvars, closed.consts, strict=True))
+    env[jaxpr.invars[0]] = x
+
+    def read(var: Any) -> Any:
+        return var.val if isinstance(var, _compat.Literal) else env[var]
+
+    for eqn in jaxpr.eqns:
+        values = [read(var) for var in eqn.invars]
+        if "schedule" in eqn.params:
+            bucket = eqn.params["schedule"].buckets[eqn.params["index"]]
+            by = program.comm.size if bucket.op == "sum" else 1
+            count = len(bucket.leaves)  # what follows orders the calls
+            values[:count] = [by * value for value in values[:count]]
+        else:
+            values = _compat.eval_eqn(eqn, values)
+        env.update(zip(eqn.outvars, values, strict=True))
+    return [read(var) for var in jaxpr.outvars]
+
+
+def depends(nodes: list[Node]) -> list[set[int]]:
     """For every node, the nodes that it depends on, also through others."""
     found: list[set[int]] = []
-    for kind, a, b in nodes:
-        operands = (a, b) if kind in ("multiply", "add") else (a,)
-        kinds = {k - 1 for k in operands} - {-1}
-        found.append(kinds.union(*(found[k] for k in kinds)))
+    for node in nodes:
+        direct = {k - 1 for k in node.operands} - {-1}
+        found.append(direct.union(*(found[k] for k in direct)))
     return found
 
 
-@settings(max_examples=80, deadline=None)
-@given(programs(), st.randoms(use_true_random=False))
-def test_random_programs(
-    nodes: list[tuple[str, int, int]], chance: random.Random
-) -> None:
-    program = planned(nodes, list(range(len(nodes))))
+def expected_op(nodes: list[Node], k: int) -> str:
+    users = [user for user in nodes for i in user.operands if i == k + 1]
+    if nodes[k].kind == "psum" and not nodes[k].returned:
+        return "mean" if [user.kind for user in users] == ["share"] else "sum"
+    return REDUCTIONS[nodes[k].kind]
+
+
+@settings(max_examples=100, deadline=None)
+@given(programs(), st.integers(2, 4), st.randoms(use_true_random=False))
+# A sum that is shared out, and read back and reduced again: no mean.
+@example(
+    [
+        Node("psum", 0, 0, False),
+        Node("share", 1, 0, True),
+        Node("psum", 1, 0, False),
+        Node("share", 3, 0, True),
+        Node("psum", 4, 0, True),
+    ],
+    3,
+    random.Random(0),
+)
+def test_random_programs(nodes: list[Node], size: int, chance: random.Random) -> None:
+    program = planned(nodes, list(range(len(nodes))), size)
     schedule = program.schedule
-    collectives = [
-        k for k, node in enumerate(nodes) if node[0] not in ("multiply", "add")
-    ]
+    collectives = [k for k, node in enumerate(nodes) if node.kind in REDUCTIONS]
     everywhere = sorted(i for bucket in schedule.buckets for i in bucket.leaves)
     assert everywhere == list(range(len(collectives)))
     # Leaves are numbered in the order of the equations.
     before = depends(nodes)
-    # Without ranks to talk to, a program can be run: its values show the dependences.
     place = {}
     for number, bucket in enumerate(schedule.buckets):
         for i in bucket.leaves:
             place[collectives[i]] = number
+            assert bucket.op == expected_op(nodes, collectives[i])
     for k in collectives:
-        one_operand = nodes[k][1] - 1
-        needed = before[one_operand] | {one_operand} if one_operand >= 0 else set()
-        for j in needed & set(collectives):
+        for j in before[k] & set(collectives):
             # A bucket comes after all that it depends on: no cycle, no dependent pair.
             assert place[j] < place[k]
 
@@ -244,18 +314,24 @@ def test_random_programs(
     left, order = set(range(len(nodes))), []
     while left:
         free = [
-            k
-            for k in sorted(left)
-            if all(p < 0 or p not in left for p in (nodes[k][1] - 1, nodes[k][2] - 1))
+            k for k in sorted(left) if not left & {i - 1 for i in nodes[k].operands}
         ]
         order.append(chance.choice(free))
         left.remove(order[-1])
-    other = planned(nodes, order).schedule
+    other = planned(nodes, order, size)
     kinds = lambda s: sorted((b.stage, b.op, len(b.leaves)) for b in s.buckets)  # noqa: E731
-    assert kinds(other) == kinds(schedule)
-    out, _ = program.run([jnp.full(3, 0.5)])
-    again, _ = planned(nodes, order).run([jnp.full(3, 0.5)])
-    jax.tree.map(np.testing.assert_array_equal, out, again)
+    assert kinds(other.schedule) == kinds(schedule)
+    # No ranks are needed to know what ranks that are all alike find.
+    x = np.array([1.0, 2.0, 3.0])  # all values are positive: none cancels
+
+    def alike(kind: str, value: Any) -> Any:
+        return size * value if kind == "psum" else value
+
+    want = computed(nodes, order, x, size, alike)
+    for each in (program, other):
+        got = values_if_all_are_alike(each, jnp.asarray(x, jnp.float32))
+        for one, right in zip(got, want, strict=True):
+            np.testing.assert_allclose(one, right, rtol=1e-5)
 
 
 ORDINARY = """
