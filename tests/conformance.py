@@ -28,7 +28,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from references import close, raises, same
+from references import NotHere, applies, close, raises, same
 
 import jaxcomm
 from jaxcomm.communicator import Communicator
@@ -40,6 +40,7 @@ from jaxcomm.errors import (
 )
 
 SECONDS_PER_CHECK = 90
+SKIPPED = "skipped: "
 
 
 def check_ranks(comm: Communicator) -> None:
@@ -96,8 +97,7 @@ def check_planning_again_finds_the_plan(comm: Communicator) -> None:
 
 
 def check_lowering_first_still_names_the_error(comm: Communicator) -> None:
-    if comm.size == 1:
-        return
+    applies(comm.size > 1, "one rank agrees with itself")
     step = jaxcomm.data_parallel(lambda x: lax.pmean(x, "batch"))
     x = jnp.ones(5 + (comm.rank == comm.size - 1))
     step.lower(x)
@@ -198,9 +198,8 @@ def check_broadcast(comm: Communicator) -> None:
 
 
 def check_mismatch_raises_on_every_rank(comm: Communicator) -> None:
+    applies(comm.size > 1, "one rank agrees with itself")
     last = comm.rank == comm.size - 1
-    if comm.size == 1:
-        return
     cases = {
         r"\['w'\] float32\[3\] against \['w'\] float32\[4\]": lambda: (
             jaxcomm.all_reduce({"w": jnp.ones(4 if last else 3)})
@@ -279,8 +278,7 @@ def check_bad_input(comm: Communicator) -> None:
 
 
 def check_not_replicated(comm: Communicator) -> None:
-    if comm.size == 1:
-        return
+    applies(comm.size > 1, "one rank agrees with itself")
     tree = {"same": jnp.ones(2), "other": jnp.ones(3) * comm.rank}
     raises(AssertionError, r"\['other'\]", lambda: jaxcomm.assert_replicated(tree))
 
@@ -341,8 +339,7 @@ def check_weighted_means(comm: Communicator) -> None:
 
 
 def check_no_control_messages_after_the_first_step(comm: Communicator) -> None:
-    if comm.transport == "local":
-        return
+    applies(comm.transport != "local", "one rank alone counts nothing")
 
     @jaxcomm.data_parallel
     def step(x: Any) -> Any:
@@ -369,23 +366,33 @@ def checks() -> dict[str, Callable[[Communicator], None]]:
     return {name: value for name, value in found.items() if name.startswith("check_")}
 
 
-def main(results: str, transport: str) -> None:
-    """Run all checks on all ranks; rank 0 writes {check: text of errors or ""}."""
+def main(results: str, transport: str, *names: str) -> None:
+    """Run checks, all unless named, on all ranks.
+
+    Rank 0 writes {check: text of errors or ""}; of a check that does not apply here,
+    SKIPPED and why.
+    """
     comm = jaxcomm.init(transport, timeout=SECONDS_PER_CHECK / 2)
     outcome: dict[str, str] = {}
-    for name, check in checks().items():
+    for name in names or checks():
+        check = checks()[name]
         faulthandler.dump_traceback_later(SECONDS_PER_CHECK, exit=True)
         try:
             check(comm)
             error = ""
+        except NotHere as why:
+            error = f"{SKIPPED}{why}"
         except Exception:
             error = traceback.format_exc(limit=-4)
         errors = comm.all_gather_object(error)
-        outcome[name] = "\n".join(
-            f"rank {rank} of {comm.size}: {text}"
-            for rank, text in enumerate(errors)
-            if text
-        )
+        if error.startswith(SKIPPED) and len(set(errors)) == 1:
+            outcome[name] = error
+        else:
+            outcome[name] = "\n".join(
+                f"rank {rank} of {comm.size}: {text}"
+                for rank, text in enumerate(errors)
+                if text
+            )
         if comm.rank == 0:
             Path(results).write_text(json.dumps(outcome))
     faulthandler.cancel_dump_traceback_later()

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import shutil
+import tempfile
+import time
+from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from references import DTYPES, close, raises, same, values
+from references import DTYPES, applies, close, raises, same, values
 
 import jaxcomm
 from jaxcomm.communicator import Communicator
@@ -77,16 +81,36 @@ def check_all_to_all_against_numpy(comm: Communicator) -> None:
         same(np.asarray(swap(parts[comm.rank])), want, err_msg=dtype)
 
 
-def check_barrier(comm: Communicator) -> None:
-    jaxcomm.barrier()
-
+def check_barrier_waits_for_the_last(comm: Communicator) -> None:
     @jax.jit
     def step(x: Any) -> Any:
         jaxcomm.barrier()
         return 2 * x
 
-    for _ in range(3):
-        same(step(jnp.ones(2)), [2, 2])
+    @jaxcomm.data_parallel
+    def decorated(x: Any) -> Any:
+        jaxcomm.barrier()
+        return 2 * x
+
+    x = jnp.ones(2)
+    folder = comm.broadcast_object(tempfile.mkdtemp() if comm.rank == 0 else None)
+    for number, wait in enumerate((jaxcomm.barrier, step, decorated)):
+        here = () if wait is jaxcomm.barrier else (x,)
+        # Compiled, and its schedule compared: what follows is the barrier alone.
+        jax.block_until_ready(wait(*here))
+        comm.all_gather_object("all are here")
+        late = Path(folder, f"late {number}")
+        if comm.rank == comm.size - 1:
+            time.sleep(0.7)  # others, if they do not wait, look long before
+            late.touch()
+        out = jax.block_until_ready(wait(*here))
+        jax.effects_barrier()
+        assert late.exists(), (number, "went on without the last rank")
+        if here:
+            same(out, [2, 2])
+    comm.all_gather_object("all have looked")
+    if comm.rank == 0:
+        shutil.rmtree(folder)
 
 
 def check_array_collectives_refuse(comm: Communicator) -> None:
@@ -160,9 +184,39 @@ def check_decorated_functions_can_be_mapped_and_differentiated(
     close(sum(total), sum(comm.all_gather_object(float(jnp.sum(step(jnp.ones(3)))))))
 
 
+def check_permutations_differentiated_from_outside(comm: Communicator) -> None:
+    n, rank = comm.size, comm.rank
+    weights = 1.0 + np.arange(n) ** 2
+
+    @jaxcomm.data_parallel
+    def around(x: Any) -> Any:
+        # To one side only, so that from three ranks on the way back is another way.
+        return lax.ppermute(x, "batch", [(k, (k + 1) % n) for k in range(n)])
+
+    @jaxcomm.data_parallel
+    def along(x: Any) -> Any:
+        return lax.ppermute(x, "batch", [(k, k + 1) for k in range(n - 1)])
+
+    @jaxcomm.data_parallel
+    def weighted(x: Any) -> Any:
+        own = jnp.asarray(weights)[lax.axis_index("batch")]
+        return own * lax.ppermute(x * own, "batch", [(k, k - 1) for k in range(1, n)])
+
+    x = jnp.arange(3.0)
+    # What comes back is the weight of the rank that it was sent to.
+    for step, to in ((around, (rank + 1) % n), (along, rank + 1), (weighted, rank - 1)):
+        own = weights[rank] if step is weighted else 1.0
+        back = weights[to] if 0 <= to < n else 0.0
+        outer = 1.0 if step is weighted else weights[rank]
+        for wrap in (lambda f: f, jax.jit):
+            grad = wrap(jax.grad(lambda v, f=step, w=outer: jnp.sum(w * f(v))))(x)
+            same(grad, np.full(3, own * back), err_msg=f"rank {rank}")
+    _, pull = jax.vjp(around, x)
+    same(pull(x + 10 * rank)[0], x + 10 * ((rank + 1) % n))
+
+
 def check_subgroups_of_an_axis(comm: Communicator) -> None:
-    if comm.size < 4:
-        return
+    applies(comm.size == 4, "two groups of two make four ranks")
     pairs = [[0, 3], [2, 1]]
 
     @jaxcomm.data_parallel
@@ -185,8 +239,7 @@ def check_subgroups_of_an_axis(comm: Communicator) -> None:
 
 
 def check_bare_collectives_in_branches_that_may_differ(comm: Communicator) -> None:
-    if comm.size == 1:
-        return
+    applies(comm.size > 1, "one rank does not differ from others")
 
     @jaxcomm.data_parallel
     def step(x: Any) -> Any:
