@@ -1,4 +1,7 @@
-"""One rank of a test of checkpoints: `checkpoint_ranks.py FOLDER`; asserts."""
+"""One rank of a test of checkpoints: `checkpoint_ranks.py FOLDER`; asserts.
+
+`checkpoint_ranks.py FOLDER disk`: on a small file system, until it is full.
+"""
 
 from __future__ import annotations
 
@@ -17,6 +20,7 @@ import numpy as np
 
 import jaxcomm
 from jaxcomm import checkpoint
+from jaxcomm.communicator import Communicator
 from jaxcomm.errors import CheckpointError
 
 MEGABYTES = 6  # of the small disk
@@ -61,6 +65,11 @@ def file_limit(size: int) -> Iterator[None]:
 
 def main() -> None:
     comm, folder = jaxcomm.init(), Path(sys.argv[1])
+    fill_a_disk(folder, comm.rank) if sys.argv[2:] else check_all(comm, folder)
+    print("all checked", flush=True)
+
+
+def check_all(comm: Communicator, folder: Path) -> None:
     rank, other = comm.rank, comm.size - 1
     mine, root = some_state(rank), some_state(0)
 
@@ -107,9 +116,6 @@ def main() -> None:
     assert checkpoint.restore(own, mine).step == 10  # pyright: ignore
     checkpoint.save(own, 20, mine)
     assert checkpoint.restore(own, mine).step == 20  # pyright: ignore
-    # Where the test may mount one, a disk of its own.
-    if (folder / "disk").exists():
-        fill_a_disk(folder / "disk", rank)
 
     # Damage, too, is known to all.
     if rank == 0:
@@ -118,7 +124,6 @@ def main() -> None:
     raised(holding="MANIFEST is damaged", call=lambda: checkpoint.restore(own, mine))
     found = checkpoint.restore(own, mine, fallback=True)
     assert found is not None and found.step == 10
-    print("all checked", flush=True)
 
 
 def fill_a_disk(disk: Path, rank: int) -> None:
