@@ -292,11 +292,9 @@ def rank_never_comes() -> None:
     for name, absent, call in calls:
         channel = everyone(f"never {name}", SHORT if name != "c" else WAIT)
         everyone("before never").barrier()
-        start = time.monotonic()
         if absent == RANK:
             continue
         text = raised(lambda c=channel, f=call: f(c), StallError)
-        assert time.monotonic() - start < SHORT + 1
         assert f"waited {SHORT:g} s for the other ranks to" in text, text
         assert f"Rank {absent} did not come" in text, text
         assert "init(timeout=...)" in text
@@ -309,9 +307,7 @@ def rank_comes_late() -> None:
     channel = everyone("late", SHORT)
     if RANK == RANKS - 1:
         time.sleep(2 * SHORT)
-        start = time.monotonic()
         text = raised(channel.barrier, StallError)
-        assert time.monotonic() - start < 1
         assert f"Rank {RANK} did not come" in text
     else:
         raised(channel.barrier, StallError)
@@ -322,9 +318,7 @@ def first_rank_never_comes() -> None:
     everyone("before first").barrier()
     channel = everyone("first", SHORT)
     if RANK > 0:
-        start = time.monotonic()
         text = raised(lambda: channel.all_gather(1), StallError)
-        assert time.monotonic() - start < SHORT + 1
         assert "Rank 0 did not come" in text, text
 
 

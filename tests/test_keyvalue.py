@@ -23,7 +23,7 @@ HERE = Path(__file__).resolve().parent
 
 
 @functools.cache
-def run_ranks(ranks: int, case: str, timeout: float = 60) -> list[dict[str, str]]:
+def run_ranks(ranks: int, case: str, timeout: float = 300) -> list[dict[str, str]]:
     """Run one case on some ranks; what each rank says of each check.
 
     All are killed when one fails or time is up.

@@ -120,7 +120,7 @@ print("no error", flush=True)
 def test_an_error_of_nccl_names_itself(job: Launch, call: str, result: str) -> None:
     rule = f"rank=1,call={call},after=3,result={result}"
     env = on_fake_nccl(FAKE_NCCL_INJECT=rule)
-    done = job(2, USED, "30", env=env, timeout=60)
+    done = job(2, USED, "30", env=env, timeout=150)
     assert done.returncode not in (0, 124), done.stderr
     assert "ncclAllReduce failed on rank 1 of 2" in done.stderr
     assert "injected" in done.stderr
@@ -153,7 +153,7 @@ def test_what_never_ends_is_aborted(job: Launch, rule: str, says: str) -> None:
     # Up to NCCL 2.22 a collective comes back at once, and only the monitor asks.
     old = "22203" if "async" in rule else "22703"
     env = on_fake_nccl(FAKE_NCCL_INJECT=rule, FAKE_NCCL_VERSION=old)
-    done = job(2, slow, "3", env=env, timeout=60)
+    done = job(2, slow, "3", env=env, timeout=150)
     assert done.returncode not in (0, 124), done.stdout + done.stderr
     assert says in done.stderr, done.stderr
     if "async" in rule:  # nothing was under way, so the next call raises
@@ -257,10 +257,10 @@ assert float(step(jnp.ones(4))[0][0]) == comm.size
 def test_calls_may_be_recorded_into_graphs(job: Launch) -> None:
     """NCCL then ends no communicator: neither the end nor an error may wait for it."""
     env = on_fake_nccl(JAXCOMM_NCCL_GRAPHS="1", FAKE_CUDA_RECORDS="1")
-    done = job(2, GRAPHS, env=env, timeout=60)
+    done = job(2, GRAPHS, env=env, timeout=150)
     assert done.returncode == 0, done.stderr
     rule = "rank=1,call=ncclGroupEnd,after=1,result=remoteError"
-    done = job(2, GRAPHS, env={**env, "FAKE_NCCL_INJECT": rule}, timeout=60)
+    done = job(2, GRAPHS, env={**env, "FAKE_NCCL_INJECT": rule}, timeout=150)
     assert done.returncode not in (0, 124), done.stderr
     assert "rank 1 of 2 failed" in done.stderr
     assert ": remote error" in done.stderr and "has been aborted" in done.stderr
@@ -289,7 +289,7 @@ print("went on", flush=True)
 
 
 def test_a_kernel_that_waits_for_ever_ends_the_job(job: Launch) -> None:
-    done = job(2, RUNNING, "5", "2", "300", env=on_fake_nccl(), timeout=60)
+    done = job(2, RUNNING, "5", "2", "300", env=on_fake_nccl(), timeout=150)
     assert done.returncode == 70, done.stderr
     text = "bucket 0 began on the GPU and was not done after 2 s on rank 1 of 2"
     assert text in done.stderr
@@ -301,7 +301,7 @@ def test_a_kernel_that_waits_for_ever_ends_the_job(job: Launch) -> None:
 def test_other_kernels_may_take_their_time(
     job: Launch, stops: str, abort_after: str
 ) -> None:
-    done = job(2, RUNNING, stops, abort_after, "30", env=on_fake_nccl(), timeout=60)
+    done = job(2, RUNNING, stops, abort_after, "30", env=on_fake_nccl(), timeout=150)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("went on") == 2
 
@@ -309,7 +309,7 @@ def test_other_kernels_may_take_their_time(
 def test_an_error_in_the_background_ends_what_is_under_way(job: Launch) -> None:
     rule = "rank=1,call=ncclAllReduce,after=2,result=async:remoteError"
     env = on_fake_nccl(FAKE_NCCL_INJECT=rule, FAKE_NCCL_VERSION="22203")
-    done = job(2, RUNNING, "4", "60", "300", env=env, timeout=60)
+    done = job(2, RUNNING, "4", "60", "300", env=env, timeout=150)
     assert done.returncode == 70, done.stderr
     assert "NCCL failed in the background on rank 1 of 2: remote error" in done.stderr
     assert "went on" not in done.stdout

@@ -118,7 +118,7 @@ def test_schedule_is_the_same_in_every_process():
             capture_output=True,
             text=True,
             check=True,
-            timeout=60,
+            timeout=150,
         ).stdout
         for seed in ("0", "1")
     }
