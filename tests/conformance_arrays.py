@@ -225,15 +225,18 @@ def check_subgroups_of_an_axis(comm: Communicator) -> None:
         return (
             own,
             lax.psum(own, "batch"),
+            # Divided by the axis, not by the group: no mean.
+            lax.psum(x, "batch", axis_index_groups=pairs) / 4,
             lax.all_gather(x, "batch", axis_index_groups=pairs),
         )
 
     x = jnp.full(70_000, 1.0 + comm.rank)
     other = {0: 3, 3: 0, 1: 2, 2: 1}[comm.rank]
     for _ in range(3):
-        own, all_, every = step(x)
+        own, all_, quarter, every = step(x)
         same(own, np.full(70_000, 2.0 + comm.rank + other))
         same(all_, np.full(70_000, 2 * (1.0 + 2 + 3 + 4)))
+        same(quarter, np.asarray(own) / 4)
         pair = next(p for p in pairs if comm.rank in p)
         same(every[:, 0], [1.0 + r for r in pair])
 

@@ -38,7 +38,8 @@ def part_of(rank: int, ranks: int, mean: np.ndarray, dtype: str) -> np.ndarray:
         # The quotient is rounded toward zero.
         more = np.sign(mean) * (ranks - 1) if rank == 0 else 0
         return (mean + more).astype(dtype)
-    step = 128 if abs(mean).max(initial=0) > 1000 else 1
+    # Float32 numbers, too, that float16 does not hold, though it holds their mean.
+    step = {"float16": 128, "float32": 16_384}[dtype] if mean[0] < -1000 else 1
     return (mean + step * (2 * rank - (ranks - 1))).astype(dtype)
 
 

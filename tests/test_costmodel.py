@@ -60,6 +60,16 @@ def test_a_slower_network_packs_more_and_makes_larger_buckets() -> None:
     assert SLOW_NETWORK.bucket_bytes > DEFAULT.bucket_bytes
 
 
+def test_the_time_of_a_bucket_is_that_of_its_messages_and_copies() -> None:
+    model = CostModel(
+        call=3.0, curve=((0, 1.0), (100, 2.0)), copy_bandwidth=10.0, segment_bytes=50
+    )
+    # Two segments and half of one; 20 bytes that are packed and unpacked.
+    assert model.bucket_seconds([125], 0) == pytest.approx(3 + 2 * 1.5 + 1.25)
+    assert model.bucket_seconds([], 20) == pytest.approx(3 + 1.2 + 20 / 10)
+    assert model.bucket_seconds([50, 10], 20) == pytest.approx(3 + 1.5 + 1.1 + 3.2)
+
+
 @given(models)
 def test_any_model_gives_usable_sizes(model: CostModel) -> None:
     assert 1 <= model.pack_bytes <= 2 * model.segment_bytes

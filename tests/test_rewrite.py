@@ -70,6 +70,24 @@ def test_branches_that_may_differ_are_refused() -> None:
         step.lower(jnp.ones(3), *args)
 
 
+@pytest.mark.parametrize(
+    "reduce",
+    [
+        lambda x: lax.ppermute(x, "batch", [(0, 0)]),
+        lambda x: lax.all_to_all(x[None], "batch", 0, 0, tiled=True),
+        lambda x: lax.psum_scatter(x, "batch", tiled=True),
+        lambda x: lax.psum(x, "batch", axis_index_groups=[[0]]),
+    ],
+    ids=["ppermute", "all_to_all", "psum_scatter", "grouped psum"],
+)
+def test_predicates_of_collectives_that_differ_are_refused(reduce: Any) -> None:
+    def step(x: Any) -> Any:
+        psum = lambda v: lax.psum(v, "batch")  # noqa: E731
+        return lax.cond(reduce(x).sum() > 0, psum, lambda v: v, x)
+
+    refused(step, "cond")
+
+
 def test_predicates_that_are_equal_are_accepted() -> None:
     def step(x: Any, n: Any) -> Any:
         agreed = lax.pmax(n, "batch")
@@ -292,6 +310,7 @@ def expected_op(nodes: list[Node], k: int) -> str:
     3,
     random.Random(0),
 )
+@example([Node("psum", 0, 0, False), Node("part", 1, 0, True)], 2, random.Random(0))
 def test_random_programs(nodes: list[Node], size: int, chance: random.Random) -> None:
     program = planned(nodes, list(range(len(nodes))), size)
     schedule = program.schedule
@@ -495,15 +514,18 @@ def references(ref, x):
     ref[...] = g
     h = x * 2
     z = ref[...]
-    return old, z, lax.psum(h, "b"), lax.psum(z, "b")
+    # What is read back depends on the first sum, and the last on that.
+    twice = lax.psum(z, "b")
+    return old, z, lax.psum(h, "b"), twice, lax.psum(twice + 1, "b")
 
 ref = jax.new_ref(x)
-old, z, k, twice = references(ref, x)
+old, z, k, twice, thrice = references(ref, x)
 np.testing.assert_array_equal(old, x)
 for got in (z, ref[...]):
     np.testing.assert_array_equal(got, total)
 for got in (k, twice):
     np.testing.assert_array_equal(got, 2 * total)
+np.testing.assert_array_equal(thrice, 4 * total + 2)
 
 log = []
 
