@@ -14,7 +14,7 @@ TESTS ?= tests
 # Two test files at once: a third of the time is waiting. PARALLEL= runs one after another.
 PARALLEL ?= -n 2 --dist loadfile --no-loadscope-reorder
 
-.PHONY: setup demo stemdl examples test test-all test-mpich nccl-abi lint sanitize faults bench \
+.PHONY: setup demo stemdl examples test test-all test-mpich nccl-abi lint sanitize faults mutants bench \
   bench-safety bench-stemdl bench-peers bench-horovod bench-overlap bench-tracing bench-control \
   scaling clean
 .DEFAULT_GOAL := help
@@ -30,6 +30,7 @@ help:
 	@echo "make nccl-abi  our declarations of NCCL against its releases' headers"
 	@echo "make sanitize  run the native code under Address-, UB- and ThreadSanitizer"
 	@echo "make faults  kill, stop, delay and mislead ranks 200 times, and 100,000 calls"
+	@echo "make mutants  plant known mistakes, one at a time: the tests must notice each"
 	@echo "make bench  measure the gradient reduction beside its peers"
 	@echo "make bench-safety  what the watchdog and JAXCOMM_CHECK=every cost"
 	@echo "make bench-stemdl  weak scaling of the STEMDL step, beside pmap and, if there, torch"
@@ -94,6 +95,12 @@ sanitize: $(STAMP)
 
 faults: $(STAMP)
 	$(BIN)/python tests/faults/trials.py --out benchmarks/results/faults.json
+
+# ONLY=name plants one of tests/mutants.
+mutants: $(STAMP)
+	@command -v cmake >/dev/null || test -x $(BIN)/cmake || \
+	  $(BIN)/uv pip install --quiet --python $(BIN)/python cmake
+	$(BIN)/python tests/mutants/run.py $(ONLY)
 
 bench: $(STAMP)
 	$(BIN)/python benchmarks/reduction.py
