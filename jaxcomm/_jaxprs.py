@@ -36,6 +36,8 @@ class Unit:
     bodies: Sequence[Body] = ()
     urgent: bool = True  # whether other collectives wait for it
     placed: bool = False  # whether it keeps its place among others with effects
+    first: int = -1  # of what has calls: the positions of their equations
+    last: int = -1
 
 
 @dataclasses.dataclass

@@ -24,6 +24,7 @@ class Reduction:
     urgent: bool
     where: str
     terms: Terms
+    position: int  # of its equation
     path: str = ""
 
     @property

@@ -20,9 +20,9 @@ and whoever owns that program, this pass or JAX, puts them into its order.
 Calls of other communicators (subgroups', mostly) take their place on the token and are
 otherwise left as they were planned: they belong to schedules of their own, which other
 ranks than ours compare. They do not count as stages, and of what is ready when, only
-the order among this function's own reductions counts: ranks may differ in the rest.
-They and jaxcomm's own collectives, which have an effect, keep the order in which the
-program calls them, whatever a rank does with their results.
+the order among this function's own calls counts: ranks may differ in the rest. They and
+jaxcomm's own collectives, which have an effect, keep the order in which the program
+calls them, whatever a rank does with their results.
 """
 
 from __future__ import annotations
@@ -146,7 +146,11 @@ class _Planner:
             kind in (None, "body") and _compat.keeps_its_place(eqn)
             for kind, (eqn, _, _) in zip(kinds, eqns, strict=True)
         ]
-        awaited = awaited_by(eqns, [k not in (None, "rank") for k in kinds], placed)
+        owns = [
+            self._is_stage(kind, eqn)
+            for kind, (eqn, _, _) in zip(kinds, eqns, strict=True)
+        ]
+        awaited = awaited_by(eqns, owns, placed)
         stage: dict[Any, int] = {}
         ready: dict[Any, int] = {}
         # The least stage and moment of the next ordered call, and those of the last.
@@ -154,26 +158,24 @@ class _Planner:
         last: Any = None
         units: list[Unit] = []
         reductions: list[Reduction] = []
-        chain: list[Unit] = []
+        chain: list[Unit] = []  # with calls of this function's communicator
+        foreign: list[Unit] = []  # with calls of others alone
 
         for position, (eqn, invars, outvars) in enumerate(eqns):
             level = max([stage.get(v, 0) for v in invars if is_var(v)], default=0)
             when = max([ready.get(v, 0) for v in invars if is_var(v)], default=0)
-            collective = kinds[position]
-            if order_effect in eqn.effects:
+            collective, own = kinds[position], owns[position]
+            if own and order_effect in eqn.effects:
                 if not _is_same_call(last, eqn):
                     preceding = following
                 level, when = max(level, preceding[0]), max(when, preceding[1])
-                following = (
-                    max(following[0], level + self._is_stage(collective, eqn)),
-                    max(following[1], when),
-                )
+                following = max(following[0], level + 1), max(following[1], when)
                 last = eqn
             if placed[position]:
                 level = max(level, stage.get(EFFECT, 0))
-                stage[EFFECT] = level + self._is_stage(collective, eqn)
+                stage[EFFECT] = level + own
             for var in outvars:
-                stage[var] = level + self._is_stage(collective, eqn)
+                stage[var] = level + own
                 ready[var] = position + 1
             if position in means.skipped:
                 ready[outvars[0]] = when
@@ -208,6 +210,7 @@ class _Planner:
                             position in awaited,
                             _compat.source_line(eqn),
                             meaning.terms,
+                            position,
                         )
                     )
                 continue
@@ -215,35 +218,16 @@ class _Planner:
                 units.append(_function(self._rank, [], outvars[0], level, position))
                 continue
             unit = Unit("equation", eqn, invars, outvars, level, position)
-            unit.urgent = position in awaited or not self._is_stage(collective, eqn)
-            unit.placed = placed[position]
+            unit.urgent, unit.placed = position in awaited, placed[position]
+            unit.first = unit.last = position
             if collective is not None:
                 unit.kind, unit.ready = collective, when
-                chain.append(unit)
+                (chain if own else foreign).append(unit)
             if collective == "bucket":
                 unit.index = self._adopt(eqn, level)
             units.append(unit)
 
-        # When each reduction is ready, counted in these moments.
-        moments = sorted(
-            {
-                *(r.ready for r in reductions),
-                *(int(unit.ready) for unit in chain if unit.kind == "bucket"),
-            }
-        )
-        buckets = self._plan(reductions, moments)
-        # Where synchronised batch statistics wait behind gradients, the computation
-        # waits with them, while gradients can travel as it goes on: those that were
-        # not ready long before let them pass.
-        patience = len(moments) // 20
-
-        def turn(unit: Unit) -> tuple[int, float]:
-            at = bisect.bisect_right(moments, unit.ready) - 0.5
-            if unit.eqn is None:  # a reduction: ready at that moment, not after it
-                at -= 0.5
-            return unit.stage, at + (0 if unit.urgent else patience)
-
-        chain = sorted([*chain, *buckets], key=turn)
+        buckets, chain = self._chain(reductions, chain, foreign)
         for unit in chain:
             if unit.kind == "body":
                 unit.bodies = [self.body(j) for j in bodies_of(unit.eqn)]
@@ -385,22 +369,58 @@ class _Planner:
         self.buckets.append(dataclasses.replace(bucket, leaves=indices, stage=stage))
         return len(self.buckets) - 1
 
-    def _plan(self, reductions: list[Reduction], moments: list[int]) -> list[Unit]:
+    def _chain(
+        self, reductions: list[Reduction], adopted: list[Unit], foreign: list[Unit]
+    ) -> tuple[list[Unit], list[Unit]]:
+        """Plan the reductions, and order all that has calls.
+
+        Calls of other communicators are made where the program makes them: after this
+        function's calls that come before, and before those that come after. This is the
+        same on all ranks, even where some of them make no such call, or do not use what
+        it gives. Only where the plan would have it otherwise is it divided there.
+
+        Returns:
+          The planned buckets, and the chain: them and all others in their order.
+        """
+        # When each call can be made, counted in these moments.
+        moments = sorted({*(r.ready for r in reductions), *(u.ready for u in adopted)})
+        # Where synchronised batch statistics wait behind gradients, the computation
+        # waits with them, while gradients can travel as it goes on: those that were
+        # not ready long before let them pass.
+        patience = len(moments) // 20
+        name_leaves(reductions, self.inputs)
+        cuts: list[int] = []
+
+        def turn(unit: Unit) -> tuple[int, int, float]:
+            at = bisect.bisect_left(moments, unit.ready)
+            late = 0 if unit.urgent else patience
+            return bisect.bisect_left(cuts, unit.first), unit.stage, at + late
+
+        while True:
+            parts: list[list[Reduction]] = [[] for _ in range(len(cuts) + 1)]
+            for r in reductions:
+                parts[bisect.bisect_left(cuts, r.position)].append(r)
+            plans = [self._plan(part, moments) for part in parts]
+            buckets = [unit for plan in plans for unit, _ in plan]
+            chain = sorted([*adopted, *buckets], key=turn)
+            wrong = [u.first for u in foreign if not _divides(u.first, chain)]
+            if not wrong:
+                break
+            cuts = sorted({*cuts, *wrong})
+        for part, plan in zip(parts, plans, strict=True):
+            self._register(part, plan, moments)
+        for unit in foreign:
+            chain.insert(sum(u.last < unit.first for u in chain), unit)
+        return buckets, chain
+
+    def _plan(
+        self, reductions: list[Reduction], moments: list[float]
+    ) -> list[tuple[Unit, Bucket]]:
+        """Plan some reductions; their buckets' leaves are counted among these."""
         if not reductions:
             return []
-        name_leaves(reductions, self.inputs)
-        order = {ready: place for place, ready in enumerate(moments)}
-        specs = tuple(
-            LeafSpec(
-                r.path,
-                tuple(r.operand.aval.shape),
-                str(r.operand.aval.dtype),
-                order[r.ready],
-            )
-            for r in reductions
-        )
         schedule = planner.make_schedule(
-            specs,
+            _specs(reductions, moments),
             op=tuple(r.op for r in reductions),
             terms=tuple(r.terms for r in reductions),
             stages=tuple(r.stage for r in reductions),
@@ -411,26 +431,55 @@ class _Planner:
             wire_dtype=self.options.wire_dtype,
             costs=self.options.comm.costs,
         )
-        start = len(self.leaves)
-        self.leaves += specs
-        units = []
+        planned = []
         for bucket in schedule.buckets:
             members = [reductions[i] for i in bucket.leaves]
-            shifted = tuple(start + i for i in bucket.leaves)
-            self.buckets.append(dataclasses.replace(bucket, leaves=shifted))
-            units.append(
-                Unit(
-                    "bucket",
-                    None,
-                    [m.operand for m in members],
-                    [m.result for m in members],
-                    bucket.stage,
-                    max(m.ready for m in members),
-                    len(self.buckets) - 1,
-                    urgent=any(m.urgent for m in members),
-                )
+            unit = Unit(
+                "bucket",
+                None,
+                [m.operand for m in members],
+                [m.result for m in members],
+                bucket.stage,
+                max(m.ready for m in members),
+                urgent=any(m.urgent for m in members),
+                first=min(m.position for m in members),
+                last=max(m.position for m in members),
             )
-        return units
+            planned.append((unit, bucket))
+        return planned
+
+    def _register(
+        self,
+        reductions: list[Reduction],
+        plan: list[tuple[Unit, Bucket]],
+        moments: list[float],
+    ) -> None:
+        """Make planned buckets part of the program's schedule."""
+        start = len(self.leaves)
+        self.leaves += _specs(reductions, moments)
+        for unit, bucket in plan:
+            unit.index = len(self.buckets)
+            leaves = tuple(start + i for i in bucket.leaves)
+            self.buckets.append(dataclasses.replace(bucket, leaves=leaves))
+
+
+def _specs(reductions: list[Reduction], moments: list[float]) -> tuple[LeafSpec, ...]:
+    return tuple(
+        LeafSpec(
+            r.path,
+            tuple(r.operand.aval.shape),
+            str(r.operand.aval.dtype),
+            bisect.bisect_left(moments, r.ready),
+        )
+        for r in reductions
+    )
+
+
+def _divides(position: int, chain: list[Unit]) -> bool:
+    """Tell whether all before a position of the program come before all after it."""
+    after = [unit.first > position for unit in chain]
+    whole = all(u.last < position or u.first > position for u in chain)
+    return whole and after == sorted(after)
 
 
 def _is_same_call(last: Any, eqn: Any) -> bool:

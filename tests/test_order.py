@@ -1,4 +1,4 @@
-"""One order of all calls in every composition, and every call made: see order_ranks.py."""
+"""One order of all calls in every composition, and every call made (order_ranks.py)."""
 
 from __future__ import annotations
 
@@ -33,3 +33,168 @@ def test_every_row(launch: Launch, tmp_path, way: str, ranks: int) -> None:
         if text
     ]
     assert not failed, "\n".join(failed)
+
+
+def passed(done, ranks: int) -> None:
+    assert done.returncode == 0, done.stdout[-1500:] + done.stderr[-3000:]
+    assert done.stdout.count("right on rank") == ranks, done.stdout
+
+
+# Two members of an ensemble: equal shapes, one step, in one program. How long a batch
+# takes differs between ranks, so that without an order their calls would cross.
+ENSEMBLE = """
+import sys
+import jax, jax.numpy as jnp, numpy as np
+from jax import lax
+import jaxcomm
+
+comm = jaxcomm.init()
+what = sys.argv[1]
+again = comm.subgroup(range(comm.size)[::-1])
+comms = (None, again) if what == "two communicators" else (None, None)
+
+def net(p, x):
+    for w, b in p:
+        x = jnp.tanh(x @ w + b)
+    return jnp.mean(x**2)
+
+def make(comm):
+    @jaxcomm.data_parallel(comm=comm)
+    def step(p, x):
+        return jax.tree.map(lambda g: lax.pmean(g, "batch"), jax.grad(net)(p, x))
+    return step
+
+steps = [make(c) for c in comms]
+rng = np.random.default_rng(0)
+members = [
+    [(jnp.asarray(rng.standard_normal((32, 32)), "float32") / 6, jnp.zeros(32))
+     for _ in range(8)]
+    for _ in range(4)
+]
+mine = np.random.default_rng(1 + comm.rank)
+batches = [
+    jnp.asarray(mine.standard_normal((64 if comm.rank else 1024, 32)), "float32")
+    for _ in members
+]
+want = [steps[0](p, x) for p, x in zip(members, batches)]
+
+def all_members(members, batches):
+    return [steps[k % 2](p, x) for k, (p, x) in enumerate(zip(members, batches))]
+
+own = {"in a step": jaxcomm.data_parallel(axis_name="all")}.get(what, jax.jit)
+together = own(all_members)
+for _ in range(10):
+    for a, b in zip(jax.tree.leaves(together(members, batches)), jax.tree.leaves(want)):
+        np.testing.assert_allclose(a, b, rtol=2e-3, atol=1e-6)
+print("right on rank", comm.rank)
+"""
+
+
+@pytest.mark.parametrize("ranks", [2, 3])
+@pytest.mark.parametrize("what", ["in a jit", "in a step", "two communicators"])
+def test_steps_in_one_program(job: Launch, what: str, ranks: int) -> None:
+    passed(job(ranks, ENSEMBLE, what, timeout=200), ranks)
+
+
+SUBGROUPS = """
+import jax, jax.numpy as jnp, numpy as np
+from jax import lax
+import jaxcomm
+
+comm = jaxcomm.init()
+parts = [range(k, comm.size, 2) for k in (0, 1)]
+half = [comm.subgroup(part) for part in parts][comm.rank % 2]
+# Of some ranks only: the others' program has no such call.
+few = comm.subgroup([0, 1]) if comm.rank < 2 else None
+x = jnp.arange(5.0) + 10 * comm.rank
+everyone = sum(np.arange(5.0) + 10 * r for r in range(comm.size))
+mine = sum(np.arange(5.0) + 10 * r for r in parts[comm.rank % 2])
+
+@jaxcomm.data_parallel
+def step(x):
+    a = lax.psum(x, "batch")
+    b = jaxcomm.all_reduce(x, op="sum", comm=half)
+    c = 0 * a
+    if few is not None:
+        c = jaxcomm.all_reduce(a, op="max", comm=few) - a
+    return a, lax.psum(b + c, "batch"), lax.scan(
+        lambda s, _: (s + jaxcomm.all_reduce(x, op="sum", comm=half), None), 0 * x,
+        length=3)[0]
+
+for _ in range(5):
+    a, b, c = step(x)
+    np.testing.assert_array_equal(a, everyone)
+    total = sum(sum(np.arange(5.0) + 10 * r for r in parts[k % 2])
+                for k in range(comm.size))
+    np.testing.assert_array_equal(b, total)
+    np.testing.assert_array_equal(c, 3 * mine)
+assert [bucket.op for bucket in step.schedule.buckets] == ["sum", "sum"]
+print("right on rank", comm.rank)
+"""
+
+
+@pytest.mark.parametrize("ranks", [3, 4])
+def test_subgroups_keep_their_own_communicator(job: Launch, ranks: int) -> None:
+    passed(job(ranks, SUBGROUPS, timeout=200), ranks)
+
+
+UNLIKE = """
+import jax, jax.numpy as jnp, numpy as np
+from jax import lax
+import jaxcomm
+
+comm = jaxcomm.init()
+constant = jnp.arange(3.0)
+
+@jax.jit
+def of_a_constant(x):
+    return x + jaxcomm.all_reduce(constant, op="sum")
+
+for _ in range(3):
+    np.testing.assert_array_equal(of_a_constant(constant), (1 + comm.size) * constant)
+before = comm.counters()["calls"]
+jax.block_until_ready(of_a_constant(constant))
+assert comm.counters()["calls"] == before + 1  # in the program, not when it was traced
+
+@jaxcomm.data_parallel
+def step(x):
+    for _ in range(5 * comm.rank):  # what one rank computes besides
+        x = jnp.sin(jnp.arcsin(x))
+    y = lax.pmean(x, "batch")
+    if comm.rank == 1:
+        x = x + 0 * jnp.cos(y)
+    z = lax.pmean({"a": 2 * x, "b": x[:2]}, "batch")
+    return (y, z) if comm.rank else z
+
+got = step(0.1 * constant)
+got = got[1] if comm.rank else got
+np.testing.assert_allclose(got["a"], 0.2 * constant, rtol=1e-4)
+print("right on rank", comm.rank)
+"""
+
+
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_what_ranks_compute_besides_may_differ(job: Launch, ranks: int) -> None:
+    passed(job(ranks, UNLIKE, timeout=200), ranks)
+
+
+OVERLAPPING = """
+import itertools
+import jax.numpy as jnp
+import jaxcomm
+
+comm = jaxcomm.init()
+everyone = range(comm.size)
+for count in everyone:
+    # Members alone ask, so that some are ahead of others.
+    for members in itertools.combinations(everyone, count + 1):
+        if comm.rank in members:
+            group = comm.subgroup(members)
+            total = jaxcomm.all_reduce(jnp.float32(comm.rank), op="sum", comm=group)
+            assert total == sum(members), (members, total)
+print("right on rank", comm.rank)
+"""
+
+
+def test_subgroups_that_overlap(job: Launch) -> None:
+    passed(job(4, OVERLAPPING, timeout=200), 4)

@@ -66,7 +66,7 @@ def draw(count: int, size: int, seed: int) -> list[dict[str, Any]]:
         phases=[hypothesis.Phase.generate],
         database=None,
         deadline=None,
-        suppress_health_check=list(hypothesis.HealthCheck),
+        suppress_health_check=[*hypothesis.HealthCheck],
     )
     @hypothesis.given(programs.programs(size))
     def collect(program: dict[str, Any]) -> None:

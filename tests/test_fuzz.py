@@ -1,0 +1,21 @@
+"""A seeded part of `make fuzz`: random compositions, against exact sums."""
+
+from __future__ import annotations
+
+import pytest
+from fuzz import run
+
+
+@pytest.mark.parametrize(
+    ("ranks", "way"),
+    [
+        (2, "mpi4jax"),
+        (3, "shared memory"),
+        (4, "MPI calls"),
+        (3, "NCCL stand-in"),
+    ],
+)
+def test_random_compositions(ranks: int, way: str) -> None:
+    result = run.run_all(8, seed=1, ranks=[ranks], names=[way])
+    assert result["programs"] == 8
+    assert run.succeeded(result), result
