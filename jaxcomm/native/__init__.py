@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import faulthandler
 import functools
 import os
 import re
@@ -69,6 +70,7 @@ CONTROL_BYTES = 4096
 SLOTS = 3
 MAX_SLOT_BYTES = 512 << 10
 _PROGRESS_COLUMNS = 5 + 2 * 4  # of native/progress.h
+_STACKS_BYTES = 32 << 10  # of text at most
 
 # The MPI type of the same size; 16-bit floats and booleans travel as integers, under
 # operations that know better.
@@ -168,6 +170,8 @@ def load() -> ctypes.CDLL:
     library.jaxcomm_lift_deadline.restype = None
     library.jaxcomm_prepare_end.restype = None
     library.jaxcomm_progress.restype = ctypes.c_int64
+    library.jaxcomm_native_stacks.restype = None
+    library.jaxcomm_dump_on_signal.restype = None
     library.jaxcomm_timeline_take.restype = ctypes.c_int64
     library.jaxcomm_set_partition.restype = None
     library.jaxcomm_op_handle.restype = ctypes.c_uint64
@@ -423,6 +427,40 @@ def hash_at(key: int, number: int) -> int | None:
         ctypes.c_int64(key), ctypes.c_int64(number), ctypes.byref(found)
     )
     return found.value if known else None
+
+
+def stacks(seconds: float = 0.5) -> str:
+    """Return where all other threads of this process are, in native code.
+
+    Each is interrupted by a signal for a moment. The text names threads, with the
+    functions and files of their innermost frames; it is some KB long.
+
+    Args:
+      seconds: to wait for threads that do not answer.
+    """
+    text = ctypes.create_string_buffer(_STACKS_BYTES)
+    load().jaxcomm_native_stacks(
+        ctypes.c_double(seconds), text, ctypes.c_int64(len(text))
+    )
+    return text.value.decode(errors="replace")
+
+
+def dump_on_signal(head: str) -> int:
+    """Let this process write its stacks to standard error when it gets a signal.
+
+    Also where a thread holds the interpreter for good.
+
+    Args:
+      head: what stands above the native ones.
+
+    Returns:
+      The signal, which nobody used; 0 if all are in use.
+    """
+    number = load().jaxcomm_unused_signal()
+    if number:
+        faulthandler.register(number, file=2, all_threads=True)
+        load().jaxcomm_dump_on_signal(number, head.encode())
+    return number
 
 
 def timeline_start() -> None:

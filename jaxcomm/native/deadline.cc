@@ -12,6 +12,7 @@
 
 #include "api.h"
 #include "exit.h"
+#include "stacks.h"
 
 namespace jaxcomm {
 namespace {
@@ -40,7 +41,7 @@ JAXCOMM_API void jaxcomm_set_deadline(double seconds, const char* text, int code
   std::thread([number = current, end, code, text = std::string(text)] {
     std::unique_lock<std::mutex> lock(mutex);
     if (!changed.wait_until(lock, end, [number] { return current != number; })) {
-      EndProcess(text, code);
+      EndProcess(text + "Its native threads are at\n" + NativeStacks(2), code);
     }
   }).detach();
 }

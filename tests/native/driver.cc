@@ -1,9 +1,11 @@
 // Runs the reductions without XLA or Python, for sanitizers: two threads on two
 // communicators, every dtype, op and wire, over real MPI calls and through shared
-// memory. Built by sanitize.sh.
+// memory, while a third looks where they are. Built by sanitize.sh.
 #include <dlfcn.h>
 #include <mpi.h>
 
+#include <atomic>
+#include <chrono>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
@@ -13,6 +15,7 @@
 #include "kernels.h"
 #include "node.h"
 #include "reduce.h"
+#include "stacks.h"
 
 namespace {
 
@@ -168,7 +171,14 @@ int main(int argc, char** argv) {
   for (int i = 0; i < kMpiOps; ++i) handles.op[i] = Word(ops[i]);
   handles.byte = Word(MPI_BYTE);
   handles.in_place = reinterpret_cast<uint64_t>(MPI_IN_PLACE);
-  int failures = level < MPI_THREAD_MULTIPLE;
+  int failures = level < MPI_THREAD_MULTIPLE, looks = 0;
+  std::atomic<bool> done{false};
+  std::thread looking([&] {
+    while (!done) {
+      looks += NativeStacks(5).find("thread") != std::string::npos;
+      std::this_thread::sleep_for(std::chrono::milliseconds(20));
+    }
+  });
   enum Way : int { kBlocking, kSerialized, kRing, kShared };
   for (const Way way : {kBlocking, kSerialized, kRing, kShared}) {
     handles.serialized = way == kSerialized;
@@ -201,7 +211,10 @@ int main(int argc, char** argv) {
     for (auto& thread : threads) thread.join();
     failures += found[0] + found[1];
   }
+  done = true;
+  looking.join();
+  failures += looks == 0;
   MPI_Finalize();
-  std::printf("%s: %d failures\n", ChosenKernels().name, failures);
+  std::printf("%s: %d failures; looked %d times\n", ChosenKernels().name, failures, looks);
   return failures != 0;
 }
