@@ -5,21 +5,25 @@ Internal to `watchdog`.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
+import os
 import socket
 import sys
 import threading
 import time
 import traceback
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
-from jaxcomm import agreement, native
+from jaxcomm import _mpi_library, agreement, native
 from jaxcomm._host import HostChannel
 from jaxcomm._waiting import rank_names
 
 _HOST = 0  # in place of a communicator's key
 _FRAMES = 12
+_NATIVE_RANKS = 4  # of those whose native stacks a report holds, of each kind
 _REMEMBERED = 256
 
 
@@ -50,11 +54,58 @@ class State:
       host: its host's name.
       calls: the last call of every communicator.
       stacks: where its Python threads are.
+      native: where all its threads are, in native code.
+      mpi: its MPI library, and by which components messages travel.
     """
 
     host: str
     calls: tuple[Call, ...]
     stacks: str = ""
+    native: str = ""
+    mpi: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
+class Process:
+    """The process of a rank, as others on its host know it.
+
+    Attributes:
+      host: its host's name.
+      number: its process id there.
+      began: when it began; another process of the same number began later.
+      signal: at which it writes its stacks to standard error; 0 for none.
+    """
+
+    host: str
+    number: int
+    began: str
+    signal: int
+
+    @classmethod
+    def own(cls, rank: int, size: int) -> Process:
+        """Return this process, ready to be asked for its stacks."""
+        host, number = socket.gethostname(), os.getpid()
+        head = f"jaxcomm: the native threads of rank {rank} of {size} ({host}) are at\n"
+        return cls(host, number, _began(number), native.dump_on_signal(head))
+
+    def ask_for_stacks(self) -> bool:
+        """Let it write its stacks; False if it is not on this host, or has ended."""
+        here = self.host == socket.gethostname() and self.signal
+        if not here or not self.began or _began(self.number) != self.began:
+            return False
+        with contextlib.suppress(OSError):
+            os.kill(self.number, self.signal)
+            return True
+        return False
+
+
+def _began(number: int) -> str:
+    try:
+        stat = Path(f"/proc/{number}/stat").read_text()
+    except OSError:
+        return ""
+    # The second field, a name in brackets, may hold spaces.
+    return stat.rpartition(")")[2].split()[19]
 
 
 def look(channel: HostChannel, *, stacks: bool = False) -> State:
@@ -69,7 +120,15 @@ def look(channel: HostChannel, *, stacks: bool = False) -> State:
         1e-9 * (now - entered) if entered else None,
     )
     calls = (host, *(_call(row, now) for row in native.progress()))
-    return State(socket.gethostname(), calls, _stacks() if stacks else "")
+    if not stacks:
+        return State(socket.gethostname(), calls)
+    return State(
+        socket.gethostname(),
+        calls,
+        stacks=_stacks(),
+        native=native.stacks(),
+        mpi=_mpi_library.describe(),
+    )
 
 
 def _call(row: native.Progress, now: int) -> Call:
@@ -164,27 +223,41 @@ def report(own: int, size: int, waited: Call, states: Mapping[int, State]) -> st
         else:
             past.append((rank, call))
     lines.append(f"  waiting in this call: {rank_names(there)}")
-    for rank, call in away:
+    missing = sorted(set(range(size)) - set(states))
+    # Where all have come, what is lost lies between them: then all are of interest.
+    shown = [own] if away or past or missing else there[:_NATIVE_RANKS]
+    for rank in shown:
+        lines.append(f"  rank {rank} (host {states[rank].host}) waits here.")
+        lines += _where(states[rank], native=True)
+    for index, (rank, call) in enumerate(away):
         last = f"its last call was {call.number}" if call else "it has called nothing"
         elsewhere = next((c for c in states[rank].calls if c.seconds is not None), None)
         if elsewhere is not None:
             last = f"it waits in call {elsewhere.number}: {elsewhere.what}"
-        lines.append(
-            f"  not arrived: rank {rank} (host {states[rank].host}), {last}. Its "
-            "Python is at"
-        )
-        lines.append(states[rank].stacks)
-    for rank, call in past:
+        lines.append(f"  not arrived: rank {rank} (host {states[rank].host}), {last}.")
+        lines += _where(states[rank], native=index < _NATIVE_RANKS)
+    for index, (rank, call) in enumerate(past):
         where = f"waits in call {call.number}" if call.seconds else "is in no call"
-        lines.append(f"  past this call: rank {rank}, which {where}. Its Python is at")
-        lines.append(states[rank].stacks)
-    missing = sorted(set(range(size)) - set(states))
+        lines.append(f"  past this call: rank {rank}, which {where}.")
+        lines += _where(states[rank], native=index < _NATIVE_RANKS)
     if missing:
         lines.append(
             f"  no answer from {rank_names(missing)}: ended, stopped, out of memory, "
             "or its interpreter is held"
         )
+    libraries: dict[str, list[int]] = {}
+    for rank, state in states.items():
+        libraries.setdefault(state.mpi, []).append(rank)
+    lines += [f"  MPI of {rank_names(sorted(r))}: {m}" for m, r in libraries.items()]
     return "\n".join(lines) + "\n"
+
+
+def _where(state: State, *, native: bool) -> list[str]:
+    """Return a rank's stacks, each with a heading."""
+    lines = ["   Its Python is at", state.stacks]
+    if native:
+        lines += ["   Its native threads are at", state.native.rstrip("\n")]
+    return lines
 
 
 def _stacks() -> str:

@@ -13,10 +13,10 @@ import logging
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
-from jaxcomm import _stall
+from jaxcomm import _mpi_library, _stall
 from jaxcomm._history import History
 from jaxcomm._waiting import rank_names
 
@@ -26,6 +26,7 @@ WARN_AFTER, ABORT_AFTER = 60.0, 600.0  # of the watchdog, unless said otherwise
 STALLED = 70  # exit code of a job that the watchdog ended
 _TELL_AFTER = 1.0
 _ANSWER_SECONDS = 5.0  # at most
+_DUMP_SECONDS = 2.0  # for a rank to write its stacks itself
 _ASK, _ANSWER, _WAITS, _ENDED, _MARKS, _LAST = range(1, 7)  # message tags
 
 
@@ -44,6 +45,9 @@ class Watchdog:
         limits = [t for t in (warn_after, abort_after) if t > 0]
         self._period = min([1.0, *(t / 5 for t in limits)])
         self._answer_seconds = min(_ANSWER_SECONDS, max(abort_after / 3, 1.0))
+        _mpi_library.describe()  # while MPI answers; it remembers
+        # Of all ranks: who does not answer is asked by a signal where it waits.
+        self._processes = comm.allgather(_stall.Process.own(self._rank, self._size))
         self._warned: tuple[int, int] | None = None
         self._told: tuple[int, int] | None = None
         self._ledger = _stall.Ledger()  # rank 0's
@@ -102,7 +106,8 @@ class Watchdog:
             self._refuse(
                 f"jaxcomm: the program has ended on rank {self._rank} of {self._size}, "
                 f"and there is no answer from {rank_names(sorted(gone))}: stopped, out "
-                "of memory, or its interpreter is held; so the job ends.\n"
+                "of memory, or its interpreter is held; so the job ends.\n",
+                gone,
             )
         return silent
 
@@ -159,11 +164,15 @@ class Watchdog:
         assert text is not None  # it does not go away
         self._refuse(text)
 
-    def _refuse(self, text: str) -> None:
+    def _refuse(self, text: str, silent: Iterable[int] = ()) -> None:
         from jaxcomm.launch import abort
 
         sys.stdout.flush()
         sys.stderr.write(text)
+        sys.stderr.flush()
+        asked = [rank for rank in silent if self._processes[rank].ask_for_stacks()]
+        if asked:
+            time.sleep(_DUMP_SECONDS)
         abort.end_job(STALLED)
 
     def _look(self) -> None:
@@ -205,7 +214,7 @@ class Watchdog:
             )
             return
         text = _stall.report(self._rank, self._size, call, states)
-        self._refuse(text)
+        self._refuse(text, set(range(self._size)) - set(states))
 
     def _ask(self) -> dict[int, _stall.State]:
         """Return the states of all ranks that answer."""
@@ -213,7 +222,7 @@ class Watchdog:
         with self._turn():
             # Some are perhaps never received; then the job ends.
             self._asked += [self._comm.isend(None, rank, _ASK) for rank in others]
-        states = {self._rank: _stall.look(self._channel)}
+        states = {self._rank: _stall.look(self._channel, stacks=True)}
         end = time.monotonic() + self._answer_seconds
         while len(states) < self._size and time.monotonic() < end:
             for rank, state in self._receive(_ANSWER):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 from conftest import Launch
 
@@ -77,7 +79,29 @@ def stalled(job: Launch, ranks: int, what: str, culprit: int, way: str) -> str:
     assert IN_STEP in text, text
     # A warning came first, from each rank that waits.
     assert "s for the other ranks in call 4" in text
+    waits = of_rank(text, "waits here")
+    if what != "skip":  # perhaps the one in the barrier reports
+        # Our own functions have names, though the library exports few of them.
+        assert re.search(r"jaxcomm::.* \(libjaxcomm_native.so\+0x", waits), text
+        if way == "MPI calls":
+            assert "PMPI_Allreduce (libmpi" in waits, text
+    if vendor() == "Open MPI":
+        assert re.search(r"MPI of ranks? 0.*: Open MPI v\S+; pml \w+; btl self", text)
     return text
+
+
+def of_rank(text: str, what: str) -> str:
+    """Return the part of a report about the rank of which it says `what`."""
+    lines = text[text.index(what) :].splitlines()
+    # What belongs to a rank is indented by more than two.
+    ends = (n for n, line in enumerate(lines[1:], 1) if not line.startswith("   "))
+    return "\n".join(lines[: next(ends, len(lines))])
+
+
+def vendor() -> str:
+    from mpi4py import MPI
+
+    return MPI.get_vendor()[0]
 
 
 @pytest.mark.parametrize(
@@ -89,7 +113,10 @@ def test_a_rank_that_is_stuck_in_python(job: Launch, what: str, way: str) -> Non
     assert "waiting in this call: rank 0\n" in text
     assert "not arrived: rank 1 (host " in text
     assert "its last call was 3" in text
-    assert "in wander_off" in text  # where it is
+    missing = of_rank(text, "not arrived: rank 1")
+    assert "in wander_off" in missing  # where it is
+    assert "Its native threads are at\n    thread " in missing
+    assert ("nanosleep (libc" in missing) == (what == "sleep"), missing
 
 
 def test_a_rank_that_is_stopped(job: Launch) -> None:
@@ -221,3 +248,5 @@ def test_a_rank_that_is_stopped_after_its_last_call(job: Launch) -> None:
     assert done.stdout.count("right") == 2
     text = "has waited 3 s in MPI_Finalize for the other ranks, so the job ends"
     assert text in done.stderr and "rank 0 of 2" in done.stderr
+    # Where its native threads are.
+    assert re.search(r"mpi_finalize \(libmpi", done.stderr, re.IGNORECASE)
