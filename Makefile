@@ -14,9 +14,9 @@ TESTS ?= tests
 # Two test files at once: a third of the time is waiting. PARALLEL= runs one after another.
 PARALLEL ?= -n 2 --dist loadfile --no-loadscope-reorder
 
-.PHONY: setup demo stemdl examples test test-all test-mpich nccl-abi lint sanitize faults mutants bench \
-  bench-safety bench-stemdl bench-peers bench-horovod bench-overlap bench-tracing bench-control \
-  scaling clean
+.PHONY: setup demo stemdl examples test test-all test-mpich nccl-abi lint sanitize faults mixed \
+  mutants bench bench-safety bench-stemdl bench-peers bench-horovod bench-overlap bench-tracing \
+  bench-control scaling clean
 .DEFAULT_GOAL := help
 
 help:
@@ -30,6 +30,7 @@ help:
 	@echo "make nccl-abi  our declarations of NCCL against its releases' headers"
 	@echo "make sanitize  run the native code under Address-, UB- and ThreadSanitizer"
 	@echo "make faults  kill, stop, delay and mislead ranks 200 times, and 100,000 calls"
+	@echo "make mixed  mix ways to reduce, three times for MINUTES=30, and look for a hang"
 	@echo "make mutants  plant known mistakes, one at a time: the tests must notice each"
 	@echo "make bench  measure the gradient reduction beside its peers"
 	@echo "make bench-safety  what the watchdog and JAXCOMM_CHECK=every cost"
@@ -95,6 +96,12 @@ sanitize: $(STAMP)
 
 faults: $(STAMP)
 	$(BIN)/python tests/faults/trials.py --out benchmarks/results/faults.json
+
+# Under each of three settings of Open MPI's transport.
+MINUTES ?= 30
+mixed: $(STAMP)
+	$(BIN)/python tests/faults/mixed.py --minutes $(MINUTES) \
+	  --out benchmarks/results/mixed.json
 
 # ONLY=name plants one of tests/mutants.
 mutants: $(STAMP)
