@@ -238,7 +238,7 @@ def say(name: str, word: str, seconds: float, more: str) -> None:
 
 
 def work(
-    copy: Copy, waiting: queue.Queue[Mutant], passes: dict[str, bool]
+    copy: Copy, waiting: queue.Queue[Mutant], passes: dict[str, bool], show: bool
 ) -> list[str]:
     """Try mutants until there are no more; return the names of the bad ones."""
     bad = []
@@ -247,7 +247,7 @@ def work(
             mutant = waiting.get_nowait()
         except queue.Empty:
             return bad
-        start = time.monotonic()
+        start, outcome = time.monotonic(), Outcome((), 0, "")
         try:
             broken = [test for test in mutant.tests if not passes[test]]
             if broken:
@@ -260,6 +260,8 @@ def work(
         if word != "noticed":
             bad.append(mutant.name)
         say(mutant.name, word, time.monotonic() - start, more)
+        if show and word == "noticed":
+            print(outcome.output, flush=True)
 
 
 def unchanged(copy: Copy, tests: list[str], passes: dict[str, bool]) -> None:
@@ -280,6 +282,9 @@ def main() -> int:
     parser.add_argument("names", nargs="*", help="of patches; all by default")
     parser.add_argument(
         "--check", action="store_true", help="only see whether the patches apply"
+    )
+    parser.add_argument(
+        "--show", action="store_true", help="print what the tests say of a mistake"
     )
     arguments = parser.parse_args()
     known = {path.stem: path for path in sorted(HERE.glob("*.patch"))}
@@ -316,11 +321,11 @@ def main() -> int:
             runs = [
                 pool.submit(
                     lambda: [
-                        *work(copies[0], native, passes),
-                        *work(copies[0], others, passes),
+                        *work(copies[0], native, passes, arguments.show),
+                        *work(copies[0], others, passes, arguments.show),
                     ]
                 ),
-                pool.submit(work, copies[1], others, passes),
+                pool.submit(work, copies[1], others, passes, arguments.show),
             ]
             bad = [name for run in runs for name in run.result()]
         minutes = (time.monotonic() - start) / 60
