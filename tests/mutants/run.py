@@ -16,16 +16,20 @@ from __future__ import annotations
 
 import argparse
 import concurrent.futures
+import contextlib
 import dataclasses
 import os
 import queue
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import xml.etree.ElementTree as ElementTree
+from collections.abc import Iterator
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
@@ -110,7 +114,8 @@ def read(path: Path) -> Mutant:
 class Copy:
     """A copy of the source tree, in which tests run as in a checkout."""
 
-    def __init__(self, folder: Path):
+    def __init__(self, folder: Path, stop: threading.Event):
+        self._stop = stop
         self.folder = folder / "jaxcomm"
         self._build = folder / "build"
         self._guard = folder / "guard"
@@ -192,7 +197,9 @@ class Copy:
             raise Unusable(f"{line[0]} failed:\n{done.stdout[-3000:]}")
 
     def test(self, tests: tuple[str, ...], library: Path | None = None) -> Outcome:
-        """Run some tests."""
+        """Run some tests, unless all is to end."""
+        if self._stop.is_set():
+            raise concurrent.futures.CancelledError
         report = self.folder.parent / "report.xml"
         report.unlink(missing_ok=True)
         more = {"JAXCOMM_NATIVE_LIBRARY": str(library)} if library else {}
@@ -276,6 +283,16 @@ def unchanged(copy: Copy, tests: list[str], passes: dict[str, bool]) -> None:
             print(outcome.output[-6000:], flush=True)
 
 
+@contextlib.contextmanager
+def stopping(stop: threading.Event) -> Iterator[None]:
+    """On Ctrl-C and SIGTERM, let the tests that run be the last."""
+    try:
+        yield
+    except BaseException:
+        stop.set()
+        raise
+
+
 def main() -> int:
     """Try all mutants, or those that are named; 1 where a mistake went unnoticed."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -292,8 +309,10 @@ def main() -> int:
         parser.error(f"no such mutant: {', '.join(unknown)}; there are {[*known]}")
     mutants = [read(known[name]) for name in arguments.names or known]
 
+    stop = threading.Event()
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     with tempfile.TemporaryDirectory(prefix="jaxcomm-mutants-") as folder:
-        copies = [Copy(Path(folder, name)) for name in ("first", "second")]
+        copies = [Copy(Path(folder, name), stop) for name in ("first", "second")]
         stale = []
         for mutant in mutants:
             try:
@@ -311,7 +330,7 @@ def main() -> int:
         tests = list(dict.fromkeys(test for m in mutants for test in m.tests))
         passes: dict[str, bool] = {}
         start = time.monotonic()
-        with concurrent.futures.ThreadPoolExecutor(2) as pool:
+        with concurrent.futures.ThreadPoolExecutor(2) as pool, stopping(stop):
             first = [
                 pool.submit(unchanged, copy, tests[k::2], passes)
                 for k, copy in enumerate(copies)
