@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -25,21 +27,22 @@ def take(tree: Any) -> tuple[dict[str, Spec], dict[str, np.ndarray]]:
     Raises:
       CheckpointError: a leaf is neither an array nor a number; names it.
     """
-    described, arrays = specs(tree), {}
-    for path, leaf in _leaves(tree):
-        spec = described[path]
-        if spec[0] == "key":
-            spec.append(str(jax.random.key_impl(leaf)))
-            leaf = jax.random.key_data(leaf)
-        value = np.asarray(leaf)
-        if spec[0] == "number" and value.dtype.kind not in "bifc":
-            raise CheckpointError(
-                f"leaf {path} is {leaf}, which no 64-bit integer holds; store it as an "
-                "array of smaller ones"
-            )
-        if value.size:
-            arrays[path] = value
-    return described, arrays
+    described = specs(tree)
+    values = dict(_values(tree, described))
+    return described, {path: value for path, value in values.items() if value.size}
+
+
+def digests(tree: Any) -> dict[str, str]:
+    """Return the SHA-256 of every leaf's bits; waits for them.
+
+    Raises:
+      CheckpointError: as `take`.
+    """
+    found = {}
+    for path, value in _values(tree, specs(tree)):
+        data = np.ascontiguousarray(value).reshape(-1).view(np.uint8).data
+        found[path] = hashlib.sha256(data).hexdigest()
+    return found
 
 
 def specs(tree: Any) -> dict[str, Spec]:
@@ -64,7 +67,7 @@ def difference(wanted: dict[str, Spec], found: dict[str, Spec]) -> str:
             return f"leaf {path} is only {where}. Restore the structure that was saved"
         if ours[:3] != theirs[:3]:
             return (
-                f"leaf {path} is {_words(ours)} and was {_words(theirs)}. Restore the "
+                f"leaf {path} is {words(ours)} and was {words(theirs)}. Restore the "
                 "shapes and dtypes that were saved, or use another directory"
             )
     return ""
@@ -73,6 +76,22 @@ def difference(wanted: dict[str, Spec], found: dict[str, Spec]) -> str:
 def _leaves(tree: Any) -> list[tuple[str, Any]]:
     found = jax.tree_util.tree_leaves_with_path(tree)
     return [(jax.tree_util.keystr(path) or "(root)", leaf) for path, leaf in found]
+
+
+def _values(tree: Any, described: dict[str, Spec]) -> Iterator[tuple[str, np.ndarray]]:
+    """Yield every leaf's value; adds what `described` lacks of PRNG keys."""
+    for path, leaf in _leaves(tree):
+        spec = described[path]
+        if spec[0] == "key":
+            spec.append(str(jax.random.key_impl(leaf)))
+            leaf = jax.random.key_data(leaf)
+        value = np.asarray(leaf)
+        if spec[0] == "number" and value.dtype.kind not in "bifc":
+            raise CheckpointError(
+                f"leaf {path} is {leaf}, which no 64-bit integer holds; store it as an "
+                "array of smaller ones"
+            )
+        yield path, value
 
 
 def _spec(path: str, leaf: Any) -> Spec:
@@ -114,6 +133,7 @@ def _leaf(like: Any, spec: Spec, value: np.ndarray | None) -> Any:
     return jax.device_put(array, getattr(like, "sharding", None))
 
 
-def _words(spec: Spec) -> str:
+def words(spec: Spec) -> str:
+    """Describe a leaf: "float32[2, 3]", or "the number int"."""
     kind, shape, dtype = spec[:3]
     return f"the number {dtype}" if kind == "number" else f"{dtype}{shape}"

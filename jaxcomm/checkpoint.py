@@ -19,24 +19,28 @@ every rank learns what has come of it.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
 
 from jaxcomm import _snapshot, _store, collectives
+from jaxcomm._waiting import rank_names
 from jaxcomm.communicator import Communicator
-from jaxcomm.errors import CheckpointError, InvalidOptionError
+from jaxcomm.errors import CheckpointError, InvalidOptionError, JaxcommError
 from jaxcomm.preemption import Stop as Stop
 from jaxcomm.startup import world
 
 log = logging.getLogger(__name__)
 
 _PIECE_BYTES = 32 << 20  # that is broadcast at a time
+_SHOWN_VARIANTS = 4
+_COMPARED = ("values", "structure")
 
 
 class Restored(NamedTuple):
@@ -53,53 +57,60 @@ def save(
     *,
     keep: int = 3,
     settings: Mapping[str, Any] | None = None,
+    compare: Literal["values", "structure"] = "values",
     comm: Communicator | None = None,
 ) -> None:
     """Write a checkpoint; all ranks call it together.
 
-    Rank 0 writes its state, under another name until every byte is on the disk. A crash
-    at any moment leaves the earlier checkpoints whole. It takes as long as rank 0 needs
-    to copy, write and hash the arrays, and the other ranks wait for that: they must not
-    be made to wait longer than `abort_after` (see `init`).
+    First the ranks compare what they are about to save: step, options, settings, the
+    leaves' paths, shapes and dtypes, and their values, by SHA-256. Where anything
+    differs, all raise an error that names it and the ranks, and nothing is written or
+    deleted.
+
+    Then rank 0 writes its state, under another name until every byte is on the disk. A
+    crash at any moment leaves the earlier checkpoints whole. It takes as long as rank 0
+    needs to copy, write and hash the arrays, and the other ranks wait for that: they
+    must not be made to wait longer than `abort_after` (see `init`).
 
     Args:
       directory: where checkpoints are kept, one folder each; made if need be. No other
-        job may write to it.
+        job may write to it. Only rank 0's counts: another host may have none.
       step: number of steps done; higher than that of any checkpoint there.
       state: any pytree of arrays, typed PRNG keys and Python numbers; the position in
-        the data belongs in it. Only rank 0's is written.
+        the data belongs in it. It must be equal on all ranks, bit for bit, since
+        `restore` gives all of them what rank 0 has written.
       keep: how many checkpoints stay; older ones are deleted once this one is complete.
       settings: what `restore` must find unchanged, such as the learning rate: names and
         values that JSON can hold.
+      compare: "values", or "structure" to leave values out: where a leaf is each rank's
+        own and rank 0's will do for all.
       comm: the ranks that take part; all by default.
 
     Raises:
-      CheckpointError: on every rank, if rank 0 could not write it (a full disk, say) or
-        a later checkpoint is there; names the path and the remedy.
+      CheckpointError: on every rank, if the ranks differ, if rank 0 could not write it
+        (a full disk, say) or a later checkpoint is there; names leaf and ranks, or the
+        path, and the remedy.
       InvalidOptionError: an option is unusable.
     """
     comm = comm or world()
-    _check_step(step)
-    if keep < 1:
-        raise InvalidOptionError(f"keep={keep}; give how many to keep, at least 1")
-    plain = _plain(settings)
+    proposal: _Proposal | None = None
+    refused: JaxcommError | None = None
+    try:
+        proposal = _propose(step, state, keep, settings, compare, comm.size > 1)
+    except JaxcommError as error:
+        refused = error
+    _agree(step, proposal, refused, comm)
+    assert proposal is not None
     directory, failure = Path(directory), ""
     if comm.rank == 0:
         try:
             leaves, arrays = _snapshot.take(state)
-            content = _store.Content(step, leaves, plain)
+            content = _store.Content(step, leaves, proposal.options["settings"])
             _store.write(directory, content, arrays, keep)
         except Exception as error:  # orbax raises whatever its libraries do
             log.debug("the checkpoint failed", exc_info=True)
             failure = _why_not_saved(directory, step, error)
-    outcomes = comm.all_gather_object((step, failure))
-    different = {number: rank for rank, (number, _) in enumerate(outcomes)}
-    if len(different) > 1:
-        who = ", ".join(f"rank {rank} at step {n}" for n, rank in different.items())
-        raise CheckpointError(
-            f"the ranks save different steps ({who}): all must call save together"
-        )
-    if failure := outcomes[0][1]:
+    if failure := comm.broadcast_object(failure):
         raise CheckpointError(failure)
 
 
@@ -181,6 +192,125 @@ def clear(directory: str | Path) -> None:
       OSError: a checkpoint cannot be deleted.
     """
     _store.clear(Path(directory))
+
+
+class _Proposal(NamedTuple):
+    """What a rank is about to save: plain data, as JSON holds it.
+
+    Attributes:
+      options: what `save` was given beside the state, step included.
+      leaves: path -> kind, shape and dtype.
+      digests: path -> SHA-256 of the values; empty where they are not compared.
+    """
+
+    options: dict[str, Any]
+    leaves: dict[str, list[Any]]
+    digests: dict[str, str]
+
+
+def _propose(
+    step: int,
+    state: Any,
+    keep: int,
+    settings: Mapping[str, Any] | None,
+    compare: str,
+    several: bool,
+) -> _Proposal:
+    _check_step(step)
+    if keep < 1:
+        raise InvalidOptionError(f"keep={keep}; give how many to keep, at least 1")
+    if compare not in _COMPARED:
+        raise InvalidOptionError(
+            f"compare={compare!r}; use one of {', '.join(_COMPARED)}"
+        )
+    options = {"keep": keep, "compare": compare, "settings": _plain(settings)}
+    hashed = several and compare == "values"
+    return _Proposal(
+        {"step": step, **options},
+        _snapshot.specs(state),
+        _snapshot.digests(state) if hashed else {},
+    )
+
+
+def _agree(
+    step: Any,
+    proposal: _Proposal | None,
+    error: JaxcommError | None,
+    comm: Communicator,
+) -> None:
+    """Raise on every rank unless all of them propose the same."""
+    text = json.dumps(proposal, sort_keys=True)
+    found = comm.all_gather_object(
+        (str(error or ""), hashlib.sha256(text.encode()).digest())
+    )
+    if isinstance(error, InvalidOptionError):
+        raise error
+    failures = _by_value([failure for failure, _ in found])
+    if failure := next(filter(None, failures), ""):
+        ranks = failures[failure]
+        who = f"{rank_names(ranks)}: " if len(ranks) < comm.size else ""
+        raise CheckpointError(f"step {step} was not saved: {who}{failure}.")
+    if len({digest for _, digest in found}) > 1:
+        every = [
+            _Proposal(*row) for row in comm.all_gather_object(tuple(proposal or ()))
+        ]
+        raise CheckpointError(f"{_disagreement(every)} Nothing was written.")
+
+
+def _disagreement(every: Sequence[_Proposal]) -> str:
+    """Say what differs first between the ranks' proposals, and the remedy."""
+    steps = _by_value([one.options["step"] for one in every])
+    if len(steps) > 1:
+        who = _each(steps, lambda n: f"at step {n}")
+        return f"the ranks save different steps ({who}): all must call save together."
+    step = next(iter(steps))
+    head = f"step {step} was not saved, because the ranks differ: "
+    for name in ("keep", "compare"):
+        values = _by_value([one.options[name] for one in every])
+        if len(values) > 1:
+            return f"{head}{name} is {_each(values, repr)}. Give all ranks the same."
+    settings = [one.options["settings"] for one in every]
+    for name in _names(settings):
+        values = _by_value([repr(one.get(name)) for one in settings])
+        if len(values) > 1:
+            who = _each(values, str)
+            return f"{head}the setting {name} is {who}. Give all ranks the same."
+    leaves = [one.leaves for one in every]
+    for path in _names(leaves):
+        kinds = _by_value(
+            [_snapshot.words(one[path]) if path in one else "missing" for one in leaves]
+        )
+        if len(kinds) > 1:
+            who = _each(kinds, str)
+            return f"{head}leaf {path} is {who}. All must save the same structure."
+    digests = [one.digests for one in every]
+    different = [p for p in _names(digests) if len({one[p] for one in digests}) > 1]
+    path = different[0]
+    values = _by_value([one[path] for one in digests])
+    return (
+        f"{head}leaf {path} has other values ({_each(values, lambda d: d[:8])}); "
+        f"{len(different)} of {len(leaves[0])} leaves differ. Only rank 0's would come "
+        "back: send one rank's values with jaxcomm.broadcast and reduce batch "
+        'statistics before, or give compare="structure" if rank 0\'s will do for all.'
+    )
+
+
+def _by_value(values: Sequence[Any]) -> dict[Any, list[int]]:
+    """Return which ranks have each value."""
+    ranks: dict[Any, list[int]] = {}
+    for rank, value in enumerate(values):
+        ranks.setdefault(value, []).append(rank)
+    return ranks
+
+
+def _each(values: dict[Any, list[int]], show: Callable[[Any], str]) -> str:
+    parts = [f"{rank_names(ranks)} {show(value)}" for value, ranks in values.items()]
+    shown = parts[:_SHOWN_VARIANTS]
+    return "; ".join([*shown, "..."] if len(parts) > len(shown) else shown)
+
+
+def _names(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    return list(dict.fromkeys(name for row in rows for name in row))
 
 
 def _choose(directory: Path, step: int | None, fallback: bool) -> _store.Content | None:

@@ -6,11 +6,12 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import resource
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ import numpy as np
 import jaxcomm
 from jaxcomm import checkpoint
 from jaxcomm.communicator import Communicator
-from jaxcomm.errors import CheckpointError
+from jaxcomm.errors import CheckpointError, InvalidOptionError
 
 MEGABYTES = 6  # of the small disk
 
@@ -73,9 +74,10 @@ def check_all(comm: Communicator, folder: Path) -> None:
     rank, other = comm.rank, comm.size - 1
     mine, root = some_state(rank), some_state(0)
 
-    # All get rank 0's values, and nobody else's directory is looked at.
+    # Nobody else's directory is looked at, and where the ranks may differ, all get rank
+    # 0's values.
     own = folder / "checkpoints" if rank == 0 else folder / "none"
-    checkpoint.save(own, 10, mine, settings={"lr": 0.1})
+    checkpoint.save(own, 10, mine, settings={"lr": 0.1}, compare="structure")
     found = checkpoint.restore(own, mine, settings={"lr": 0.1})
     assert found is not None and found.step == 10
     same = jax.tree.map(
@@ -100,21 +102,16 @@ def check_all(comm: Communicator, folder: Path) -> None:
         holding="lr is 0.2 and was 0.1",
         call=lambda: checkpoint.restore(own, mine, settings={"lr": 0.2}),
     )
-    raised(
-        holding=f"rank {other} at step 12",
-        call=lambda: checkpoint.save(
-            folder / "different", 11 + (rank == other), {"x": 1}
-        ),
-    )
+    ranks_that_differ(own, comm)
 
     # A disk that is too small leaves the last one whole, and is no half-written one.
     with file_limit(1 << 19):
         raised(
             holding="The checkpoint of step 10 is untouched. Make room there",
-            call=lambda: checkpoint.save(own, 20, mine),
+            call=lambda: checkpoint.save(own, 20, root),
         )
     assert checkpoint.restore(own, mine).step == 10  # pyright: ignore
-    checkpoint.save(own, 20, mine)
+    checkpoint.save(own, 20, root)
     assert checkpoint.restore(own, mine).step == 20  # pyright: ignore
 
     # Damage, too, is known to all.
@@ -123,6 +120,85 @@ def check_all(comm: Communicator, folder: Path) -> None:
         manifest.write_bytes(manifest.read_bytes()[:-1])
     raised(holding="MANIFEST is damaged", call=lambda: checkpoint.restore(own, mine))
     found = checkpoint.restore(own, mine, fallback=True)
+    assert found is not None and found.step == 10
+
+
+def ranks_that_differ(own: Path, comm: Communicator) -> None:
+    """One rank is about to save something else: nothing is written or deleted."""
+    other = comm.size - 1
+    odd = comm.rank == other
+    rest = "rank 0" if other == 1 else f"ranks 0-{other - 1}"
+    state = some_state(0)
+    key = state["key"]
+
+    def bad(**change: Any) -> dict[str, Any]:
+        return {**state, **change} if odd else state
+
+    not_saved = "step 20 was not saved, because the ranks differ: "
+    structure = ". All must save the same structure. Nothing was written."
+    states = {
+        # Another tree.
+        f"leaf ['more'] is {rest} missing; rank {other} float32[1]{structure}": bad(
+            more=jnp.ones(1)
+        ),
+        f"leaf ['b'] is {rest} bfloat16[3]; rank {other} missing{structure}": {
+            name: leaf for name, leaf in state.items() if not odd or name != "b"
+        },
+        # Another shape, dtype or kind.
+        f"leaf ['b'] is {rest} bfloat16[3]; rank {other} bfloat16[4]": bad(
+            b=jnp.zeros(4, jnp.bfloat16)
+        ),
+        f"leaf ['b'] is {rest} bfloat16[3]; rank {other} float32[3]": bad(
+            b=state["b"].astype(jnp.float32)
+        ),
+        f"leaf ['step'] is {rest} the number int; rank {other} int32[]": bad(
+            step=jnp.int32(0)
+        ),
+        # Other values, if only in the last bit.
+        "leaf ['w'] has other values": bad(
+            w=state["w"].at[-1, -1].set(jnp.nextafter(state["w"][-1, -1], 9))
+        ),
+        "leaf ['key'] has other values": bad(key=jax.random.fold_in(key, 1)),
+        "leaf ['step'] has other values": bad(step=1),
+        "leaf ['numpy'] has other values": bad(numpy=-state["numpy"]),
+    }
+    calls: dict[str, Callable[[], None]] = {
+        not_saved + text: functools.partial(checkpoint.save, own, 20, tree)
+        for text, tree in states.items()
+    }
+    save = functools.partial(checkpoint.save, own, state=state)
+    calls |= {
+        f"save different steps ({rest} at step 11; rank {other} at step 12)": (
+            lambda: save(step=11 + odd)
+        ),
+        f"{not_saved}keep is {rest} 1; rank {other} 2": lambda: save(
+            step=20, keep=1 + odd
+        ),
+        f"{not_saved}the setting lr is {rest} 0.1; rank {other} 0.2": lambda: save(
+            step=20, settings={"lr": 0.2 if odd else 0.1}
+        ),
+        f"{not_saved}compare is {rest} 'values'; rank {other} 'structure'": lambda: (
+            save(step=20, compare="structure" if odd else "values")
+        ),
+        # What one rank cannot save, nobody saves.
+        f"step 20 was not saved: rank {other}: leaf ['b'] is object": (
+            lambda: checkpoint.save(own, 20, bad(b=object()))
+        ),
+    }
+    before = sorted(os.listdir(own)) if own.exists() else None
+    for text, call in calls.items():
+        raised(holding=text, call=call)
+    # An unusable option of one rank, too, ends the call on all.
+    try:
+        save(step=20, keep=0 if odd else 3)
+    except InvalidOptionError as error:
+        assert odd and "keep=0" in str(error)
+    except CheckpointError as error:
+        assert not odd and f"rank {other}: keep=0" in str(error), error
+    else:
+        raise AssertionError("saved")
+    assert (sorted(os.listdir(own)) if own.exists() else None) == before
+    found = checkpoint.restore(own, state)
     assert found is not None and found.step == 10
 
 

@@ -109,6 +109,8 @@ def test_only_the_newest_are_kept_and_none_is_written_over(tmp_path: Path) -> No
         checkpoint.restore(tmp_path, {"x": 0}, step=2)
     with pytest.raises(InvalidOptionError, match="keep=0"):
         checkpoint.save(tmp_path, 5, {"x": 9}, keep=0)
+    with pytest.raises(InvalidOptionError, match="compare='nothing'; use one of"):
+        checkpoint.save(tmp_path, 5, {"x": 9}, compare="nothing")  # pyright: ignore
     with pytest.raises(InvalidOptionError, match=r"step=2\.0"):
         checkpoint.save(tmp_path, 2.0, {"x": 9})  # pyright: ignore[reportArgumentType]
     with pytest.raises(InvalidOptionError, match="settings="):
@@ -298,7 +300,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     subprocess.run(["umount", "-l", str(folder)], check=True)
 
 
-@pytest.mark.parametrize("ranks", [2, pytest.param(4, marks=pytest.mark.thorough)])
+@pytest.mark.parametrize("ranks", [2, 3, pytest.param(4, marks=pytest.mark.thorough)])
 def test_on_ranks(launch: Launch, tmp_path: Path, ranks: int) -> None:
     # RLIMIT_FSIZE stands for a full disk.
     done = launch(ranks, [ROOT / "tests" / "checkpoint_ranks.py", tmp_path])
