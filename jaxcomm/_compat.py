@@ -22,6 +22,7 @@ from jax.extend.core import Literal, Primitive
 from jax.interpreters import ad, batching, mlir
 
 __all__ = [
+    "CALL_ERRORS",
     "DistributedClient",
     "Effect",
     "Literal",
@@ -51,6 +52,9 @@ __all__ = [
 ]
 
 Tracer = _core.Tracer
+# What a compiled function raises for an error of one of its calls: the second where JAX
+# dispatches without Python.
+CALL_ERRORS = (jax.errors.JaxRuntimeError, ValueError)
 shaped_array = _core.ShapedArray
 abstract_token = _core.abstract_token
 Effect = _effects.Effect

@@ -12,6 +12,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from jaxcomm import _compat, _members
+from jaxcomm._fault import Fault
 from jaxcomm._host import HostChannel
 from jaxcomm.errors import ScheduleMismatchError
 
@@ -23,6 +24,8 @@ class Channel(Protocol):
     def rank(self) -> int: ...
     @property
     def size(self) -> int: ...
+    @property
+    def fault(self) -> Fault: ...
     def barrier(self) -> None: ...
     def broadcast(self, obj: Any, root: int) -> Any: ...
     def all_gather(self, obj: Any) -> list[Any]: ...
@@ -40,6 +43,7 @@ class Fabric(Protocol):
       name: what it is and which version; the same on every rank.
       host: for objects of users and of `init`.
       check: for the one-time schedule check, which runs on XLA's threads.
+      fault: of both: where one has lost the other ranks, neither is used again.
     """
 
     @property
@@ -56,6 +60,8 @@ class Fabric(Protocol):
     def host(self) -> Channel: ...
     @property
     def check(self) -> Channel: ...
+    @property
+    def fault(self) -> Fault: ...
 
     def subgroup(self, members: Sequence[int], lineage: str) -> Fabric:
         """Connect some of the ranks; only they call it."""
@@ -66,6 +72,9 @@ class AloneChannel:
     """One rank: everything is there already."""
 
     rank, size = 0, 1
+
+    def __init__(self, fault: Fault):
+        self.fault = fault
 
     def barrier(self) -> None:
         pass
@@ -87,7 +96,8 @@ class Alone:
     name = "one process"
 
     def __init__(self) -> None:
-        self.host = self.check = AloneChannel()
+        self.fault = Fault()
+        self.host = self.check = AloneChannel(self.fault)
 
     def subgroup(self, members: Sequence[int], lineage: str) -> Fabric:
         return Alone()
@@ -113,8 +123,14 @@ class MpiFabric:
         self.name = MPI.Get_library_version().splitlines()[0].strip(" \0")
         # Traffic of different kinds never meets.
         self.data, self.control, self._host = comm.Dup(), comm.Dup(), comm.Dup()
-        self.host, self.check = HostChannel(self._host), HostChannel(self.control)
-        self._comparison = _members.Comparison(self._host, self.host.turn, timeout)
+        self.fault = Fault()
+        self.host = HostChannel(self._host, self.fault)
+        self.check = HostChannel(self.control, self.fault)
+        self._comparison = _members.Comparison(
+            self._host,
+            self.host.turn,
+            lambda done, what: self.check.wait(done, timeout, what),
+        )
         # An MPI failure becomes a Python exception, never MPI_Abort.
         self.data.Set_errhandler(MPI.ERRORS_RETURN)
 
@@ -122,7 +138,8 @@ class MpiFabric:
         if self._lost is not None:  # messages may be left that nobody received
             raise self._lost
         try:
-            self._comparison.compare(members)
+            with self.fault.guard():
+                self._comparison.compare(members)
         except ScheduleMismatchError as error:
             self._lost = error
             raise
@@ -149,8 +166,9 @@ class KeyValueFabric:
         from jaxcomm._keyvalue import KeyValueChannel
 
         self._members, self._timeout = tuple(members), timeout
-        self.host = KeyValueChannel(f"{lineage}|host", members, timeout)
-        self.check = KeyValueChannel(f"{lineage}|check", members, timeout)
+        self.fault = Fault()
+        self.host = KeyValueChannel(f"{lineage}|host", members, timeout, self.fault)
+        self.check = KeyValueChannel(f"{lineage}|check", members, timeout, self.fault)
         self.rank, self.size = self.host.rank, self.host.size
         hosts = self.host.all_gather(socket.gethostname())
         self.local_rank = hosts[: self.rank].count(hosts[self.rank])

@@ -20,6 +20,7 @@ import jax
 import numpy as np
 
 from jaxcomm import _compat, _encoding, _waiting
+from jaxcomm._fault import Fault
 from jaxcomm.errors import (
     InvalidOptionError,
     JaxcommError,
@@ -53,11 +54,19 @@ class KeyValueChannel:
     never at the same time.
 
     A rank waits for the others at most `timeout` seconds. Reading and writing the store
-    comes on top. When the store is gone, that is an error at once, unless JAX ends the
+    comes on top. Whoever gives up answers the round with its error, unless there is an
+    answer already: all ranks return from a round, or none does and the channel is not
+    used again. When the store is gone, that is an error at once, unless JAX ends the
     process first; JAX also ends it some time after another process has died.
     """
 
-    def __init__(self, name: str, members: Sequence[int], timeout: float):
+    def __init__(
+        self,
+        name: str,
+        members: Sequence[int],
+        timeout: float,
+        fault: Fault | None = None,
+    ):
         """Make this process's end of the channel. Every member does, equally often.
 
         Args:
@@ -65,6 +74,8 @@ class KeyValueChannel:
           members: distinct process indices of jax.distributed, in the order that
             numbers the ranks; this process's is among them.
           timeout: seconds that a call waits for the other ranks.
+          fault: shared with other channels that are of no use either when this one has
+            lost the other ranks.
 
         Raises:
           TransportUnavailableError: jax.distributed is not initialised.
@@ -89,6 +100,7 @@ class KeyValueChannel:
             )
         self.rank, self.size = everyone.index(client.process_id), len(everyone)
         self._client, self._timeout = client, timeout
+        self.fault = fault or Fault()
         self._who = f"rank {self.rank} of {self.size}"
         self._lock, self._number = threading.Lock(), 0
         # An earlier channel of this name has left the keys of its last round.
@@ -151,7 +163,7 @@ class KeyValueChannel:
     ) -> bytes:
         if self.size == 1:
             return combine([mine])
-        with self._lock:
+        with self._lock, self.fault.guard():
             self._number += 1
             turn = _Round(self, call, self._number, timeout, what)
             try:
@@ -197,9 +209,16 @@ class _Round:
             answer = combine([mine, *(opened[r][1] for r in range(1, self._size))])
         except JaxcommError as error:
             # Who waits need not wait longer, and who comes late learns why.
-            self._put("out", type(error).__name__, str(error).encode())
+            self._give_up(error)
             raise
-        self._put("out", "", answer)
+        try:
+            self._put("out", "", answer)
+        except jax.errors.JaxRuntimeError:
+            # A key is written once: another rank has given up first.
+            value = self._client.get(f"{self._here}/out", 0)
+            if value is None:  # then it is the store that failed
+                raise
+            return self._opened(value)
         # Every rank has written its key of this round, so each has come back from the
         # round before and reads or writes nothing there any more. At any time there
         # are the keys of two rounds at most; the last one's stay, and those of a round
@@ -216,8 +235,26 @@ class _Round:
             found.extend([] if value is None else [value])
             return value is not None
 
-        self._wait(answered)
-        error, answer = self._open("out", found[0])
+        try:
+            self._wait(answered)
+        except StallError as error:
+            if not self._give_up(error):
+                raise
+            found = [self._client.get(f"{self._here}/out", self._timeout) or b""]
+        return self._opened(found[0])
+
+    def _give_up(self, error: JaxcommError) -> bool:
+        """Answer the round with an error; return whether there is an answer already."""
+        content = f"{type(error).__name__}\n0\n{error}".encode()
+        try:
+            self._client.set(f"{self._here}/out", content)
+        except jax.errors.JaxRuntimeError:  # a key is written once
+            return True
+        return False
+
+    def _opened(self, value: bytes) -> bytes:
+        """Return the answer, or raise the error that it stands for."""
+        error, answer = self._open("out", value)
         if error:
             kind = StallError if error == "StallError" else JaxcommError
             raise kind(answer.decode(errors="replace"))

@@ -10,13 +10,14 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
-from jaxcomm import _waiting
+from jaxcomm import _host
 from jaxcomm.errors import ScheduleMismatchError
 
 _TAG = 7
 # How long a verdict may be under way after those that it lets go on.
 _GRACE_SECONDS = 2.0
 _Turn = Callable[[], contextlib.AbstractContextManager[None]]
+_Wait = Callable[[Callable[[], bool], str], None]
 
 
 # About which lists, and a verdict: None asks for one, "" says that all agree.
@@ -26,9 +27,16 @@ _Message = tuple[tuple[list[int], ...], str | None]
 class Comparison:
     """Compares the members of subgroups of one communicator, one after another."""
 
-    def __init__(self, comm: Any, turn: _Turn, timeout: float):
-        """Send over MPI communicator `comm`, holding `turn` around MPI calls."""
-        self._comm, self._turn, self._timeout = comm, turn, timeout
+    def __init__(self, comm: Any, turn: _Turn, wait: _Wait):
+        """Send over an MPI communicator.
+
+        Args:
+          comm: MPI communicator of which the members are ranks.
+          turn: held around MPI calls.
+          wait: polls a function until it returns True; is told what for, and gives up
+            with a StallError.
+        """
+        self._comm, self._turn, self._wait = comm, turn, wait
         # Of other subgroups, from ranks that are ahead of this one.
         self._early: list[tuple[int, _Message]] = []
 
@@ -87,12 +95,12 @@ class Comparison:
             return verdict is not None and (verdict != "" or preceding in here)
 
         send(((own,), None), {leader, following} - {rank})
-        who = f"rank {rank}"
-        what = f"make the subgroup {own}"
-        _waiting.wait(step, self._timeout, who=who, what=what)
-        _waiting.wait(
-            lambda: _sent(sent, self._turn), self._timeout, who=who, what="hear of it"
-        )
+        try:
+            self._wait(step, f"make the subgroup {own}")
+            self._wait(lambda: _sent(sent, self._turn), f"hear of the subgroup {own}")
+        except BaseException:
+            _host.abandoned += sent
+            raise
         if verdict:
             raise ScheduleMismatchError(verdict)
 

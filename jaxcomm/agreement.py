@@ -5,6 +5,10 @@ about to run: the custom call asks, once per schedule, and `answer` does it over
 communicator's control channel. A rank that only traces or lowers never gets there,
 so it never blocks. The usual case is one 64-byte reduction; only a mismatch
 exchanges more. JAXCOMM_CHECK=every does it before every call, for debugging.
+
+A refusal reaches the caller through XLA, which knows texts only: `raise_failure` makes
+the exception again from the text of the error that XLA raises. Nothing is kept from one
+call to the next, so no failure can be taken for another's.
 """
 
 from __future__ import annotations
@@ -13,6 +17,7 @@ import dataclasses
 import functools
 import hashlib
 import importlib.metadata
+import re
 import threading
 from typing import TYPE_CHECKING
 
@@ -20,7 +25,12 @@ import jax
 import numpy as np
 
 from jaxcomm import _waiting
-from jaxcomm.errors import JaxcommError, ScheduleMismatchError
+from jaxcomm.errors import (
+    BrokenCommunicatorError,
+    JaxcommError,
+    ScheduleMismatchError,
+    StallError,
+)
 from jaxcomm.schedule import Schedule
 
 if TYPE_CHECKING:
@@ -28,6 +38,17 @@ if TYPE_CHECKING:
 
 _SHOWN_VARIANTS = 8
 _SHOWN_PATHS = 3
+# What XLA makes of a custom call's error: its status, then the text.
+_KINDS = {
+    kind.__name__: kind
+    for kind in (
+        BrokenCommunicatorError,
+        JaxcommError,
+        ScheduleMismatchError,
+        StallError,
+    )
+}
+_FAILED_CALL = re.compile(rf"[A-Z_]+: ({'|'.join(_KINDS)}): (.*)", re.DOTALL)
 _REMEDY = (
     "Every rank must reduce a tree of the same paths, shapes and dtypes with the same "
     "options, in the same order."
@@ -49,17 +70,26 @@ class _Entry:
 class _Channel:
     host: Channel
     timeout: float
+    whole: int  # key of the communicator; of a partition, that which is divided
 
 
 _entries: dict[tuple[int, int], _Entry] = {}
 _channels: dict[int, _Channel] = {}
-_failures: dict[int, JaxcommError] = {}
 _lock = threading.Lock()
 
 
-def connect(key: int, host: Channel, timeout: float) -> None:
-    """Set the channel over which checks of communicator `key` run."""
-    _channels[key] = _Channel(host, timeout)
+def connect(
+    key: int, host: Channel, timeout: float, *, whole: int | None = None
+) -> None:
+    """Set the channel over which checks of communicator `key` run.
+
+    Args:
+      key: of a communicator, or of a partition of one.
+      host: the channel.
+      timeout: seconds that a check may take.
+      whole: of a partition, the key of the communicator that it divides.
+    """
+    _channels[key] = _Channel(host, timeout, key if whole is None else whole)
 
 
 @functools.cache
@@ -84,7 +114,8 @@ def register(key: int, schedule: Schedule, transport: str) -> int:
 
 def schedule_of(key: int, digest: int) -> Schedule | None:
     """Return a schedule that was traced in this process."""
-    entry = _entries.get((key, digest))
+    channel = _channels.get(key)
+    entry = _entries.get((channel.whole if channel else key, digest))
     return entry.schedule if entry else None
 
 
@@ -120,9 +151,9 @@ def differ(key: int, own: tuple[int, int], rank: int, other: tuple[int, int]) ->
         f"  rank {rank}: {describe(key, *other)}\n"
         f"{_REMEDY} JAXCOMM_CHECK=every finds the first call that differs."
     )
-    with _lock:
-        _failures[key] = error
-    return f"{type(error).__name__}: {error}"
+    if channel := _channels.get(key):
+        channel.host.fault.set(error)
+    return told(error)
 
 
 def answer(key: int, digest: int, bucket: int, number: int) -> str | None:
@@ -135,31 +166,32 @@ def answer(key: int, digest: int, bucket: int, number: int) -> str | None:
       number: likewise the call's number on its communicator.
 
     Returns:
-      None when all ranks agree, else the error's text. The exception itself is kept
-      for `raise_failure`.
+      None when all ranks agree, else the error's text.
     """
     try:
         call = (bucket, number) if bucket >= 0 else None
         _compare(_channels[key], key, digest, call)
     except JaxcommError as error:
-        with _lock:
-            _failures[key] = error
-        return f"{type(error).__name__}: {error}"
-    except Exception as error:  # nothing may escape into C
+        return told(error)
+    except BaseException as error:  # nothing may escape into C
         return f"the schedule check failed: {type(error).__name__}: {error}"
     return None
 
 
-def raise_failure(key: int, error: Exception) -> None:
-    """Raise the failed check behind XLA's error, if there is one.
+def raise_failure(error: Exception) -> None:
+    """Raise the refused call behind XLA's error, if that is what it is.
 
     XLA reports a custom call's error as JaxRuntimeError; where the caller is ours, the
     user sees the exception of its own kind instead.
     """
-    with _lock:
-        failure = _failures.pop(key, None)
-    if failure is not None:
-        raise failure from error
+    found = _FAILED_CALL.fullmatch(str(error))
+    if found is not None:
+        raise _KINDS[found[1]](found[2]) from error
+
+
+def told(error: JaxcommError) -> str:
+    """Return an error's text as `raise_failure` reads it."""
+    return f"{type(error).__name__}: {error}"
 
 
 def _compare(

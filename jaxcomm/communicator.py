@@ -21,7 +21,7 @@ from jaxcomm._fabric import Fabric, MpiFabric
 from jaxcomm._settings import Settings
 from jaxcomm._window import SharedWindow
 from jaxcomm.costmodel import CostModel
-from jaxcomm.errors import InvalidOptionError
+from jaxcomm.errors import BrokenCommunicatorError, InvalidOptionError
 from jaxcomm.transports.base import Transport
 from jaxcomm.transports.local import Local
 
@@ -93,7 +93,22 @@ class Communicator:
             self._create_native(self.key, self._mpi.data, self.costs.segment_bytes)
             self.lowering = _lowering(self.transport, self._mpi.data)
         agreement.connect(self.key, self._fabric.check, self.timeout)
+        self._fabric.fault.listen(self._refuse)
         _connected[self.key] = self
+
+    def _refuse(self, text: str) -> None:
+        """Let every custom call fail from now on."""
+        text = agreement.told(BrokenCommunicatorError(text))
+        if self.transport == "nccl":
+            from jaxcomm.native import nccl
+
+            nccl.refuse(self.key, text)
+        else:
+            native.refuse(self.key, text)
+
+    def check_usable(self) -> None:
+        """Raise BrokenCommunicatorError if the ranks have lost each other before."""
+        self._fabric.fault.check()
 
     @property
     def _mpi(self) -> MpiFabric:
@@ -147,7 +162,10 @@ class Communicator:
         Raises:
           InvalidOptionError: ranks are empty, repeated or out of range.
           ScheduleMismatchError: members give different ranks (over MPI).
+          StallError: a member does not come within `timeout`.
+          BrokenCommunicatorError: this communicator had a StallError before.
         """
+        self.check_usable()
         members = tuple(int(r) for r in ranks)
         bad = [r for r in members if not 0 <= r < self.size]
         if not members or bad or len(set(members)) != len(members):
@@ -182,6 +200,7 @@ class Communicator:
         """Create the native communicator of this rank's subgroup; on XLA's thread."""
         number = next(k for k, group in enumerate(groups) if self.rank in group)
         members = groups[number]
+        agreement.connect(key, self._fabric.check, self.timeout, whole=self.key)
         if self.transport == "nccl":
             from jaxcomm.native import nccl
 
@@ -300,5 +319,9 @@ def wait_for_pending_work() -> None:
     """Wait for all programs that were dispatched."""
     # MPI_Finalize must not run beside a custom call. A CPU device runs its programs
     # in the order of their dispatch, so when a new one is done, all are.
-    jax.effects_barrier()
+    try:
+        jax.effects_barrier()
+    except jax.errors.JaxRuntimeError as error:
+        # It failed in another call, which has raised it or will.
+        log.debug("a program has failed: %s", error)
     jax.block_until_ready(jnp.zeros(()) + 1)

@@ -93,6 +93,7 @@ class DataParallel:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run the function on this rank's arguments."""
+        self._communicator().check_usable()
         # To be asked here: inside a jit of ours the answer is always no, and kept.
         if not _compat.outside_trace():
             return self._part(*args, **kwargs)
@@ -103,8 +104,8 @@ class DataParallel:
                 # asynchronous.
                 self._unchecked = False
                 jax.block_until_ready(out)
-        except jax.errors.JaxRuntimeError as error:
-            agreement.raise_failure(self._communicator().key, error)
+        except _compat.CALL_ERRORS as error:
+            agreement.raise_failure(error)
             raise
         return out[0]
 

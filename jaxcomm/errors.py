@@ -13,6 +13,10 @@ class StallError(JaxcommError):
     """Some ranks did not arrive within the time that `init(timeout=)` allows."""
 
 
+class BrokenCommunicatorError(JaxcommError):
+    """A communicator can no longer be used; the text says what failed first."""
+
+
 class TransportUnavailableError(JaxcommError):
     """The transport asked for cannot be used in this process."""
 

@@ -58,14 +58,15 @@ def _run_now(
     schedule: Schedule,
     buckets: Sequence[int],
 ) -> list[Any]:
+    comm.check_usable()
     first = (comm.key, schedule.fingerprint) not in _checked
     try:
         out, token = _compiled(tuple(leaves), comm, schedule, tuple(buckets))
         if first:
             jax.block_until_ready(token)
             _checked.add((comm.key, schedule.fingerprint))
-    except jax.errors.JaxRuntimeError as error:
-        agreement.raise_failure(comm.key, error)
+    except _compat.CALL_ERRORS as error:
+        agreement.raise_failure(error)
         raise
     return out
 

@@ -23,7 +23,11 @@ from jaxcomm.communicator import (
     answer_partition,
     wait_for_pending_work,
 )
-from jaxcomm.errors import InvalidOptionError, TransportUnavailableError
+from jaxcomm.errors import (
+    BrokenCommunicatorError,
+    InvalidOptionError,
+    TransportUnavailableError,
+)
 
 log = logging.getLogger(__name__)
 
@@ -310,6 +314,10 @@ def _mpi_size() -> int:
 
 
 def _write_timeline(comm: Communicator) -> None:
-    events = comm.all_gather_object(native.timeline_take())
+    try:
+        events = comm.all_gather_object(native.timeline_take())
+    except BrokenCommunicatorError as error:
+        log.warning("no timeline is written: %s", error)
+        return
     if comm.rank == 0:
         timeline.write(events)

@@ -15,14 +15,17 @@ import time
 import traceback
 from collections.abc import Callable
 from typing import Any
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxcomm import _compat, costmodel
+from jaxcomm import _compat, _waiting, costmodel
+from jaxcomm._fault import Fault
 from jaxcomm._keyvalue import KeyValueChannel
 from jaxcomm.errors import (
+    BrokenCommunicatorError,
     InvalidOptionError,
     InvalidTreeError,
     JaxcommError,
@@ -313,6 +316,52 @@ def rank_comes_late() -> None:
         raised(channel.barrier, StallError)
 
 
+def nothing_follows() -> None:
+    """A channel that was given up refuses at once, and so does one that shares it."""
+    everyone("before nothing").barrier()
+    fault = Fault()
+    members = list(range(RANKS))
+    channel = KeyValueChannel("nothing", members, SHORT, fault)
+    other = KeyValueChannel("nothing else", members, WAIT, fault)
+    if RANK == 1:
+        time.sleep(2 * SHORT)
+    raised(channel.barrier, StallError)
+    for call in (channel.barrier, lambda: other.all_gather(1)):
+        start = time.monotonic()
+        text = raised(call, BrokenCommunicatorError)
+        assert "first: StallError: rank " in text and "waited" in text, text
+        assert time.monotonic() - start < SHORT
+
+
+def first_rank_comes_late() -> None:
+    """It does not take for an agreement what the others have given up."""
+    everyone("before first late").barrier()
+    channel = everyone("first late", SHORT)
+    if RANK == 0:
+        time.sleep(2 * SHORT)
+        text = raised(lambda: channel.broadcast(bytes(10_000), 0), StallError)
+    else:
+        text = raised(lambda: channel.broadcast(None, 0), StallError)
+    assert f"waited {SHORT:g} s" in text and "Rank 0 did not come" in text, text
+
+
+def an_answer_in_the_last_moment() -> None:
+    """Who would give up takes the answer that is there by then."""
+    everyone("before last").barrier()
+    channel = everyone("last", WAIT)
+    patient = _waiting.wait
+
+    def too_short(done: Any, timeout: float, **what: Any) -> None:
+        if RANK == 1:
+            time.sleep(SHORT)  # the answer comes meanwhile
+            raise StallError("rank 1 was not patient")
+        patient(done, timeout, **what)
+
+    with mock.patch.object(_waiting, "wait", too_short):
+        assert channel.all_gather(RANK) == list(range(RANKS))
+    assert channel.all_gather(RANK) == list(range(RANKS))
+
+
 def first_rank_never_comes() -> None:
     """Then there is nobody to tell the others: each finds out by itself."""
     everyone("before first").barrier()
@@ -340,7 +389,14 @@ CASES: dict[str, list[Callable[[], None]]] = {
         damaged,
         members,
     ],
-    "stall": [rank_never_comes, rank_comes_late, first_rank_never_comes],
+    "stall": [
+        rank_never_comes,
+        rank_comes_late,
+        nothing_follows,
+        first_rank_comes_late,
+        an_answer_in_the_last_moment,
+        first_rank_never_comes,
+    ],
 }
 
 

@@ -163,6 +163,7 @@ def load() -> ctypes.CDLL:
         jax.ffi.register_ffi_target(name, capsule, platform="cpu")
     library.jaxcomm_create_communicator.restype = None
     library.jaxcomm_share_memory.restype = None
+    library.jaxcomm_refuse.restype = None
     library.jaxcomm_set_agree.restype = None
     library.jaxcomm_timeline_start.restype = None
     library.jaxcomm_check_every_call.restype = None
@@ -315,6 +316,11 @@ def set_agree(agree: AgreeCallback, differ: DifferCallback) -> None:
     load().jaxcomm_set_agree(*keep)
 
 
+def refuse(key: int, text: str) -> None:
+    """Let every call of a communicator fail from now on, with a text."""
+    load().jaxcomm_refuse(ctypes.c_int64(key), text.encode())
+
+
 def check_every_call(every: bool) -> None:
     """Compare every call across ranks before it is made, or every schedule once."""
     load().jaxcomm_check_every_call(int(every))
@@ -343,7 +349,8 @@ def set_partition(callback: PartitionCallback) -> None:
 def _write(message: str | None, text: int, capacity: int) -> int:
     if message is None:
         return 0
-    raw = message.encode()[: capacity - 1] + b"\0"
+    raw = message.encode()[: capacity - 1]
+    raw = raw.decode(errors="ignore").encode() + b"\0"  # whole characters
     ctypes.memmove(text, raw, len(raw))
     return 1
 

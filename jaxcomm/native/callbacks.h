@@ -3,6 +3,7 @@
 
 #include <atomic>
 #include <cstdint>
+#include <mutex>
 #include <string>
 #include <unordered_set>
 
@@ -48,6 +49,10 @@ class Agreement {
   // call is checked, and counts.
   std::string Ask(int64_t id, int64_t digest, int64_t bucket, int64_t number,
                   std::atomic<int64_t>* asked) {
+    if (refused_) {
+      std::lock_guard<std::mutex> lock(mutex_);
+      return why_;
+    }
     if (digest == 0 || (agreed_.count(digest) && !check_every_call)) return {};
     char text[8192] = {};
     ++*asked;
@@ -60,8 +65,18 @@ class Agreement {
     return {};
   }
 
+  // Lets every later call fail, whatever was agreed on; from any thread.
+  void Refuse(const std::string& why) {
+    std::lock_guard<std::mutex> lock(mutex_);
+    why_ = why;
+    refused_ = true;
+  }
+
  private:
   std::unordered_set<int64_t> agreed_;
+  std::atomic<bool> refused_{false};
+  std::mutex mutex_;  // guards what follows: Ask runs within a call, which may last
+  std::string why_;
 };
 
 // Says how the ranks' calls differ.

@@ -70,7 +70,8 @@ class Communicator {
   std::unique_ptr<Node> node;   // set where all ranks are on one host
   Agreement agreement;
   std::mutex mutex;  // held for the whole of a call: one collective at a time
-  // Why nothing can be sent any more: the ranks have lost each other. Guarded by `mutex`.
+  // How the ranks have lost each other, for the call that finds out; later ones are
+  // refused by `agreement`. Guarded by `mutex`.
   std::string broken;
   std::atomic<int64_t> counters[kCounters] = {};
 

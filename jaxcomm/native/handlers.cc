@@ -38,7 +38,6 @@ Communicator* FindCommunicator(int64_t id) {
 // Begins a call; the communicator's mutex is held. Returns "", or why it must not be made.
 std::string Begin(Communicator* comm, int64_t schedule, int64_t bucket) {
   const int64_t number = comm->progress.Begin(schedule, bucket);
-  if (!comm->broken.empty()) return comm->broken;
   std::string text = comm->agreement.Ask(comm->id, schedule, bucket, number,
                                          &comm->counters[kAgreements]);
   if (text.empty()) comm->progress.Remember(number, schedule, bucket);
@@ -147,7 +146,7 @@ class Turn {
       part = FindCommunicator(place.partition);
     }
     comm_ = part;
-    return part->broken;
+    return {};
   }
 
   Communicator* comm_;
@@ -449,6 +448,12 @@ JAXCOMM_API void jaxcomm_limit_pieces(int64_t id, int64_t bytes) {
 JAXCOMM_API void jaxcomm_set_agree(AgreeFn agree, DifferFn differ) {
   agree_callback = agree;
   differ_callback = differ;
+}
+
+// Lets every later call on a communicator fail.
+JAXCOMM_API void jaxcomm_refuse(int64_t id, const char* why) {
+  Communicator* comm = FindCommunicator(id);
+  if (comm != nullptr) comm->agreement.Refuse(why);
 }
 
 // Whether every call is compared across ranks before it is made, or every schedule once.

@@ -41,6 +41,7 @@ def open_library(
     """
     library = native.load()
     library.jaxcomm_nccl_close.restype = None
+    library.jaxcomm_nccl_refuse.restype = None
     _call(
         lambda text, size: library.jaxcomm_nccl_open(
             *(path.encode(), driver.encode(), ordinal),
@@ -90,6 +91,11 @@ def split(
         ),
         "the NCCL communicator could not be divided",
     )
+
+
+def refuse(key: int, text: str) -> None:
+    """Let every call of a communicator fail from now on, with a text."""
+    native.load().jaxcomm_nccl_refuse(_Key(key), text.encode())
 
 
 def counters(key: int) -> dict[str, int]:

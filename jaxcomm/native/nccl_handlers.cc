@@ -349,6 +349,12 @@ JAXCOMM_API int jaxcomm_nccl_split(int64_t id, int64_t part, int color, int rank
   return Tell(text, error, capacity);
 }
 
+// Lets every later call on a communicator fail.
+JAXCOMM_API void jaxcomm_nccl_refuse(int64_t id, const char* why) {
+  Member* member = Find(id);
+  if (member != nullptr) member->agreement.Refuse(why);
+}
+
 JAXCOMM_API int jaxcomm_nccl_counters(int64_t id, int64_t* out) {
   Member* member = Find(id);
   if (member == nullptr) return 1;
