@@ -49,8 +49,8 @@ class Batches:
       remainder: what becomes of the samples that do not fill a batch at the end of an
         epoch: "drop" leaves them out of it, "pad" fills up with rows of weight 0.
       shuffle: whether each epoch has an order of its own, else that of the indices.
-      rank: whose part `at` returns; this process's unless given.
-      size: over how many ranks batches are dealt; all unless given.
+      rank: whose part `at` returns; this process's unless given, with `size`.
+      size: over how many ranks batches are dealt; all unless given, with `rank`.
 
     Raises:
       InvalidOptionError: a value is unusable; says which.
@@ -65,6 +65,10 @@ class Batches:
     size: int = 0
 
     def __post_init__(self) -> None:
+        if (self.rank == -1) != (self.size == 0):
+            given, other = ("rank", "size") if self.size == 0 else ("size", "rank")
+            remedy = f"give {other}= as well, or neither for this process's own"
+            _require(False, given, self, remedy)
         if self.size == 0:
             object.__setattr__(self, "size", startup.size())
             object.__setattr__(self, "rank", startup.rank())

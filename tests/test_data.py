@@ -95,6 +95,9 @@ def test_the_order_depends_on_seed_and_epoch_and_stays_as_it_is() -> None:
         ({"batch": 12}, r"batch=12; exceeds the 10 samples.*remainder=\"pad\""),
         ({"remainder": "keep"}, 'remainder=\'keep\'; give "drop" or "pad"'),
         ({"size": 2, "rank": 2}, "rank=2; of 2 ranks"),
+        ({"rank": 1}, "rank=1; give size= as well, or neither"),
+        ({"rank": 0}, "rank=0; give size= as well, or neither"),
+        ({"size": 3}, "size=3; give rank= as well, or neither"),
         ({"seed": -1}, "seed=-1"),
     ],
 )
