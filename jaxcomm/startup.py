@@ -37,6 +37,8 @@ _LEAST_PATIENCE = 30.0  # seconds
 
 _lock = threading.RLock()
 _world: Communicator | None = None
+# By argument of `init`: what is in force, and what was asked for.
+_chosen: dict[str, tuple[Any, Any]] = {}
 _forked = False
 _at_exit: list[Callable[[], None]] = []
 
@@ -71,14 +73,15 @@ def init(
         a collective may run on the GPU.
 
     Returns:
-      The communicator of all ranks; the same object at every call.
+      The communicator of all ranks; the same object at every call. Called again, it
+      takes what it was given before or what is in force, and refuses anything else.
 
     Raises:
       TransportUnavailableError: what was asked for cannot be used; says why.
-      InvalidOptionError: the transport is unknown, or `init` was called before with
-        other arguments.
+      InvalidOptionError: an argument is unusable, or `init` was called before with
+        another; names it and both values.
     """
-    global _world
+    global _world, _chosen
     if transport not in TRANSPORTS:
         raise InvalidOptionError(
             f"transport={transport!r}; use one of {', '.join(TRANSPORTS)}"
@@ -87,6 +90,20 @@ def init(
         raise InvalidOptionError(
             f"timeout={timeout!r}; give a positive time in seconds"
         )
+    settings = Settings(
+        timeout or _settings.DEFAULT_TIMEOUT, _settings.staging_bytes(staging_bytes)
+    )
+    limits = (
+        _settings.seconds("warn_after", warn_after, watchdog.WARN_AFTER),
+        _settings.seconds("abort_after", abort_after, watchdog.ABORT_AFTER),
+    )
+    given = {
+        "transport": None if transport == "auto" else transport,
+        "timeout": timeout,
+        "staging_bytes": staging_bytes,
+        "warn_after": warn_after,
+        "abort_after": abort_after,
+    }
     with _lock:
         if _forked:
             raise TransportUnavailableError(
@@ -95,32 +112,25 @@ def init(
                 "do with multiprocessing's 'spawn' or 'forkserver'."
             )
         if _world is None:
-            settings = Settings(
-                timeout or _settings.DEFAULT_TIMEOUT,
-                _settings.staging_bytes(staging_bytes),
-            )
-            limits = (
-                _settings.seconds("warn_after", warn_after, watchdog.WARN_AFTER),
-                _settings.seconds("abort_after", abort_after, watchdog.ABORT_AFTER),
-            )
             _world = _start(transport, settings, limits)
+            in_force = {
+                "transport": _world.transport,
+                "timeout": _world.timeout,
+                "staging_bytes": _world.staging_bytes,
+                "warn_after": limits[0],
+                "abort_after": limits[1],
+            }
+            # What was asked for may differ: sizes are rounded, and are rank 0's.
+            _chosen = {name: (in_force[name], given[name]) for name in given}
             log.debug("%r", _world)
-        elif transport not in ("auto", _world.transport):
-            raise InvalidOptionError(
-                f"init(transport={transport!r}), but this process already uses "
-                f"{_world.transport!r}; call init once, before anything else of jaxcomm"
-            )
-        elif timeout not in (None, _world.timeout):
-            raise InvalidOptionError(
-                f"init(timeout={timeout}), but it was set to {_world.timeout} before; "
-                "call init once, before anything else of jaxcomm"
-            )
-        elif staging_bytes not in (None, _world.staging_bytes):
-            raise InvalidOptionError(
-                f"init(staging_bytes={staging_bytes}), but it was set to "
-                f"{_world.staging_bytes} before; call init once, before anything else "
-                "of jaxcomm"
-            )
+            return _world
+        for name, value in given.items():
+            if value is not None and value not in _chosen[name]:
+                raise InvalidOptionError(
+                    f"init({name}={value!r}), but this process already uses "
+                    f"{_chosen[name][0]!r}, which cannot be changed; call init once, "
+                    "before anything else of jaxcomm, or again with equal arguments"
+                )
         return _world
 
 

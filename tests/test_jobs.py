@@ -185,3 +185,62 @@ def _python(text: str, **env: str) -> subprocess.CompletedProcess[str]:
         timeout=100,
         check=False,
     )
+
+
+AGAIN = """
+import jaxcomm, os
+from jaxcomm.errors import InvalidOptionError
+given = {
+    "transport": "mpi",
+    "timeout": 30,
+    # Rank 0's holds for all; it is rounded.
+    "staging_bytes": 10_000 + 10_000 * int(os.environ["OMPI_COMM_WORLD_RANK"]),
+    "warn_after": 20,
+    "abort_after": 40.0,
+}
+comm = jaxcomm.init(**given)
+in_force = {**given, "staging_bytes": comm.staging_bytes}
+for again in ({}, given, in_force, *({k: v} for k, v in given.items())):
+    assert jaxcomm.init(**again) is comm
+assert jaxcomm.init("auto") is comm and comm.staging_bytes == 10_000
+other = {
+    "transport": "local",
+    "timeout": 31,
+    "staging_bytes": 8192,
+    "warn_after": 21,
+    "abort_after": 0,
+}
+for name, value in other.items():
+    try:
+        jaxcomm.init(**{**given, name: value})
+    except InvalidOptionError as error:
+        assert f"init({name}={value!r})" in str(error), error
+        assert f"already uses {in_force[name]!r}" in str(error), error
+    else:
+        raise AssertionError(name)
+print("the same")
+"""
+
+
+def test_init_again_takes_the_same_and_nothing_else(job: Launch) -> None:
+    done = job(2, AGAIN)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("the same") == 2
+
+
+FIRST_USE = """
+import jaxcomm
+assert jaxcomm.size() == 1
+jaxcomm.init("local", warn_after=60, abort_after=600, timeout=600)
+try:
+    jaxcomm.init(abort_after=3)
+except jaxcomm.errors.InvalidOptionError as error:
+    assert "init(abort_after=3), but this process already uses 600.0" in str(error)
+    print("refused")
+"""
+
+
+def test_init_after_the_first_use_is_not_ignored() -> None:
+    done = _python(FIRST_USE)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == "refused\n"
