@@ -8,7 +8,7 @@ import functools
 import gc
 import logging
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, overload
+from typing import Any, cast, overload
 
 import jax
 
@@ -111,7 +111,7 @@ class DataParallel:
 
     def __get__(self, instance: Any, owner: type | None = None) -> Any:
         """Bind to an instance, so that methods can be decorated."""
-        return self if instance is None else functools.partial(self, instance)
+        return self if instance is None else BoundDataParallel(self, instance)
 
     def lower(self, *args: Any, **kwargs: Any) -> Any:
         """Lower without running, as `jax.jit(fn).lower`; never waits for other ranks.
@@ -198,6 +198,39 @@ class DataParallel:
             change = self._seen.change(signature)
             log.info("%s is traced again: %s", _name(self._fn), change)
         self._seen = signature
+
+
+class BoundDataParallel(functools.partial[Any]):
+    """A decorated method of an instance, with what a `DataParallel` has.
+
+    The schedules are those of the method, whatever the instances they were traced for.
+    """
+
+    @property
+    def _method(self) -> DataParallel:
+        return cast(DataParallel, self.func)
+
+    @property
+    def schedule(self) -> Schedule:
+        """As `DataParallel.schedule`."""
+        return self._method.schedule
+
+    @property
+    def schedules(self) -> tuple[Schedule, ...]:
+        """As `DataParallel.schedules`."""
+        return self._method.schedules
+
+    def lower(self, *args: Any, **kwargs: Any) -> Any:
+        """Lower without running, as `DataParallel.lower`."""
+        return self._method.lower(*self.args, *args, **kwargs)
+
+    def trace(self, *args: Any, **kwargs: Any) -> Any:
+        """Trace without lowering, as `DataParallel.trace`."""
+        return self._method.trace(*self.args, *args, **kwargs)
+
+    def clear_cache(self) -> None:
+        """Forget compiled programs, those for other instances too."""
+        self._method.clear_cache()
 
 
 @contextlib.contextmanager
