@@ -199,7 +199,9 @@ def _public_name(frames: Any, first: Any) -> str:
 
 def source_line(eqn: Any) -> str:
     """Return the user's `file.py:line (function)` of an equation, or ""."""
-    frame = _source_info.user_frame(eqn.source_info.traceback)
+    ours = os.path.dirname(__file__) + os.sep
+    frames = _source_info.user_frames(eqn.source_info.traceback)
+    frame = next((f for f in frames if not f.file_name.startswith(ours)), None)
     if frame is None:
         return ""
     name = os.path.basename(frame.file_name)

@@ -25,6 +25,8 @@ import numpy as np
 from jaxcomm import _compat
 from jaxcomm._jaxprs import is_var
 from jaxcomm._named import EQUAL_RESULTS
+from jaxcomm.communicator import Communicator
+from jaxcomm.primitives import bucket_p, mark_of
 
 # A digest of how a value that is the same on all ranks came about; None: unknown.
 Origin = str | None
@@ -37,10 +39,12 @@ class Checker:
     def __init__(
         self,
         *,
+        comm: Communicator,
         is_collective: Callable[[Any], bool],
         has_collective: Callable[[Any], bool],
         refuse: Callable[[Any, str], Exception],
     ):
+        self._comm = comm
         self._is_collective = is_collective
         self._has_collective = has_collective
         self._refuse = refuse
@@ -74,11 +78,12 @@ class Checker:
     def _equation(self, eqn: Any, inputs: list[Origin]) -> list[Origin]:
         name, count = eqn.primitive.name, len(eqn.outvars)
         if self._is_collective(eqn):
-            grouped = eqn.params.get("axis_index_groups") is not None
-            if name in EQUAL_RESULTS and not grouped:
-                where = f"{name} at {_compat.source_line(eqn)}"
+            if made := self._made_equal(eqn):
+                where = f"{made} at {_compat.source_line(eqn)}"
                 return [_hash(where, str(k)) for k in range(count)]
             return [None] * count
+        if name == "name" and eqn.params["name"] == mark_of(self._comm):
+            return [_hash(f"one rank at {_compat.source_line(eqn)}")]
         if name == "cond":
             return self._cond(eqn, inputs)
         if name == "while":
@@ -98,6 +103,19 @@ class Checker:
         params = _ADDRESS.sub("", str(sorted(eqn.params.items(), key=lambda kv: kv[0])))
         made = _hash(name, params, *[x or "" for x in inputs])
         return [_hash(made, str(k)) for k in range(count)]
+
+    def _made_equal(self, eqn: Any) -> str:
+        """Name a collective whose results are the same on all ranks; else ""."""
+        if eqn.primitive is not bucket_p:
+            grouped = eqn.params.get("axis_index_groups") is not None
+            name = eqn.primitive.name
+            return name if name in EQUAL_RESULTS and not grouped else ""
+        schedule, index = eqn.params["schedule"], eqn.params["index"]
+        bucket = schedule.buckets[index]
+        # What a subgroup has agreed on, another may not have.
+        if not bucket.makes_equal or eqn.params["comm"] != self._comm:
+            return ""
+        return f"{bucket.op} of {schedule.fingerprint}, bucket {index},"
 
     def _decide(self, eqn: Any, predicate: Origin, what: str) -> None:
         if predicate is None:

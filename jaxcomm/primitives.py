@@ -25,6 +25,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.ad_checkpoint import checkpoint_name
 
 from jaxcomm import _compat, agreement
 from jaxcomm.communicator import Communicator
@@ -44,12 +45,20 @@ def run_schedule(
         for bucket in schedule.buckets:
             for i in bucket.leaves:
                 out[i] = local_result(bucket, out[i])
+                if bucket.makes_equal and isinstance(out[i], _compat.Tracer):
+                    # A program that one rank may trace, several may, and vice versa.
+                    out[i] = checkpoint_name(out[i], mark_of(comm))
         return out
     every = range(len(schedule.buckets))
     if not _compat.outside_trace():
         # Constants too: a call made now would not be in the program.
         return _bind_buckets(leaves, None, comm, schedule, every)[0]
     return _run_now(leaves, comm, schedule, every)
+
+
+def mark_of(comm: Communicator) -> str:
+    """Return the name of what is equal on all ranks, where no call says so."""
+    return f"jaxcomm: equal on all ranks of {comm.lineage}"
 
 
 def _run_now(
@@ -100,6 +109,12 @@ def _bind_buckets(
         for i, leaf in zip(members, reduced, strict=True):
             out[i] = leaf
     return out, token
+
+
+def cache_clear() -> None:
+    """Forget the programs of collectives that were called outside `jit`."""
+    _compiled.clear_cache()  # pyright: ignore[reportAttributeAccessIssue]
+    _checked.clear()
 
 
 def bind_bucket(

@@ -304,6 +304,7 @@ class _Planner:
         ):
             return ""
         checker = Checker(
+            comm=self.options.comm,
             is_collective=lambda e: e.primitive is bucket_p or self._uses_axis(e),
             has_collective=self._communicates,
             refuse=self._divergent,

@@ -94,6 +94,12 @@ class Bucket:
     permutation: tuple[tuple[int, int], ...] = ()
     groups: tuple[tuple[int, ...], ...] = ()
 
+    @property
+    def makes_equal(self) -> bool:
+        """Whether all ranks get the same results, whatever they put in."""
+        equal = self.op in (*REDUCTIONS, "broadcast", "all_gather")
+        return equal and not self.groups
+
 
 @dataclasses.dataclass(frozen=True)
 class Schedule:
@@ -299,10 +305,29 @@ def _show(leaf: LeafSpec) -> str:
     return f"{leaf.path} {leaf.dtype}{list(leaf.shape)}"
 
 
+# NumPy knows these names only where JAX has been imported: ml_dtypes registers them.
+_ITEM_BYTES = {
+    "bfloat16": 2,
+    **dict.fromkeys(
+        (
+            *("int2", "int4", "uint2", "uint4", "float4_e2m1fn"),
+            *("float6_e2m3fn", "float6_e3m2fn", "float8_e3m4", "float8_e4m3"),
+            *("float8_e4m3b11fnuz", "float8_e4m3fn", "float8_e4m3fnuz"),
+            *("float8_e5m2", "float8_e5m2fnuz", "float8_e8m0fnu"),
+        ),
+        1,
+    ),
+}
+
+
 @functools.cache
 def item_bytes(dtype: str) -> int:
-    """Size in bytes of one element."""
-    return np.dtype(dtype).itemsize
+    """Size in bytes of one element.
+
+    Raises:
+      TypeError: the name is no dtype's.
+    """
+    return _ITEM_BYTES.get(dtype) or np.dtype(dtype).itemsize
 
 
 def leaf_bytes(leaf: Any) -> int:
