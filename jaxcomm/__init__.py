@@ -22,10 +22,10 @@ if TYPE_CHECKING:
     from jaxcomm.arrays import reduce_scatter as reduce_scatter
     from jaxcomm.collectives import all_reduce as all_reduce
     from jaxcomm.collectives import broadcast as broadcast
+    from jaxcomm.collectives import cache_clear as cache_clear
     from jaxcomm.collectives import plan as plan
     from jaxcomm.communicator import Communicator as Communicator
     from jaxcomm.decorators import data_parallel as data_parallel
-    from jaxcomm.planner import cache_clear as cache_clear
     from jaxcomm.planner import cache_info as cache_info
     from jaxcomm.replication import assert_replicated as assert_replicated
     from jaxcomm.schedule import Schedule as Schedule
@@ -44,7 +44,7 @@ _NAMES = {
     "assert_replicated": "replication",
     "barrier": "arrays",
     "broadcast": "collectives",
-    "cache_clear": "planner",
+    "cache_clear": "collectives",
     "cache_info": "planner",
     "Communicator": "communicator",
     "data_parallel": "decorators",

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxcomm import _compat, planner
+from jaxcomm import _compat, planner, primitives
 from jaxcomm.communicator import Communicator
 from jaxcomm.errors import (
     InvalidOptionError,
@@ -79,20 +79,19 @@ def all_reduce(
     """
     comm = comm or world()
     if weight is not None:
-        return _weighted(
-            tree,
-            weight,
-            op,
-            {
-                "comm": comm,
-                "groups": groups,
-                "bucket_bytes": bucket_bytes,
-                "wire_dtype": wire_dtype,
-            },
+        from jaxcomm import weighted
+
+        return weighted.mean(
+            *(tree, weight),
+            op=op,
+            comm=comm,
+            groups=groups,
+            bucket_bytes=bucket_bytes,
+            wire_dtype=wire_dtype,
         )
     leaves, treedef = jax.tree.flatten(tree)
     key = _plan_key(leaves, treedef, comm, op, groups, bucket_bytes, wire_dtype)
-    schedule = _plans.get(key) if key is not None else None
+    schedule = planner.find(key) if key is not None else None
     if schedule is None:
         planner.check_options(groups=groups, bucket_bytes=bucket_bytes, op=op)
         paths, leaves, treedef = flatten(tree)
@@ -109,19 +108,18 @@ def all_reduce(
             costs=comm.costs,
         )
         if key is not None:
-            _plans[key] = schedule
+            planner.keep(key, schedule)
     return jax.tree.unflatten(treedef, run_schedule(leaves, comm, schedule))
 
 
-def _weighted(tree: Any, weight: Any, op: str, options: dict[str, Any]) -> Any:
-    from jaxcomm import weighted
+def cache_clear() -> None:
+    """Forget all cached schedules, and the programs of eager collectives.
 
-    if op != "mean":
-        raise InvalidOptionError(
-            f"op={op!r} with weight=...: only a mean has weights; multiply the leaves "
-            "yourself, or use op='mean'"
-        )
-    return weighted.mean(tree, weight, **options)
+    Equal calls plan equal schedules again. Functions that were compiled keep theirs:
+    `DataParallel.clear_cache` and `jax.clear_caches` are for those.
+    """
+    planner.cache_clear()
+    primitives.cache_clear()
 
 
 def broadcast(tree: Tree, *, root: int = 0, comm: Communicator | None = None) -> Tree:
@@ -206,11 +204,7 @@ def plan(
     )
 
 
-# Schedules by what a call passes: planning again for the same tree costs no walk over
-# paths. Bounded, because a program has few trees and each is traced few times.
-_plans: dict[Any, Schedule] = {}
 _shape_and_dtype = operator.attrgetter("shape", "dtype")
-_MAX_PLANS = 1024
 
 
 def _plan_key(
@@ -222,13 +216,14 @@ def _plan_key(
     bucket_bytes: int | None,
     wire_dtype: str | None,
 ) -> Any:
-    """Return what decides a plan, or None where it cannot be told cheaply."""
+    """Return what decides a plan, or None where it cannot be told cheaply.
+
+    To find a plan by it costs no walk over the leaves' paths.
+    """
     if groups is not None and not isinstance(groups, int):
         return None  # a function's answers may change
     if not all(map(_is_array_type, set(map(type, leaves)))):
         return None  # to be converted or refused
-    if len(_plans) >= _MAX_PLANS:
-        _plans.clear()
     avals = tuple(map(_shape_and_dtype, leaves))
     options = (op, groups, type(groups), bucket_bytes, type(bucket_bytes), wire_dtype)
     try:

@@ -4,14 +4,24 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from jaxcomm import collectives, planner
+from jaxcomm import collectives, planner, weighted
+from jaxcomm.communicator import Communicator
+from jaxcomm.errors import InvalidOptionError
+from jaxcomm.planner import Groups
 
 if TYPE_CHECKING:
     import optax
 
 
 def distribute(
-    tx: optax.GradientTransformation, **options: Any
+    tx: optax.GradientTransformation,
+    *,
+    op: str = "mean",
+    comm: Communicator | None = None,
+    groups: Groups = None,
+    bucket_bytes: int | None = None,
+    wire_dtype: str | None = None,
+    weight: float | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Wrap an optimizer so that every update sees all ranks' gradients.
 
@@ -20,8 +30,13 @@ def distribute(
 
     Args:
       tx: any Optax transformation.
-      **options: passed on to `jaxcomm.all_reduce`: op, comm, groups, bucket_bytes,
-        wire_dtype.
+      op: this and the others as in `jaxcomm.all_reduce`.
+      comm: the ranks that take part; all by default.
+      groups: None, a number of buckets per dtype, a function from leaf path to label,
+        or regular expressions.
+      bucket_bytes: fill buckets up to this size; None leaves it to the cost model.
+      wire_dtype: "bfloat16" or "float16": what float32 leaves travel as.
+      weight: a number, each rank its own and the same in every update.
 
     Returns:
       A transformation with the same state as `tx`.
@@ -29,20 +44,34 @@ def distribute(
     Raises:
       InvalidOptionError: an option has an unusable value; `update` raises what
         `all_reduce` raises.
+      TypeError: there is no option of that name.
     """
     import optax
 
-    planner.check_options(
-        groups=options.get("groups"),
-        bucket_bytes=options.get("bucket_bytes"),
-        op=options.get("op", "mean"),
-    )
+    planner.check_options(groups=groups, bucket_bytes=bucket_bytes, op=op)
+    if wire_dtype is not None:
+        planner.check_wire_dtype(wire_dtype)
+    if comm is not None and not isinstance(comm, Communicator):
+        raise InvalidOptionError(
+            f"comm={comm!r:.80}; give a communicator, such as jaxcomm.world() or a "
+            "subgroup of it"
+        )
+    if weight is not None:
+        weighted.check(weight, op)
     inner = optax.with_extra_args_support(tx)
 
     def update(
         updates: Any, state: Any, params: Any = None, **extra: Any
     ) -> tuple[Any, Any]:
-        reduced = collectives.all_reduce(updates, **options)
+        reduced = collectives.all_reduce(
+            updates,
+            op=op,
+            comm=comm,
+            groups=groups,
+            bucket_bytes=bucket_bytes,
+            wire_dtype=wire_dtype,
+            weight=weight,
+        )
         return inner.update(reduced, state, params, **extra)
 
     return optax.GradientTransformationExtraArgs(inner.init, update)

@@ -28,6 +28,8 @@ Groups: TypeAlias = int | Callable[[str], Hashable] | Sequence[str] | None
 
 OPS = REDUCTIONS
 _CACHE_SIZE = 4096
+_MAX_CALLS = 1024  # a program has few trees, and each is traced few times
+_by_call: dict[Hashable, Schedule] = {}
 
 
 def make_schedule(
@@ -93,8 +95,29 @@ def cache_info() -> functools._CacheInfo:
 
 
 def cache_clear() -> None:
-    """Forget all cached schedules."""
+    """Forget all cached schedules.
+
+    Equal calls plan equal schedules again. Compiled functions keep theirs.
+    """
     _plan.cache_clear()
+    _by_call.clear()
+
+
+def find(call: Hashable) -> Schedule | None:
+    """Return what was kept for a call, or None."""
+    return _by_call.get(call)
+
+
+def keep(call: Hashable, schedule: Schedule) -> None:
+    """Keep the schedule of a call, so that an equal one need not describe its leaves.
+
+    Args:
+      call: everything that the plan depends on.
+      schedule: the plan.
+    """
+    if len(_by_call) >= _MAX_CALLS:
+        _by_call.clear()
+    _by_call[call] = schedule
 
 
 def check_options(
@@ -189,6 +212,13 @@ def _wider(name: str, leaves: Sequence[LeafSpec]) -> str:
     )
 
 
+def check_wire_dtype(wire_dtype: object) -> None:
+    """Raise InvalidOptionError unless leaves can travel as a dtype."""
+    name = wire_name(wire_dtype)
+    if name not in WIRE_DTYPES:
+        _wider(name, ())
+
+
 def wire_name(wire_dtype: object) -> str:
     """Return the name of a wire dtype given as text, dtype or scalar type.
 
@@ -200,7 +230,7 @@ def wire_name(wire_dtype: object) -> str:
         name = getattr(wire_dtype, "__name__", None) or str(wire_dtype)
     try:
         item_bytes(name)
-    except TypeError:
+    except (TypeError, ValueError):
         raise InvalidOptionError(
             f"wire_dtype={wire_dtype!r}: use one of {', '.join(WIRE_DTYPES)}, or None"
         ) from None

@@ -8,20 +8,15 @@ import jax
 import jax.numpy as jnp
 
 from jaxcomm import collectives
+from jaxcomm.communicator import Communicator
 from jaxcomm.errors import InvalidOptionError, InvalidTreeError
 
+_REMEDY = "give one real number per rank, such as how many samples its batch has"
 
-def mean(tree: Any, weight: Any, *, wire_dtype: str | None, **options: Any) -> Any:
+
+def mean(tree: Any, weight: Any, *, op: str, comm: Communicator, **options: Any) -> Any:
     """Return sum(weight * leaf) / sum(weight) over ranks; see `all_reduce`."""
-    # Of one dtype on all ranks, whatever kind of number each gives.
-    plain = isinstance(weight, int | float) and not isinstance(weight, bool)
-    w = jnp.asarray(float(weight) if plain else weight)
-    if w.shape != () or not jnp.issubdtype(w.dtype, jnp.number) or _complex(w):
-        raise InvalidOptionError(
-            f"weight has shape {w.shape} and dtype {w.dtype}; give one real number per "
-            "rank, such as how many samples its batch has"
-        )
-    w = w.astype(jnp.result_type(float))
+    w = check(weight, op)
     paths, leaves, treedef = collectives.flatten(tree)
     for path, leaf in zip(paths, leaves, strict=True):
         if not jnp.issubdtype(leaf.dtype, jnp.inexact):
@@ -30,7 +25,8 @@ def mean(tree: Any, weight: Any, *, wire_dtype: str | None, **options: Any) -> A
                 "integer; cast it to float32 first"
             )
     # Shares, because a sum of weighted leaves may be infinite where their mean is not.
-    total = collectives.all_reduce(w, op="sum", **options)
+    # The weight is no leaf of the user's: it is in none of the user's groups.
+    total = collectives.all_reduce({"weight": w}, op="sum", comm=comm)["weight"]
     share = jnp.where(total == 0, 0, w / jnp.where(total == 0, 1, total))
     # What a rank without data has computed may be NaN; times zero it still would be.
     parts = [
@@ -38,12 +34,35 @@ def mean(tree: Any, weight: Any, *, wire_dtype: str | None, **options: Any) -> A
         for leaf in leaves
     ]
     sums = collectives.all_reduce(
-        jax.tree.unflatten(treedef, parts), op="sum", wire_dtype=wire_dtype, **options
+        jax.tree.unflatten(treedef, parts), op="sum", comm=comm, **options
     )
     narrow = [
         y.astype(x.dtype) for y, x in zip(jax.tree.leaves(sums), leaves, strict=True)
     ]
     return jax.tree.unflatten(treedef, narrow)
+
+
+def check(weight: Any, op: str) -> Any:
+    """Return a weight as a scalar of one dtype on all ranks, whatever each gives.
+
+    Raises:
+      InvalidOptionError: it is not one real number, or `op` has no weights.
+    """
+    if op != "mean":
+        raise InvalidOptionError(
+            f"op={op!r} with weight=...: only a mean has weights; multiply the leaves "
+            "yourself, or use op='mean'"
+        )
+    plain = isinstance(weight, int | float) and not isinstance(weight, bool)
+    try:
+        w = jnp.asarray(float(weight) if plain else weight)
+    except (TypeError, ValueError) as error:
+        raise InvalidOptionError(f"weight={weight!r:.80}; {_REMEDY}") from error
+    if w.shape != () or not jnp.issubdtype(w.dtype, jnp.number) or _complex(w):
+        raise InvalidOptionError(
+            f"weight has shape {w.shape} and dtype {w.dtype}; {_REMEDY}"
+        )
+    return w.astype(jnp.result_type(float))
 
 
 def _wide(leaf: Any) -> Any:

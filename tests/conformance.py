@@ -321,6 +321,17 @@ def check_weighted_means(comm: Communicator) -> None:
             got = np.asarray(leaf).astype(complex)
             np.testing.assert_allclose(got, value, rtol=rtol)
     same(jaxcomm.all_reduce(jnp.ones(3), weight=0), np.zeros(3))
+    # Groups are of the user's leaves; the weight's own sum is in none of them.
+    labels = {"['a']": "first", "['b']": "second"}
+    pair = {"a": jnp.full(3, comm.rank + 1.0), "b": jnp.ones(())}
+    grouped = jaxcomm.data_parallel(
+        lambda t, w: jaxcomm.all_reduce(t, weight=w, groups=lambda path: labels[path])
+    )
+    for out in (
+        grouped(pair, 2.0),
+        jaxcomm.all_reduce(pair, weight=2.0, groups=lambda path: labels[path]),
+    ):
+        close(out["a"], np.full(3, (comm.size + 1) / 2), rtol=1e-6)
     # A weighted leaf may exceed what its dtype holds, and no kind of number differs.
     large = jaxcomm.all_reduce(jnp.full(2, 3e38), weight=1000.0)
     np.testing.assert_allclose(large, 3e38, rtol=1e-6)

@@ -12,7 +12,7 @@ from references import applies, close, raises, same
 
 import jaxcomm
 from jaxcomm.communicator import Communicator
-from jaxcomm.errors import InvalidOptionError
+from jaxcomm.errors import InvalidOptionError, UnsupportedCollectiveError
 
 
 def check_calls_live_whatever_is_used(comm: Communicator) -> None:
@@ -124,6 +124,120 @@ def check_mean_is_one_call(comm: Communicator) -> None:
     assert sorted(ops) == ["mean", "sum"], ops
 
 
+def check_a_part_of_a_grouped_sum_is_no_mean(comm: Communicator) -> None:
+    # A sum over groups, divided by the number of all ranks.
+    half = max(comm.size // 2, 1)
+    ranks = list(range(comm.size))
+    groups = [ranks[i : i + half] for i in range(0, comm.size, half)]
+
+    @jaxcomm.data_parallel
+    def step(x: Any) -> Any:
+        grouped = lax.psum(x, "batch", axis_index_groups=groups) / comm.size
+        return grouped, lax.psum(x, "batch") / half, lax.psum(x, "batch") / comm.size
+
+    mine = next(group for group in groups if comm.rank in group)
+    grouped, other, mean = step(jnp.full(3, comm.rank + 1.0))
+    total = sum(rank + 1.0 for rank in ranks)
+    same(grouped, np.full(3, sum(rank + 1.0 for rank in mine) / comm.size))
+    same(other, np.full(3, total / half))
+    same(mean, np.full(3, total / comm.size))
+    found = {(bool(b.groups), b.op) for b in step.schedule.buckets}
+    assert (True, "mean") not in found and (False, "mean") in found, found
+
+
+def check_predicates_that_collectives_make(comm: Communicator) -> None:
+    everyone = list(range(comm.size))
+    flag = jnp.ones((comm.size, 1), jnp.int32)
+
+    def decided_by(make: Any) -> Any:
+        @jaxcomm.data_parallel
+        def step(x: Any, flag: Any) -> Any:
+            chosen = jnp.sum(make(flag)) > 0
+            return lax.cond(chosen, lambda v: lax.psum(v, "batch"), lambda v: v, x)
+
+        return step
+
+    def reduced(op: str) -> Any:
+        return lambda v: jaxcomm.all_reduce(v, op=op)
+
+    equal: dict[str, Any] = {
+        **{op: reduced(op) for op in ("mean", "sum", "min", "max", "prod")},
+        "a tree": lambda v: jaxcomm.all_reduce({"a": v, "b": v + 1})["b"],
+        "weighted": lambda v: jaxcomm.all_reduce(v + 0.0, weight=2.0),
+        "broadcast": lambda v: jaxcomm.broadcast(v, root=0),
+        "all_gather": jaxcomm.all_gather,
+        "inside jit": jax.jit(lambda v: jaxcomm.all_reduce(v, op="max") + 1),
+        "under scan": lambda v: lax.scan(
+            lambda c, _: (jaxcomm.all_reduce(c, op="max"), None),
+            jaxcomm.all_reduce(v, op="max"),
+            length=2,
+        )[0],
+        "lax.pmin": lambda v: lax.pmin(v, "batch"),
+        "lax.all_gather": lambda v: lax.all_gather(v, "batch"),
+    }
+    for name, make in equal.items():
+        out = decided_by(make)(jnp.ones(2), flag)
+        np.testing.assert_array_equal(out, np.full(2, comm.size), err_msg=name)
+
+    shift = [(rank, (rank + 1) % comm.size) for rank in everyone]
+    alone = [[rank] for rank in everyone]
+    other = comm.subgroup(everyone)
+    unequal: dict[str, Any] = {
+        "the data itself": lambda v: v,
+        "ppermute": lambda v: lax.ppermute(v, "batch", shift),
+        "all_to_all": lambda v: lax.all_to_all(v, "batch", 0, 0),
+        "psum_scatter": lambda v: lax.psum_scatter(v, "batch"),
+        "grouped psum": lambda v: lax.psum(v, "batch", axis_index_groups=alone),
+        "grouped all_gather": lambda v: lax.all_gather(
+            v, "batch", axis_index_groups=alone
+        ),
+        "grouped pmax": lambda v: lax.pmax(v, "batch", axis_index_groups=alone),
+        "axis_index": lambda v: v + lax.axis_index("batch"),
+        "reduce_scatter": jaxcomm.reduce_scatter,
+        "exchange": lambda v: jaxcomm.all_to_all(v, split_axis=0, concat_axis=0),
+        "mixed": lambda v: v * jaxcomm.all_reduce(v, op="max"),
+        "another communicator": lambda v: jaxcomm.all_reduce(v, op="max", comm=other),
+    }
+    for name, make in unequal.items():
+        try:
+            decided_by(make).lower(jnp.ones(2), flag)
+        except UnsupportedCollectiveError as error:
+            assert "the predicate may differ between ranks" in str(error), (name, error)
+        else:
+            raise AssertionError(f"{name} was accepted")
+
+
+def check_equal_predicates_are_told_apart(comm: Communicator) -> None:
+    # They stand on lines of their own, by which ranks that take others are found out.
+    def step(x: Any, which: bool) -> Any:
+        a = jaxcomm.all_reduce(x.sum(), op="max")
+        b = jaxcomm.all_reduce(x.sum(), op="max")
+        keep = a if which else b
+        return lax.cond(keep > 0, lambda v: lax.psum(v, "batch"), lambda v: v, x)
+
+    found = []
+    for which in (True, False, True):
+        decorated = jaxcomm.data_parallel(step, static_argnums=1)
+        decorated.lower(jnp.ones(3), which)
+        found.append(decorated.schedule.fingerprint)
+    assert found[0] == found[2] != found[1]
+
+
+def check_equal_results_can_be_transformed(comm: Communicator) -> None:
+    x = jnp.arange(3.0)
+
+    def loss(v: Any) -> Any:
+        return jaxcomm.all_reduce(v * v, op="sum").sum()
+
+    for grad in (jax.grad(loss), jax.jit(jax.grad(loss))):
+        close(grad(x), 2 * comm.size * x)
+    rows = jax.jit(jax.vmap(lambda v: jaxcomm.all_reduce(v, op="sum")))(x[:, None])
+    same(rows, comm.size * x[:, None])
+    counts = jax.jit(lambda v: jaxcomm.all_reduce(v, op="max"))(jnp.arange(3))
+    assert counts.dtype == jnp.arange(3).dtype
+    same(counts, np.arange(3))
+
+
 def check_same_body_called_twice(comm: Communicator) -> None:
     inner = jax.jit(lambda v: lax.psum(v, "batch"))
 
@@ -165,7 +279,16 @@ def check_under_and_over_jit(comm: Communicator) -> None:
         def step(self, x: Any) -> Any:
             return lax.psum(x, "batch")
 
-    same(Model().step(x), np.full(5, n))
+    model = Model()
+    same(model.step(x), np.full(5, n))
+    # A bound method has what the function has.
+    assert model.step.schedule is Model.step.schedule
+    assert model.step.schedules == Model.step.schedules
+    assert "stablehlo" in model.step.lower(x).as_text()
+    assert model.step.trace(x).jaxpr.out_avals[0].shape == (5,)
+    model.step.clear_cache()
+    same(model.step(x), np.full(5, n))
+    assert len(model.step.schedules) == 2
 
 
 def check_optax(comm: Communicator) -> None:
@@ -181,11 +304,27 @@ def check_optax(comm: Communicator) -> None:
     out, _ = jax.jit(tx.update)(mine, tx.init(params), params)
     want, _ = plain.update(jax.tree.map(jnp.float32, mean), plain.init(params), params)
     jax.tree.map(lambda a, b: close(a, b, rtol=1e-6), out, want)
-    raises(
-        InvalidOptionError,
-        "bucket_bytes",
-        lambda: jaxcomm.optax.distribute(tx, bucket_bytes=0),
-    )
+    half = jaxcomm.optax.distribute(optax.sgd(1.0), weight=float(comm.rank + 1))
+    steps: Any = half.update(mine, half.init(params), params)[0]
+    weights = np.arange(1.0, comm.size + 1)
+    close(steps["w"], np.full(3, -(weights**2).sum() / weights.sum()), rtol=1e-6)
+    bad: dict[str, tuple[type[Exception], dict[str, Any]]] = {
+        "bucket_bytes=0": (InvalidOptionError, {"bucket_bytes": 0}),
+        "op='median'": (InvalidOptionError, {"op": "median"}),
+        "groups=0": (InvalidOptionError, {"groups": 0}),
+        "wire_dtype='float32': use one of": (
+            InvalidOptionError,
+            {"wire_dtype": "float32"},
+        ),
+        "wire_dtype='f8'": (InvalidOptionError, {"wire_dtype": "f8"}),
+        "comm=3; give a communicator": (InvalidOptionError, {"comm": 3}),
+        "weight has shape": (InvalidOptionError, {"weight": jnp.ones(3)}),
+        "weight='two'": (InvalidOptionError, {"weight": "two"}),
+        "only a mean has weights": (InvalidOptionError, {"op": "sum", "weight": 1.0}),
+        "'bucket_byte'": (TypeError, {"bucket_byte": 3}),
+    }
+    for text, (kind, options) in bad.items():
+        raises(kind, text, lambda o=options: jaxcomm.optax.distribute(tx, **o))
 
 
 def check_lowering_alone_does_not_wait(comm: Communicator) -> None:

@@ -8,12 +8,14 @@ import sys
 
 import jax
 import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 import jaxcomm
-from jaxcomm import planner
+from jaxcomm import planner, schedule
 from jaxcomm.errors import InvalidOptionError
 from jaxcomm.schedule import Bucket, LeafSpec, Schedule
 
@@ -103,6 +105,53 @@ def test_cache_counts_hits():
     assert (info.hits, info.misses, info.currsize) == (1, 1, 1)
     assert jaxcomm.plan(tree, size=4) is not first
     assert jaxcomm.plan(tree, op="sum", size=2).fingerprint != first.fingerprint
+
+
+def test_cache_clear_forgets_the_plans_of_calls_too():
+    tree = {"a": jnp.ones(5), "b": jnp.ones((2, 3))}
+    expected = jaxcomm.all_reduce(tree)
+    for call in (jaxcomm.all_reduce, jaxcomm.broadcast):
+        call(tree)
+        jaxcomm.cache_clear()
+        assert jaxcomm.cache_info().misses == 0
+        jax.tree.map(np.testing.assert_array_equal, call(tree), expected)
+        assert jaxcomm.cache_info().misses == 1, call
+        jax.tree.map(np.testing.assert_array_equal, call(tree), expected)
+        assert jaxcomm.cache_info().misses == 1, call
+
+
+WITHOUT_JAX = """
+import sys
+for name in ("jax", "jaxlib", "ml_dtypes"):
+    sys.modules[name] = None  # cannot be imported
+from jaxcomm import planner
+from jaxcomm.schedule import LeafSpec
+assert planner.wire_name("bfloat16") == "bfloat16"
+try:
+    planner.wire_name("bfloat17")
+except planner.InvalidOptionError as error:
+    assert "wire_dtype='bfloat17'" in str(error)
+leaves = (LeafSpec("a", (3,), "float32", 0), LeafSpec("b", (4,), "bfloat16", 1))
+schedule = planner.make_schedule(leaves, op="sum", size=2, wire_dtype="bfloat16")
+print([bucket.wire for bucket in schedule.buckets], schedule.wire_nbytes)
+"""
+
+
+def test_the_planner_needs_no_jax():
+    done = subprocess.run(
+        [sys.executable, "-c", WITHOUT_JAX],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == "['bfloat16', ''] 14\n"
+
+
+def test_sizes_are_those_of_ml_dtypes():
+    for name, size in schedule._ITEM_BYTES.items():
+        assert np.dtype(getattr(ml_dtypes, name)).itemsize == size, name
 
 
 def test_schedule_is_the_same_in_every_process():
