@@ -76,6 +76,8 @@ def all_reduce(
       ScheduleMismatchError: the ranks' trees or options differ; nothing was sent.
         Inside a user's own `jit` it arrives as jax.errors.JaxRuntimeError with the
         same text.
+      StallError: a rank did not come to compare within `timeout`; likewise.
+      BrokenCommunicatorError: there was a StallError before.
     """
     comm = comm or world()
     if weight is not None:

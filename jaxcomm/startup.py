@@ -61,7 +61,7 @@ def init(
         version, with the reason.
       timeout: seconds that the one-time schedule check waits for the other ranks
         before it raises StallError, and a call of NCCL until it is done; 600 unless
-        given.
+        given. After a StallError the communicator raises BrokenCommunicatorError.
       staging_bytes: size of the buffer that small leaves share, per communicator; 8 MiB
         or JAXCOMM_STAGING_BYTES unless given. Rank 0's value holds for all.
       warn_after: seconds after which a rank that waits in a collective over MPI says
