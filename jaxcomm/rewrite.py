@@ -53,7 +53,7 @@ from jaxcomm._named import COLLECTIVES, Meaning, axes_of, meaning_of
 from jaxcomm._naming import Reduction, name_leaves
 from jaxcomm._uniform import Checker
 from jaxcomm.communicator import Communicator
-from jaxcomm.errors import UnsupportedCollectiveError
+from jaxcomm.errors import InvalidOptionError, UnsupportedCollectiveError
 from jaxcomm.planner import Groups
 from jaxcomm.primitives import bucket_p, moved_shape, order_effect, rank_p
 from jaxcomm.schedule import Bucket, LeafSpec, Schedule
@@ -104,6 +104,7 @@ def program(
     Raises:
       UnsupportedCollectiveError: a collective that cannot be scheduled; names the
         primitive, the axis and the source line.
+      InvalidOptionError: the pairs of a `ppermute` are no partial permutation.
     """
     planned = _Planner(options, inputs)
     predicates = planned.check_predicates(closed_jaxpr)
@@ -288,10 +289,33 @@ class _Planner:
                     eqn,
                     f"has axis_index_groups {groups}, which do not divide the ranks",
                 )
+        if eqn.primitive.name == "ppermute":
+            self._check_pairs(eqn)
         op = meaning_of(eqn, self.options.comm.size).op
         where = f"({_compat.source_line(eqn)})"
         for var in eqn.invars:
             self.options.comm.lowering.check(op, str(var.aval.dtype), where)
+
+    def _check_pairs(self, eqn: Any) -> None:
+        """Refuse pairs that are no partial permutation: no rank would know of it."""
+        size, sources, targets = self.options.comm.size, set(), set()
+        for source, target in eqn.params["perm"]:
+            if not (0 <= source < size and 0 <= target < size):
+                why = f"ranks go from 0 to {size - 1}"
+            elif source in sources:
+                why = f"rank {source} sends to two ranks"
+            elif target in targets:
+                why = f"rank {target} receives from two ranks"
+            else:
+                sources.add(source)
+                targets.add(target)
+                continue
+            raise InvalidOptionError(
+                f"ppermute over axis {self.options.axis_name!r} at "
+                f"{_compat.source_line(eqn) or 'an unknown line'}: in the pair "
+                f"({source}, {target}) of (source, target), {why}. Each rank may be "
+                "the source of one pair and the target of one."
+            )
 
     def check_predicates(self, closed: Any) -> str:
         """Refuse collectives under predicates that may differ between ranks.

@@ -137,6 +137,38 @@ def test_what_cannot_be_scheduled_names_primitive_axis_and_line() -> None:
         step.lower(jnp.ones(3))
 
 
+PERMUTATIONS = """
+import jax.numpy as jnp, numpy as np, jaxcomm
+from jax import lax
+comm = jaxcomm.init("mpi")
+n, x = comm.size, jnp.ones(3) * (comm.rank + 1)
+
+def permuted(pairs):
+    return jaxcomm.data_parallel(lambda x: lax.ppermute(x, "batch", pairs))(x)
+
+for pairs, why in (
+    ([(0, 1), (1, 1)], "(1, 1) of (source, target), rank 1 receives from two ranks"),
+    ([(0, 0), (0, 1)], "(0, 1) of (source, target), rank 0 sends to two ranks"),
+    ([(0, n)], f"(0, {n}) of (source, target), ranks go from 0 to {n - 1}"),
+    ([(-1, 0)], "(-1, 0) of (source, target), ranks go from 0 to"),
+):
+    try:
+        permuted(pairs)
+    except jaxcomm.errors.InvalidOptionError as error:
+        assert why in str(error), error
+        assert "axis 'batch' at script.py:8 (<lambda>)" in str(error), error
+    else:
+        raise AssertionError(pairs)
+np.testing.assert_array_equal(permuted([(0, 1)]), jnp.full(3, comm.rank == 1, float))
+np.testing.assert_array_equal(permuted([]), jnp.zeros(3))
+"""
+
+
+def test_pairs_that_are_no_permutation_are_refused(job: Job) -> None:
+    done = job(2, PERMUTATIONS)
+    assert done.returncode == 0, done.stderr
+
+
 def test_a_second_trace_says_why(caplog: pytest.LogCaptureFixture) -> None:
     step = jaxcomm.data_parallel(lambda t: lax.pmean(t, "batch"))
     with caplog.at_level(logging.INFO, logger="jaxcomm"):
