@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import secrets
 import signal
 import subprocess
 import sys
@@ -13,7 +14,9 @@ from pathlib import Path
 import pytest
 from conftest import ROOT, Launch
 
-from jaxcomm.launch import supervise
+from jaxcomm.launch import processes, supervise
+from jaxcomm.launch.run import Job as RanksJob
+from jaxcomm.launch.run import command_line, environment, find_mpiexec
 
 
 def jaxcomm(*arguments: str, **env: str) -> subprocess.CompletedProcess[str]:
@@ -184,3 +187,112 @@ def test_doctor_without_mpiexec_fails_and_says_why() -> None:
     done = jaxcomm("doctor", JAXCOMM_MPIEXEC="no-such-program", COLUMNS="200")
     assert done.returncode == 1
     assert "JAXCOMM_MPIEXEC=no-such-program is not an executable" in done.stdout
+
+
+LISTENS = """
+import os
+import jaxcomm
+from jaxcomm.launch import processes
+comm = jaxcomm.init("mpi")
+jaxcomm.barrier()
+found = []
+if comm.rank == 0:
+    pids = processes.of_job(os.environ[processes.JOB_VARIABLE])
+    assert len(pids) >= 3, pids  # mpiexec's and the ranks'
+    sockets = set()
+    for pid in pids:
+        for number in os.listdir(f"/proc/{pid}/fd"):
+            try:
+                sockets.add(os.readlink(f"/proc/{pid}/fd/{number}"))
+            except OSError:
+                pass
+    local = ("0100007F", "00000000000000000000000001000000")
+    for name in ("tcp", "tcp6"):
+        for line in open(f"/proc/net/{name}").read().splitlines()[1:]:
+            words = line.split()
+            listens = words[3] == "0A" and f"socket:[{words[9]}]" in sockets
+            if listens and words[1].split(":")[0] not in local:
+                found.append(words[1])
+comm.barrier()
+print("public", len(found), *found, "preloaded", os.environ.get("LD_PRELOAD"))
+"""
+
+
+@pytest.mark.parametrize("own", [None, "libm.so.6"])
+def test_a_job_on_one_host_listens_on_no_public_address(
+    job: Launch, own: str | None
+) -> None:
+    if find_mpiexec().vendor != "Open MPI":
+        pytest.skip("Open MPI alone can be restricted")
+    done = job(2, LISTENS, env={} if own is None else {"LD_PRELOAD": own})
+    assert done.returncode == 0, done.stderr
+    # The ranks' environment is the user's.
+    assert done.stdout.count(f"public 0 preloaded {own}\n") == 2, done.stdout
+
+
+@pytest.mark.parametrize(
+    ("variable", "options"),
+    [
+        ("OMPI_MCA_btl", {}),
+        ("PRTE_MCA_prte_if_include", {}),
+        ("SLURM_JOB_ID", {}),
+        ("", {"hosts": "a,b"}),
+        ("", {"hostfile": "hosts"}),
+    ],
+)
+def test_the_user_may_say_how_ranks_are_connected(
+    monkeypatch: pytest.MonkeyPatch, variable: str, options: dict[str, str]
+) -> None:
+    restricted = {"OMPI_MCA_btl", "OMPI_MCA_pml"}
+    assert restricted <= environment(RanksJob(2, ("x",))).keys()
+    if variable:
+        monkeypatch.setenv(variable, "1")
+    job = RanksJob(2, ("x",), **options)  # type: ignore[arg-type]
+    assert not restricted & environment(job).keys()
+    assert not any("LD_PRELOAD" in word for word in command_line(job))
+
+
+def test_only_segments_of_the_job_are_removed() -> None:
+    token = secrets.token_hex(8)
+    shared = Path("/dev/shm")
+    names = ("used", "kept", "open", "new", "other")
+    used, kept, still, new, other = (shared / f"mpich_{token}{n}" for n in names)
+    holder = (
+        "import sys, time\nfiles = [open(name, 'w') for name in sys.argv[1:]]\n"
+        "print('ready', flush=True); time.sleep(100)"
+    )
+
+    def start(environ: dict[str, str], *paths: Path) -> subprocess.Popen[str]:
+        process = subprocess.Popen(
+            [sys.executable, "-c", holder, *map(str, paths)],
+            env={**os.environ, **environ},
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        assert process.stdout is not None
+        with process.stdout as output:
+            assert output.readline() == "ready\n"
+        return process
+
+    segments = processes.Segments(token)
+    running = [start({processes.JOB_VARIABLE: token}, used, still, new)]
+    try:
+        segments.look()
+        # Of others: made meanwhile, and open in nobody that can be seen here.
+        kept.write_bytes(b"kept")
+        new.unlink()
+        new.write_bytes(b"another of the same name")
+        running.append(start({}, still, other))
+        processes.end(token)
+        segments.remove()
+        assert not used.exists()
+        assert all(path.exists() for path in (kept, still, new, other))
+        assert segments.folder is not None and segments.folder.exists()
+        segments.close()
+        assert not segments.folder.exists()
+    finally:
+        for process in running:
+            process.kill()
+            process.wait()
+        for path in (used, kept, still, new, other):
+            path.unlink(missing_ok=True)

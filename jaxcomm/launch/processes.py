@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shutil
 import signal
 import time
 from collections.abc import Iterator
@@ -15,6 +16,7 @@ JOB_VARIABLE = "JAXCOMM_JOB"
 # Segments that MPI and NCCL unlink only when they end in order.
 _SEGMENTS = ("sm_segment.", "vader_segment.", "mpich_", "nccl-")
 _SHARED_MEMORY = Path("/dev/shm")
+_FIRST_LOOK, _LAST_LOOK = 0.5, 60.0  # seconds between looks at what a job uses
 _END_SECONDS = 10.0
 
 
@@ -22,11 +24,11 @@ def of_job(token: str) -> list[int]:
     """Return the job's processes on this host, wherever they hang in the tree."""
     wanted = f"{JOB_VARIABLE}={token}".encode()
     found = []
-    for folder in Path("/proc").glob("[0-9]*"):
+    for pid in _processes():
         # Another user's processes cannot be read, and one that has ended is empty.
         with contextlib.suppress(OSError):
-            if wanted in (folder / "environ").read_bytes().split(b"\0"):
-                found.append(int(folder.name))
+            if wanted in Path(f"/proc/{pid}/environ").read_bytes().split(b"\0"):
+                found.append(pid)
     return found
 
 
@@ -53,44 +55,75 @@ def end(token: str) -> None:
         time.sleep(0.02)
 
 
-def remove_segments(since: float) -> None:
-    """Remove shared memory that MPI or NCCL made after `since` and nobody has open.
+class Segments:
+    """The shared memory of one job on this host, to be removed when it has failed.
 
-    A segment of another job of this user is open in that job, and stays.
+    Only what processes of the job were seen to use is removed. A segment that nobody
+    here has open may belong to a container that shares /dev/shm and whose processes
+    cannot be seen.
+
+    Attributes:
+      folder: for segments of this job alone; None where /dev/shm cannot be used.
     """
-    found = [path for path in _segments() if _made_after(path, since)]
-    if found:
-        used = set(_open_files())
-        for path in found:
-            if str(path) not in used:
+
+    def __init__(self, token: str):
+        self._token = token
+        self._seen: dict[Path, tuple[int, int]] = {}
+        self._next, self._pause = 0.0, _FIRST_LOOK
+        self.folder: Path | None = _SHARED_MEMORY / f"jaxcomm-{token}"
+        try:
+            self.folder.mkdir(mode=0o700)
+        except OSError:
+            self.folder = None
+
+    def look(self) -> None:
+        """Note what the job uses now, ever less often: most is made at the start."""
+        now = time.monotonic()
+        if now < self._next:
+            return
+        self._next = now + self._pause
+        self._pause = min(2 * self._pause, _LAST_LOOK)
+        for path in map(Path, _open_files(of_job(self._token))):
+            if path.name.startswith(_SEGMENTS) and (found := _identity(path)):
+                self._seen[path] = found
+
+    def remove(self) -> None:
+        """Remove what was noted and nobody has open, once the job has ended."""
+        used = set(_open_files(_processes())) if self._seen else set[str]()
+        for path, identity in self._seen.items():
+            if str(path) not in used and _identity(path) == identity:
                 path.unlink(missing_ok=True)
 
-
-def _segments() -> Iterator[Path]:
-    with contextlib.suppress(OSError):
-        for path in _SHARED_MEMORY.iterdir():
-            if path.name.startswith(_SEGMENTS):
-                yield path
+    def close(self) -> None:
+        """Remove the job's own folder."""
+        if self.folder is not None:
+            shutil.rmtree(self.folder, ignore_errors=True)
 
 
-def _made_after(path: Path, since: float) -> bool:
+def _identity(path: Path) -> tuple[int, int] | None:
     try:
         status = path.stat()
     except OSError:
-        return False
-    return status.st_uid == os.geteuid() and status.st_mtime >= since
+        return None
+    return status.st_dev, status.st_ino
 
 
-def _open_files() -> Iterator[str]:
-    """Yield what this user's processes have mapped or open in shared memory."""
-    for folder in Path("/proc").glob("[0-9]*"):
+def _processes() -> list[int]:
+    return [int(folder.name) for folder in Path("/proc").glob("[0-9]*")]
+
+
+def _open_files(pids: list[int]) -> Iterator[str]:
+    """Yield what processes of this user have mapped or open in shared memory."""
+    for pid in pids:
+        folder = Path(f"/proc/{pid}")
         with contextlib.suppress(OSError):
             for line in (folder / "maps").read_text().splitlines():
                 if "/dev/shm/" in line:
                     yield line[line.index("/dev/shm/") :].removesuffix(" (deleted)")
             for link in (folder / "fd").iterdir():
                 with contextlib.suppress(OSError):
-                    yield os.readlink(link)
+                    if (target := os.readlink(link)).startswith("/dev/shm/"):
+                        yield target
 
 
 def _is_worker(pid: int) -> bool:

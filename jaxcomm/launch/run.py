@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import importlib.util
 import os
 import shutil
 import subprocess
@@ -28,6 +29,19 @@ MALLOC = {
     "MALLOC_TRIM_THRESHOLD_": str(1 << 31),
     "MALLOC_TOP_PAD_": str(64 << 20),
 }
+
+# Of a job that stays on this host: nothing goes through a network.
+_ONE_HOST = {"OMPI_MCA_btl": "self,sm", "OMPI_MCA_pml": "ob1"}
+# With any of these the user says how ranks are connected, or where they run.
+_CONNECTIONS = (
+    *("OMPI_MCA_btl", "OMPI_MCA_pml", "OMPI_MCA_mtl", "PRTE_MCA_oob", "PRTE_MCA_if"),
+    *("PRTE_MCA_prte_if", "PRTE_MCA_prte_default_hostfile", "PRTE_MCA_ras"),
+)
+# Where a batch system has given us nodes, mpiexec starts ranks on all of them.
+_ALLOCATIONS = (
+    *("SLURM_JOB_ID", "SLURM_JOBID", "PBS_JOBID", "LSB_JOBID", "PE_HOSTFILE"),
+    *("COBALT_JOBID", "FLUX_JOB_ID"),
+)
 
 
 class LaunchError(Exception):
@@ -125,6 +139,16 @@ def _identify(path: str) -> Mpiexec:
     return Mpiexec(path, vendor, lines[0] if lines else "")
 
 
+def on_this_host(job: Job) -> bool:
+    """Tell whether all ranks are sure to run here, and the user leaves it to us how."""
+    return not (
+        job.hosts
+        or job.hostfile
+        or any(name in os.environ for name in _ALLOCATIONS)
+        or any(name.startswith(_CONNECTIONS) for name in os.environ)
+    )
+
+
 def environment(job: Job) -> dict[str, str]:
     """Return the variables that the ranks get on top of the caller's own."""
     cores = len(os.sched_getaffinity(0))
@@ -133,6 +157,8 @@ def environment(job: Job) -> dict[str, str]:
     added["OMP_NUM_THREADS"] = str(threads)
     if job.pin and not (job.hosts or job.hostfile):
         added[THREADS_VARIABLE] = str(threads)
+    if on_this_host(job):
+        added |= _ONE_HOST
     if not job.bind_gpu:
         added[devices.BINDING_VARIABLE] = "off"
     if os.geteuid() == 0:
@@ -162,6 +188,12 @@ def command_line(job: Job) -> list[str]:
         )
     mpiexec = find_mpiexec()
     line = [mpiexec.path, "-n", str(job.ranks)]
+    library = _loopback_library()
+    if mpiexec.vendor == "Open MPI" and library and on_this_host(job):
+        # For mpiexec alone: what the ranks listen on is theirs to say.
+        own = os.environ.get("LD_PRELOAD")
+        line = ["env", f"LD_PRELOAD={':'.join(filter(None, (library, own)))}", *line]
+        worker = [*_with_preloaded(own), *worker]
     if mpiexec.vendor == "Open MPI":
         line += ["--bind-to", "none"] if local else []
         line += ["--oversubscribe"] if crowded else []
@@ -177,3 +209,15 @@ def command_line(job: Job) -> list[str]:
         line += ["-hosts", job.hosts] if job.hosts else []
         line += ["-f", job.hostfile] if job.hostfile else []
     return [*line, *worker]
+
+
+def _with_preloaded(own: str | None) -> list[str]:
+    return ["env", "-u", "LD_PRELOAD"] if own is None else ["env", f"LD_PRELOAD={own}"]
+
+
+def _loopback_library() -> str:
+    """Return the path of native/loopback.cc's library; "" in a bare source tree."""
+    found = importlib.util.find_spec("jaxcomm.native")  # without JAX
+    folders = (found and found.submodule_search_locations) or ()
+    paths = [Path(folder) / "libjaxcomm_loopback.so" for folder in folders]
+    return next((str(path) for path in paths if path.exists()), "")

@@ -13,11 +13,12 @@ from types import FrameType
 from typing import Any
 
 from jaxcomm.launch import processes
-from jaxcomm.launch.run import Job, command_line, environment
+from jaxcomm.launch.run import Job, command_line, environment, on_this_host
 
 TIMED_OUT = 124
 USAGE = 2  # as click and argparse end: the same command would fail again
 _DUMP_SECONDS = 1.0
+_SEGMENTS_VARIABLE = "OMPI_MCA_btl_sm_backing_directory"
 
 
 def run(job: Job) -> int:
@@ -53,20 +54,27 @@ def run(job: Job) -> int:
 
 def _attempt(job: Job, signals: _Signals, end: float | None) -> int:
     """Start the job once; leaves nothing of it behind unless it succeeds."""
-    token, since = secrets.token_hex(8), time.time()
-    process = subprocess.Popen(
-        command_line(job),
-        env={**os.environ, **environment(job), processes.JOB_VARIABLE: token},
-        start_new_session=True,
-    )
+    token = secrets.token_hex(8)
+    line, added = command_line(job), environment(job)
+    segments = processes.Segments(token)
     try:
-        code = _wait(process, token, job, signals, end)
-    except BaseException:
-        _kill(process, token)
-        raise
-    if code != 0:
-        processes.end(token)
-        processes.remove_segments(since)
+        if segments.folder is not None and on_this_host(job):
+            added[_SEGMENTS_VARIABLE] = str(segments.folder)
+        process = subprocess.Popen(
+            line,
+            env={**os.environ, **added, processes.JOB_VARIABLE: token},
+            start_new_session=True,
+        )
+        try:
+            code = _wait(process, token, job, signals, end, segments)
+        except BaseException:
+            _kill(process, token)
+            raise
+        if code != 0:
+            processes.end(token)
+            segments.remove()
+    finally:
+        segments.close()
     return code if code >= 0 else 128 - code
 
 
@@ -76,6 +84,7 @@ def _wait(
     job: Job,
     signals: _Signals,
     end: float | None,
+    segments: processes.Segments,
 ) -> int:
     asked: float | None = None
     while True:
@@ -83,6 +92,7 @@ def _wait(
             return process.wait(timeout=0.1)
         except subprocess.TimeoutExpired:
             now = time.monotonic()
+        segments.look()
         if signals.first is not None:
             if asked is None:
                 asked = now
