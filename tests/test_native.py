@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import ctypes
 import platform
 import subprocess
+import sys
 from collections.abc import Callable
 
 import pytest
+
+from jaxcomm import native
 
 Job = Callable[..., "subprocess.CompletedProcess[str]"]
 
@@ -206,4 +210,98 @@ def test_unusable_staging_size(job: Job) -> None:
 @pytest.mark.parametrize("ranks", [2, 4])
 def test_threads_take_turns_in_mpi(job: Job, ranks: int) -> None:
     done = job(ranks, SERIALIZED)
+    assert done.returncode == 0, done.stderr
+
+
+NO_MEMORY = """
+import resource, sys
+import jax.numpy as jnp, jaxcomm
+comm = jaxcomm.init("mpi")
+other = comm.subgroup(range(comm.size)[::-1]) if sys.argv[1] == "thread" else comm
+warm = jaxcomm.all_reduce(jnp.ones(3 << 20))  # not packed: needs no staging buffer
+used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (used + (1 << 30), resource.RLIM_INFINITY))
+try:
+    jaxcomm.all_reduce(jnp.ones(3), comm=other)
+except Exception as error:
+    text = str(error)
+else:
+    text = "no error"
+assert "no memory for the staging buffer of 4294967296 bytes" in text, text
+assert "JAXCOMM_STAGING_BYTES" in text, text
+try:
+    jaxcomm.all_reduce(jnp.ones(3), comm=other)
+except Exception as error:
+    assert "an earlier call of this communicator failed" in str(error), error
+else:
+    raise AssertionError("the communicator is used on")
+print("said so", flush=True)
+"""
+
+
+@pytest.mark.parametrize("where", ["inline", "thread"])
+def test_a_failed_allocation_is_an_exception(job: Job, where: str) -> None:
+    env = {"JAXCOMM_SHARED_MEMORY": "off", "JAXCOMM_STAGING_BYTES": str(4 << 30)}
+    env["JAXCOMM_OWN_THREAD"] = "on" if where == "thread" else "off"
+    done = job(2, NO_MEMORY, where, env=env)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("said so") == 2
+
+
+NO_THREAD = """
+import resource
+import jaxcomm
+from jaxcomm import native
+
+native.load()
+# Too little is left for the stack of a thread.
+used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (used + (1 << 20), resource.RLIM_INFINITY))
+try:
+    with native.deadline(100, "never", 1):
+        raise AssertionError("there was memory for a thread")
+except jaxcomm.errors.TransportUnavailableError as error:
+    print("said:", error)
+"""
+
+
+def test_a_thread_that_cannot_be_made_is_an_exception() -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", NO_THREAD],
+        capture_output=True,
+        text=True,
+        timeout=100,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "said: Resource temporarily unavailable" in done.stdout
+
+
+def test_a_failing_callback_is_a_refusal() -> None:
+    text = ctypes.create_string_buffer(100)
+
+    def interrupted() -> str | None:
+        raise KeyboardInterrupt
+
+    refused = native._answer(interrupted, ctypes.addressof(text), len(text))
+    assert (refused, text.value) == (1, b"jaxcomm: KeyboardInterrupt: ")
+    assert native._answer(lambda: None, ctypes.addressof(text), len(text)) == 0
+
+
+MANY = """
+from jaxcomm import native
+from mpi4py import MPI
+import numpy as np
+native.bind_mpi(MPI)
+for key in range(1, 301):
+    native.create_communicator(
+        key, MPI.COMM_SELF, staging_bytes=4096, segment_bytes=4096,
+        own_thread=False,
+    )
+assert sorted(row.key for row in native.progress()) == list(range(1, 301))
+"""
+
+
+def test_all_communicators_are_watched(job: Job) -> None:
+    done = job(1, MANY)
     assert done.returncode == 0, done.stderr

@@ -161,15 +161,11 @@ def load() -> ctypes.CDLL:
     for name in HANDLERS:
         capsule = jax.ffi.pycapsule(getattr(library, name))
         jax.ffi.register_ffi_target(name, capsule, platform="cpu")
-    library.jaxcomm_create_communicator.restype = None
-    library.jaxcomm_share_memory.restype = None
     library.jaxcomm_refuse.restype = None
     library.jaxcomm_set_agree.restype = None
     library.jaxcomm_timeline_start.restype = None
     library.jaxcomm_check_every_call.restype = None
-    library.jaxcomm_set_deadline.restype = None
     library.jaxcomm_lift_deadline.restype = None
-    library.jaxcomm_prepare_end.restype = None
     library.jaxcomm_progress.restype = ctypes.c_int64
     library.jaxcomm_native_stacks.restype = None
     library.jaxcomm_dump_on_signal.restype = None
@@ -197,16 +193,15 @@ def bind_mpi(mpi: Any) -> None:
     handles.byte = _handle(mpi, mpi.BYTE)
     handles.in_place = int(mpi.IN_PLACE) & (2**64 - 1)
     handles.serialized = int(mpi.Query_thread() < mpi.THREAD_MULTIPLE)
-    text = ctypes.create_string_buffer(1024)
     width = mpi._sizeof(mpi.Comm)
     failures = []
     for path in loaded_mpi_libraries():
-        status = load().jaxcomm_open_mpi(
-            path.encode(), width, ctypes.byref(handles), text, ctypes.c_int64(1024)
+        why = _told(
+            load().jaxcomm_open_mpi, path.encode(), width, ctypes.byref(handles)
         )
-        if status == 0:
+        if not why:
             return
-        failures.append(f"{path}: {text.value.decode()}")
+        failures.append(f"{path}: {why}")
     raise TransportUnavailableError(
         "mpi4py is imported, but no libmpi with the needed entry points is loaded: "
         + ("; ".join(failures) or "nothing like libmpi in the process's memory map")
@@ -227,7 +222,8 @@ def create_communicator(
     """
     from mpi4py import MPI
 
-    load().jaxcomm_create_communicator(
+    _call(
+        load().jaxcomm_create_communicator,
         ctypes.c_int64(key),
         ctypes.c_uint64(_handle(MPI, comm)),
         comm.Get_rank(),
@@ -245,13 +241,15 @@ def share_memory(
 
     Args:
       key: a communicator whose ranks are all on this host.
-      windows: addresses of all ranks' zero-filled windows, in rank order.
+      windows: addresses of all ranks' zero-filled windows, in rank order; none of them
+        to let the ranks make MPI calls again.
       nbytes: size of a window.
       crowded: whether there are more ranks than cores.
     """
-    load().jaxcomm_share_memory(
+    _call(
+        load().jaxcomm_share_memory,
         ctypes.c_int64(key),
-        (ctypes.c_void_p * len(windows))(*windows),
+        (ctypes.c_void_p * len(windows))(*windows) if windows else None,
         ctypes.c_int64(nbytes),
         int(crowded),
     )
@@ -279,14 +277,13 @@ def mpi_turn() -> Iterator[None]:
 
 def all_reduce_array(key: int, data: Any, pack_bytes: int) -> None:
     """Average a float32 array in place, as a bucket's call does; for measuring."""
-    status = load().jaxcomm_all_reduce_float(
+    _call(
+        load().jaxcomm_all_reduce_float,
         ctypes.c_int64(key),
         ctypes.c_void_p(data.ctypes.data),
         ctypes.c_int64(data.size),
         ctypes.c_int64(pack_bytes),
     )
-    if status != 0:
-        raise RuntimeError(f"MPI_Allreduce failed with code {status}")
 
 
 def set_agree(agree: AgreeCallback, differ: DifferCallback) -> None:
@@ -303,13 +300,13 @@ def set_agree(agree: AgreeCallback, differ: DifferCallback) -> None:
     def ask(
         key: int, digest: int, bucket: int, number: int, text: int, capacity: int
     ) -> int:
-        return _write(agree(key, digest, bucket, number), text, capacity)
+        return _answer(lambda: agree(key, digest, bucket, number), text, capacity)
 
     def explain(
         key: int, own: Any, rank: int, other: Any, text: int, capacity: int
     ) -> None:
         places = [(w[0].schedule, w[0].bucket) for w in (own, other)]
-        _write(differ(key, places[0], rank, places[1]), text, capacity)
+        _answer(lambda: differ(key, places[0], rank, places[1]), text, capacity)
 
     keep = (_AGREE_FN(ask), _DIFFER_FN(explain))
     set_agree.keep = keep  # type: ignore[attr-defined]  # C holds them
@@ -340,19 +337,36 @@ def set_partition(callback: PartitionCallback) -> None:
         while at < length:
             rows.append([int(r) for r in numbers[at + 1 : at + 1 + numbers[at]]])
             at += 1 + numbers[at]
-        return _write(callback(key, partition, rows), text, capacity)
+        return _answer(lambda: callback(key, partition, rows), text, capacity)
 
     set_partition.keep = _PARTITION_FN(call)  # type: ignore[attr-defined]
     load().jaxcomm_set_partition(set_partition.keep)  # type: ignore[attr-defined]
 
 
-def _write(message: str | None, text: int, capacity: int) -> int:
+def _answer(ask: Callable[[], str | None], text: int, capacity: int) -> int:
+    """Give C the text of an error, if there is one; return whether there is."""
+    try:
+        message = ask()
+    except BaseException as error:  # C would take it for consent, Ctrl-C as well
+        message = f"jaxcomm: {type(error).__name__}: {error}"
     if message is None:
         return 0
     raw = message.encode()[: capacity - 1]
     raw = raw.decode(errors="ignore").encode() + b"\0"  # whole characters
     ctypes.memmove(text, raw, len(raw))
     return 1
+
+
+def _told(function: Any, *arguments: Any) -> str:
+    """Call a function that may say what went wrong; return that, or ""."""
+    text = ctypes.create_string_buffer(1024)
+    failed = function(*arguments, text, ctypes.c_int64(len(text)))
+    return text.value.decode(errors="replace") if failed else ""
+
+
+def _call(function: Any, *arguments: Any) -> None:
+    if why := _told(function, *arguments):
+        raise TransportUnavailableError(why)
 
 
 def counters(key: int) -> dict[str, int]:
@@ -374,7 +388,9 @@ def deadline(seconds: float, text: str, code: int) -> Iterator[None]:
       code: the process's exit code.
     """
     if seconds > 0:
-        load().jaxcomm_set_deadline(ctypes.c_double(seconds), text.encode(), code)
+        _call(
+            load().jaxcomm_set_deadline, ctypes.c_double(seconds), text.encode(), code
+        )
     try:
         yield
     finally:
@@ -392,7 +408,7 @@ def deadline_at_end(seconds: float, text: str, code: int) -> None:
       code: the process's exit code.
     """
     library = load()
-    library.jaxcomm_prepare_end(ctypes.c_double(seconds), text.encode(), code)
+    _call(library.jaxcomm_prepare_end, ctypes.c_double(seconds), text.encode(), code)
     # Called before what was registered earlier, as mpi4py's MPI_Finalize was.
     ctypes.pythonapi.Py_AtExit(ctypes.cast(library.jaxcomm_end, ctypes.c_void_p))
 
@@ -419,8 +435,12 @@ class Progress(NamedTuple):
 
 def progress() -> list[Progress]:
     """Return how far every communicator of this process is."""
-    rows = (ctypes.c_int64 * _PROGRESS_COLUMNS * 256)()
-    count = load().jaxcomm_progress(rows, ctypes.c_int64(len(rows)))
+    count = 64
+    while True:
+        rows = (ctypes.c_int64 * _PROGRESS_COLUMNS * count)()
+        count = load().jaxcomm_progress(rows, ctypes.c_int64(len(rows)))
+        if count <= len(rows):
+            break
     return [
         Progress(*row[:5], marks=tuple(zip(row[5::2], row[6::2], strict=True)))
         for row in map(list, rows[:count])

@@ -4,10 +4,10 @@
 #include <atomic>
 #include <chrono>
 #include <cstdint>
-#include <cstring>
 #include <string>
 #include <vector>
 
+#include "guard.h"
 #include "xla/ffi/api/ffi.h"
 
 namespace jaxcomm {
@@ -42,14 +42,27 @@ inline xla::ffi::Error Refused(const std::string& text) {
   return xla::ffi::Error(xla::ffi::ErrorCode::kFailedPrecondition, text);
 }
 
-// Gives Python a text, cut to what it has room for. Returns whether there is one.
-inline int Tell(const std::string& text, char* to, int64_t capacity) {
-  if (text.empty()) return 0;
-  if (capacity > 0) {
-    std::strncpy(to, text.c_str(), static_cast<size_t>(capacity - 1));
-    to[capacity - 1] = '\0';
-  }
-  return 1;
+inline XLA_FFI_Error* NewError(const XLA_FFI_Api* api, const char* text) {
+  XLA_FFI_Error_Create_Args args{};
+  args.struct_size = XLA_FFI_Error_Create_Args_STRUCT_SIZE;
+  args.errc = XLA_FFI_Error_Code_INTERNAL;
+  args.message = text;
+  return api->XLA_FFI_Error_Create(&args);
 }
+
+// Defines a handler as XLA_FFI_DEFINE_HANDLER_SYMBOL does, but nothing it throws, in
+// XLA's decoding of its operands or in ours, gets out.
+#define JAXCOMM_HANDLER(name, impl, ...)                                    \
+  extern "C" XLA_FFI_Error* name(XLA_FFI_CallFrame* frame) {                \
+    return jaxcomm::Guarded(                                                \
+        [frame] {                                                           \
+          XLA_FFI_DEFINE_HANDLER(handler, impl, ##__VA_ARGS__);             \
+          return (*handler)(frame);                                         \
+        },                                                                  \
+        [frame](const char* text) {                                         \
+          return jaxcomm::NewError(frame->api, text);                       \
+        });                                                                 \
+  }                                                                         \
+  static_assert(true, "a semicolon follows")
 
 }  // namespace jaxcomm

@@ -8,7 +8,7 @@
 #include <cstdint>
 #include <memory>
 #include <mutex>
-#include <new>
+#include <stdexcept>
 #include <string>
 
 #include "callbacks.h"
@@ -40,12 +40,17 @@ class Communicator {
 
   // Mapped on first use and kept: fresh pages would fault on every call, and from
   // malloc the buffer would come to lie between leaves of a running step and divide
-  // the heap, so that later steps need a larger one.
+  // the heap, so that later steps need a larger one. Throws where there is no memory.
   char* Staging() {
     if (staging_ == nullptr) {
       void* pages = mmap(nullptr, static_cast<size_t>(staging_bytes),
                          PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-      if (pages == MAP_FAILED) throw std::bad_alloc();
+      if (pages == MAP_FAILED) {
+        throw std::runtime_error(
+            "jaxcomm: no memory for the staging buffer of " + std::to_string(staging_bytes) +
+            " bytes. Let it be smaller, by init(staging_bytes=...) or JAXCOMM_STAGING_BYTES, "
+            "or give the ranks more memory (`ulimit -v`)");
+      }
       staging_ = static_cast<char*>(pages);
     }
     return staging_;

@@ -12,6 +12,7 @@
 
 #include "api.h"
 #include "exit.h"
+#include "guard.h"
 #include "stacks.h"
 
 namespace jaxcomm {
@@ -34,27 +35,38 @@ End& at_end = *new End;
 
 // After so many seconds, unless it is lifted before, writes `text` to standard error and
 // exits with `code`.
-JAXCOMM_API void jaxcomm_set_deadline(double seconds, const char* text, int code) {
-  std::lock_guard<std::mutex> lock(mutex);
-  current = ++last;
-  const auto end = std::chrono::steady_clock::now() + std::chrono::duration<double>(seconds);
-  std::thread([number = current, end, code, text = std::string(text)] {
-    std::unique_lock<std::mutex> lock(mutex);
-    if (!changed.wait_until(lock, end, [number] { return current != number; })) {
-      EndProcess(text + "Its native threads are at\n" + NativeStacks(2), code);
-    }
-  }).detach();
+// Returns 1 with the text in `error` if it could not be set, else 0.
+JAXCOMM_API int jaxcomm_set_deadline(double seconds, const char* text, int code, char* error,
+                                     int64_t capacity) {
+  return Told(error, capacity, [&] {
+    std::lock_guard<std::mutex> lock(mutex);
+    current = ++last;
+    const auto end =
+        std::chrono::steady_clock::now() + std::chrono::duration<double>(seconds);
+    std::thread([number = current, end, code, text = std::string(text)] {
+      std::unique_lock<std::mutex> lock(mutex);
+      if (!changed.wait_until(lock, end, [number] { return current != number; })) {
+        EndProcess(text + "Its native threads are at\n" + NativeStacks(2), code);
+      }
+    }).detach();
+    return std::string();
+  });
 }
 
-// What jaxcomm_end sets.
-JAXCOMM_API void jaxcomm_prepare_end(double seconds, const char* text, int code) {
-  at_end = {seconds, text, code, getpid()};
+// What jaxcomm_end sets. Returns as jaxcomm_set_deadline.
+JAXCOMM_API int jaxcomm_prepare_end(double seconds, const char* text, int code, char* error,
+                                    int64_t capacity) {
+  return Told(error, capacity, [&] {
+    at_end = {seconds, text, code, getpid()};
+    return std::string();
+  });
 }
 
 // For Py_AtExit: sets the deadline of the process's last steps, but not of a forked one's.
 JAXCOMM_API void jaxcomm_end() {
   if (at_end.process == getpid()) {
-    jaxcomm_set_deadline(at_end.seconds, at_end.text.c_str(), at_end.code);
+    // Without it the process ends all the same, if the others do.
+    jaxcomm_set_deadline(at_end.seconds, at_end.text.c_str(), at_end.code, nullptr, 0);
   }
 }
 

@@ -13,6 +13,7 @@
 #include "api.h"
 #include "calls.h"
 #include "communicator.h"
+#include "guard.h"
 #include "kernels.h"
 #include "node.h"
 #include "reduce.h"
@@ -155,31 +156,46 @@ class Turn {
   ffi::Error error_ = ffi::Error::Success();
 };
 
+// Makes a call. One that throws may have left the other ranks in the middle of it.
+template <typename Work>
+int Do(Communicator* comm, const Work& work) {
+  try {
+    return work(comm);
+  } catch (...) {
+    comm->broken = "jaxcomm: an earlier call of this communicator failed on this rank";
+    throw;
+  }
+}
+
+void Settle(ffi::Promise* promise, ffi::Error error) {
+  error.failure() ? promise->SetError(std::move(error)) : promise->SetAvailable();
+}
+
 // Takes a turn and does `work(comm)`, an MPI error code: here, or on the communicator's
 // own thread. XLA keeps operands and results until the future says so.
 template <typename Work>
 ffi::Future InTurn(Place place, const char* what, Work work) {
   ffi::Promise promise;
   ffi::Future future(promise);
+  Communicator* comm = FindCommunicator(place.comm);
   auto call = [place = std::move(place), what, work = std::move(work)]() -> ffi::Error {
     Turn turn(place);
     if (turn.error().failure()) return turn.error();
     Timed timed(place.comm, place.schedule, place.bucket);
-    const int code = work(turn.comm());
+    const int code = Do(turn.comm(), work);
     if (code == kBroken) return Refused(turn.comm()->broken);
     return code == 0 ? ffi::Error::Success()
                      : MpiFailure(*turn.comm(), code, place.bucket, what);
   };
-  const auto settle = [](ffi::Promise* promise, ffi::Error error) {
-    error.failure() ? promise->SetError(std::move(error)) : promise->SetAvailable();
-  };
-  Communicator* comm = FindCommunicator(place.comm);
   if (comm == nullptr || comm->calls == nullptr) {
-    settle(&promise, call());
+    Settle(&promise, call());
   } else {
-    comm->calls->Add([comm, promise, settle, call = std::move(call)] {
-      comm->answers->Add([promise, settle, error = call()]() mutable {
-        settle(&promise, std::move(error));
+    comm->calls->Add([comm, promise, call = std::move(call)] {
+      ffi::Error error = Guarded(call, [](const char* text) {
+        return ffi::Error(ffi::ErrorCode::kInternal, text);
+      });
+      comm->answers->Add([promise, error = std::move(error)]() mutable {
+        Settle(&promise, std::move(error));
       });
     });
   }
@@ -344,83 +360,93 @@ JAXCOMM_API XLA_FFI_Error* jaxcomm_mark(XLA_FFI_CallFrame*);
 JAXCOMM_API XLA_FFI_Error* jaxcomm_rank(XLA_FFI_CallFrame*);
 JAXCOMM_API XLA_FFI_Error* jaxcomm_gate(XLA_FFI_CallFrame*);
 
-XLA_FFI_DEFINE_HANDLER_SYMBOL(jaxcomm_mpi_all_reduce, AllReduceCall,
-                              JAXCOMM_COLLECTIVE(ffi::Ffi::Bind())
-                                  .Attr<int64_t>("op")
-                                  .Attr<int64_t>("divisor")
-                                  .Attr<int64_t>("pack_bytes")
-                                  .Attr<int64_t>("wire"));
+JAXCOMM_HANDLER(jaxcomm_mpi_all_reduce, AllReduceCall,
+                JAXCOMM_COLLECTIVE(ffi::Ffi::Bind())
+                    .Attr<int64_t>("op")
+                    .Attr<int64_t>("divisor")
+                    .Attr<int64_t>("pack_bytes")
+                    .Attr<int64_t>("wire"));
 
-XLA_FFI_DEFINE_HANDLER_SYMBOL(jaxcomm_mpi_broadcast, BroadcastCall,
-                              JAXCOMM_COLLECTIVE(ffi::Ffi::Bind()).Attr<int64_t>("root"));
+JAXCOMM_HANDLER(jaxcomm_mpi_broadcast, BroadcastCall,
+                JAXCOMM_COLLECTIVE(ffi::Ffi::Bind()).Attr<int64_t>("root"));
 
-XLA_FFI_DEFINE_HANDLER_SYMBOL(jaxcomm_mpi_move, MoveCall,
-                              JAXCOMM_COLLECTIVE(ffi::Ffi::Bind())
-                                  .Attr<int64_t>("move")
-                                  .Attr<int64_t>("divisor")
-                                  .Attr<Numbers>("permutation"));
+JAXCOMM_HANDLER(jaxcomm_mpi_move, MoveCall,
+                JAXCOMM_COLLECTIVE(ffi::Ffi::Bind())
+                    .Attr<int64_t>("move")
+                    .Attr<int64_t>("divisor")
+                    .Attr<Numbers>("permutation"));
 
-XLA_FFI_DEFINE_HANDLER_SYMBOL(jaxcomm_mark, MarkCall,
-                              ffi::Ffi::Bind()
-                                  .RemainingArgs()
-                                  .Ret<ffi::BufferR0<ffi::U32>>()
-                                  .Attr<int64_t>("comm")
-                                  .Attr<int64_t>("schedule")
-                                  .Attr<int64_t>("bucket"));
+JAXCOMM_HANDLER(jaxcomm_mark, MarkCall,
+                ffi::Ffi::Bind()
+                    .RemainingArgs()
+                    .Ret<ffi::BufferR0<ffi::U32>>()
+                    .Attr<int64_t>("comm")
+                    .Attr<int64_t>("schedule")
+                    .Attr<int64_t>("bucket"));
 
-XLA_FFI_DEFINE_HANDLER_SYMBOL(jaxcomm_rank, RankCall,
-                              ffi::Ffi::Bind()
-                                  .Ret<ffi::BufferR0<ffi::S32>>()
-                                  .Attr<int64_t>("comm"));
+JAXCOMM_HANDLER(jaxcomm_rank, RankCall,
+                ffi::Ffi::Bind()
+                    .Ret<ffi::BufferR0<ffi::S32>>()
+                    .Attr<int64_t>("comm"));
 
-XLA_FFI_DEFINE_HANDLER_SYMBOL(jaxcomm_gate, Gate,
-                              ffi::Ffi::Bind()
-                                  .RemainingArgs()
-                                  .RemainingRets()
-                                  .Attr<int64_t>("comm")
-                                  .Attr<int64_t>("schedule")
-                                  .Attr<int64_t>("bucket"));
+JAXCOMM_HANDLER(jaxcomm_gate, Gate,
+                ffi::Ffi::Bind()
+                    .RemainingArgs()
+                    .RemainingRets()
+                    .Attr<int64_t>("comm")
+                    .Attr<int64_t>("schedule")
+                    .Attr<int64_t>("bucket"));
 
 // Binds to the MPI in this process. Returns 0, or 1 with a text in `error`.
 JAXCOMM_API int jaxcomm_open_mpi(const char* library, int handle_bytes,
                                  const MpiHandles* handles, char* error,
                                  int64_t capacity) {
-  std::string text;
-  std::unique_ptr<Mpi> opened = OpenMpi(library, handle_bytes, *handles, &text);
-  if (!opened) {
-    return Tell(text, error, capacity);
-  }
-  std::lock_guard<std::mutex> lock(registry_mutex);
-  if (!mpi) mpi = std::move(opened);
-  return 0;
+  return Told(error, capacity, [&] {
+    std::string text;
+    std::unique_ptr<Mpi> opened = OpenMpi(library, handle_bytes, *handles, &text);
+    std::lock_guard<std::mutex> lock(registry_mutex);
+    if (opened && !mpi) mpi = std::move(opened);
+    return text;
+  });
 }
 
-JAXCOMM_API void jaxcomm_create_communicator(int64_t id, uint64_t handle, int rank,
-                                             int size, int64_t staging_bytes,
-                                             int64_t segment_bytes, int own_thread) {
-  auto comm = std::make_unique<Communicator>(id, mpi.get(), handle, rank, size,
-                                             staging_bytes, segment_bytes);
-  if (own_thread != 0) {
-    comm->answers = std::make_unique<Worker>();
-    comm->calls = std::make_unique<Worker>();  // ends before what it answers through
-    comm->ring = std::make_unique<Ring>(mpi.get(), handle, rank, size, segment_bytes);
-  }
-  std::lock_guard<std::mutex> lock(registry_mutex);
-  communicators[id] = std::move(comm);
+// Returns as jaxcomm_open_mpi.
+JAXCOMM_API int jaxcomm_create_communicator(int64_t id, uint64_t handle, int rank, int size,
+                                            int64_t staging_bytes, int64_t segment_bytes,
+                                            int own_thread, char* error,
+                                            int64_t capacity) {
+  return Told(error, capacity, [&] {
+    auto comm = std::make_unique<Communicator>(id, mpi.get(), handle, rank, size,
+                                               staging_bytes, segment_bytes);
+    if (own_thread != 0) {
+      comm->answers = std::make_unique<Worker>();
+      comm->calls = std::make_unique<Worker>();  // ends before what it answers through
+      comm->ring = std::make_unique<Ring>(mpi.get(), handle, rank, size, segment_bytes);
+    }
+    std::lock_guard<std::mutex> lock(registry_mutex);
+    communicators[id] = std::move(comm);
+    return std::string();
+  });
 }
 
 // Lets the ranks of a communicator, all on one host, reduce through shared memory:
-// `windows` are their addresses in this process, each of `bytes` zero-filled bytes.
-JAXCOMM_API void jaxcomm_share_memory(int64_t id, char* const* windows, int64_t bytes,
-                                      int crowded) {
-  Communicator* comm = FindCommunicator(id);
-  comm->node = std::make_unique<Node>(std::vector<char*>(windows, windows + comm->size),
-                                      comm->rank, bytes, crowded != 0);
+// `windows` are their addresses in this process, each of `bytes` zero-filled bytes. Without
+// windows they do not. Returns as jaxcomm_open_mpi.
+JAXCOMM_API int jaxcomm_share_memory(int64_t id, char* const* windows, int64_t bytes,
+                                     int crowded, char* error, int64_t capacity) {
+  return Told(error, capacity, [&] {
+    Communicator* comm = FindCommunicator(id);
+    comm->node = windows == nullptr
+                     ? nullptr
+                     : std::make_unique<Node>(
+                           std::vector<char*>(windows, windows + comm->size), comm->rank,
+                           bytes, crowded != 0);
+    return std::string();
+  });
 }
 
 // The MPI_Op that reduces elements of `dtype`, for calls that are not ours.
 JAXCOMM_API uint64_t jaxcomm_op_handle(int dtype, int op) {
-  std::lock_guard<std::mutex> lock(registry_mutex);
   return mpi->OpHandle(static_cast<DType>(dtype), static_cast<Op>(op));
 }
 
@@ -430,13 +456,17 @@ JAXCOMM_API void jaxcomm_lock_mpi() { LockMpi(); }
 JAXCOMM_API void jaxcomm_unlock_mpi() { UnlockMpi(); }
 
 // The mean of one float32 leaf as a bucket's call computes it, for measuring without XLA.
+// Returns as jaxcomm_open_mpi.
 JAXCOMM_API int jaxcomm_all_reduce_float(int64_t id, void* data, int64_t count,
-                                         int64_t pack_bytes) {
-  Communicator* comm = FindCommunicator(id);
-  if (comm == nullptr) return 1;
-  std::lock_guard<std::mutex> lock(comm->mutex);
-  const Reduction sum{kF32, kSum, comm->size, kF32, pack_bytes};
-  return AllReduce(comm, sum, {{static_cast<char*>(data), count}});
+                                         int64_t pack_bytes, char* error,
+                                         int64_t capacity) {
+  return Told(error, capacity, [&] {
+    Communicator* comm = FindCommunicator(id);
+    std::lock_guard<std::mutex> lock(comm->mutex);
+    const Reduction sum{kF32, kSum, comm->size, kF32, pack_bytes};
+    const int code = AllReduce(comm, sum, {{static_cast<char*>(data), count}});
+    return code == 0 ? "" : comm->mpi->ErrorText(code);
+  });
 }
 
 // For tests: leaves above `bytes`, not above 1 GiB, are moved and broadcast in pieces.
@@ -473,7 +503,9 @@ JAXCOMM_API int64_t jaxcomm_timeline_take(Event* out, int64_t capacity) {
 // Writes how many calls of a communicator have begun, and its counters, to
 // out[2 + kCounters]. Returns 0 if it exists.
 JAXCOMM_API int jaxcomm_counters(int64_t id, int64_t* out) {
-  Communicator* comm = FindCommunicator(id);
+  const auto find = [id] { return FindCommunicator(id); };
+  const auto none = [](const char*) -> Communicator* { return nullptr; };
+  Communicator* comm = Guarded(find, none);
   if (comm == nullptr) return 1;
   out[0] = comm->progress.calls();
   out[1] = comm->progress.inside();

@@ -18,6 +18,7 @@
 #include "calls.h"
 #include "exit.h"
 #include "gpu.h"
+#include "guard.h"
 #include "nccl.h"
 #include "progress.h"
 #include "rounding.h"
@@ -63,7 +64,13 @@ class Monitor {
     std::lock_guard<std::mutex> lock(mutex_);
     if (started_) return;
     started_ = true;
-    std::thread([this] { Run(); }).detach();
+    std::thread([this] {
+      Guarded([this] { Run(); }, [](const char* text) {
+        EndProcess("jaxcomm: nothing watches NCCL any more, so this process ends: " +
+                       std::string(text) + "\n",
+                   kStalled);
+      });
+    }).detach();
   }
   // Waits for it, but not for ever: the driver may not come back.
   void Stop() {
@@ -256,9 +263,9 @@ ffi::Error OnHost(Arguments... arguments) {
 #define JAXCOMM_DEFINE(name, call, attributes, ...)                                    \
   JAXCOMM_API XLA_FFI_Error* jaxcomm_nccl_##name(XLA_FFI_CallFrame*);                  \
   JAXCOMM_API XLA_FFI_Error* jaxcomm_nccl_host_##name(XLA_FFI_CallFrame*);             \
-  XLA_FFI_DEFINE_HANDLER_SYMBOL(jaxcomm_nccl_##name, call,                             \
-                                JAXCOMM_COLLECTIVE(JAXCOMM_GPU) attributes);           \
-  XLA_FFI_DEFINE_HANDLER_SYMBOL(                                                       \
+  JAXCOMM_HANDLER(jaxcomm_nccl_##name, call,                                           \
+                  JAXCOMM_COLLECTIVE(JAXCOMM_GPU) attributes);                         \
+  JAXCOMM_HANDLER(                                                                     \
       jaxcomm_nccl_host_##name,                                                        \
       (OnHost<call, ffi::RemainingArgs, ffi::RemainingRets, int64_t, int64_t, int64_t, \
               int64_t, Numbers, __VA_ARGS__>),                                         \
@@ -268,9 +275,9 @@ ffi::Error OnHost(Arguments... arguments) {
 // calling the handler.
 #define JAXCOMM_DEFINE_RECORDED(name, call, attributes)                                \
   JAXCOMM_API XLA_FFI_Error* jaxcomm_nccl_graph_##name(XLA_FFI_CallFrame*);            \
-  XLA_FFI_DEFINE_HANDLER_SYMBOL(jaxcomm_nccl_graph_##name, call,                       \
-                                JAXCOMM_COLLECTIVE(JAXCOMM_GPU) attributes,            \
-                                {ffi::Traits::kCmdBufferCompatible})
+  JAXCOMM_HANDLER(jaxcomm_nccl_graph_##name, call,                                     \
+                  JAXCOMM_COLLECTIVE(JAXCOMM_GPU) attributes,                          \
+                  {ffi::Traits::kCmdBufferCompatible})
 
 JAXCOMM_DEFINE(all_reduce, AllReduceCall, .Attr<int64_t>("op"), int64_t);
 JAXCOMM_DEFINE_RECORDED(all_reduce, AllReduceCall, .Attr<int64_t>("op"));
@@ -282,11 +289,10 @@ JAXCOMM_DEFINE(move, MoveCall,
 
 JAXCOMM_API XLA_FFI_Error* jaxcomm_nccl_rank(XLA_FFI_CallFrame*);
 JAXCOMM_API XLA_FFI_Error* jaxcomm_nccl_host_rank(XLA_FFI_CallFrame*);
-XLA_FFI_DEFINE_HANDLER_SYMBOL(jaxcomm_nccl_rank, RankCall,
-                              JAXCOMM_GPU.Ret<ffi::BufferR0<ffi::S32>>()
-                                  .Attr<int64_t>("comm"),
-                              {ffi::Traits::kCmdBufferCompatible});
-XLA_FFI_DEFINE_HANDLER_SYMBOL(
+JAXCOMM_HANDLER(jaxcomm_nccl_rank, RankCall,
+                JAXCOMM_GPU.Ret<ffi::BufferR0<ffi::S32>>().Attr<int64_t>("comm"),
+                {ffi::Traits::kCmdBufferCompatible});
+JAXCOMM_HANDLER(
     jaxcomm_nccl_host_rank,
     (OnHost<RankCall, ffi::Result<ffi::BufferR0<ffi::S32>>, int64_t>),
     ffi::Ffi::Bind().Ret<ffi::BufferR0<ffi::S32>>().Attr<int64_t>("comm"));
@@ -297,16 +303,18 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(
 // many seconds a kernel may run, 0 for no limit.
 JAXCOMM_API int jaxcomm_nccl_open(const char* path, const char* driver, int ordinal,
                                   double limit, char* error, int64_t capacity) {
-  std::lock_guard<std::mutex> lock(registry_mutex);
-  if (nccl != nullptr) return 0;
-  abort_after = limit;
-  std::string text;
-  auto opened = Nccl::Open(path, &text);
-  if (opened) {
-    gpu = Gpu::Open(driver, ordinal, &text).release();
-    if (gpu) nccl = opened.release();
-  }
-  return Tell(text, error, capacity);
+  return Told(error, capacity, [&] {
+    std::lock_guard<std::mutex> lock(registry_mutex);
+    std::string text;
+    if (nccl != nullptr) return text;
+    abort_after = limit;
+    auto opened = Nccl::Open(path, &text);
+    if (opened) {
+      gpu = Gpu::Open(driver, ordinal, &text).release();
+      if (gpu) nccl = opened.release();
+    }
+    return text;
+  });
 }
 
 JAXCOMM_API int jaxcomm_nccl_version() {
@@ -316,37 +324,43 @@ JAXCOMM_API int jaxcomm_nccl_version() {
 }
 
 JAXCOMM_API int jaxcomm_nccl_unique_id(NcclUniqueId* out, char* error, int64_t capacity) {
-  const NcclResult result = nccl->calls().GetUniqueId(out);
-  if (result == kNcclSuccess) return 0;
-  return Tell(std::string("ncclGetUniqueId: ") + nccl->calls().GetErrorString(result),
-              error, capacity);
+  return Told(error, capacity, [&]() -> std::string {
+    const NcclResult result = nccl->calls().GetUniqueId(out);
+    if (result == kNcclSuccess) return {};
+    return std::string("ncclGetUniqueId: ") + nccl->calls().GetErrorString(result);
+  });
 }
 
 JAXCOMM_API int jaxcomm_nccl_join(int64_t id, const NcclUniqueId* unique, int rank,
                                   int size, double timeout, char* error,
                                   int64_t capacity) {
-  // Kept also where this fails: NCCL may still write to it.
-  auto* member = new Member{{nccl, gpu, id, rank, size, timeout}, {}, ProgressOf(id)};
-  const std::string text = member->comm.Join(*unique);
-  if (text.empty()) {
-    std::lock_guard<std::mutex> lock(registry_mutex);
-    members[id] = member;
-  }
-  if (text.empty()) monitor.Start();
-  return Tell(text, error, capacity);
+  return Told(error, capacity, [&] {
+    // Kept also where this fails: NCCL may still write to it.
+    auto* member = new Member{{nccl, gpu, id, rank, size, timeout}, {}, ProgressOf(id)};
+    std::string text = member->comm.Join(*unique);
+    if (text.empty()) {
+      std::lock_guard<std::mutex> lock(registry_mutex);
+      members[id] = member;
+    }
+    if (text.empty()) monitor.Start();
+    return text;
+  });
 }
 
 // Makes communicator `part` of the ranks of `id` that give the same `color`; `rank` and
 // `size` are this one's place among them.
 JAXCOMM_API int jaxcomm_nccl_split(int64_t id, int64_t part, int color, int rank, int size,
                                    double timeout, char* error, int64_t capacity) {
-  auto* member = new Member{{nccl, gpu, part, rank, size, timeout}, {}, ProgressOf(part)};
-  const std::string text = Find(id)->comm.Split(color, &member->comm);
-  if (text.empty()) {
-    std::lock_guard<std::mutex> lock(registry_mutex);
-    members[part] = member;
-  }
-  return Tell(text, error, capacity);
+  return Told(error, capacity, [&] {
+    auto* member =
+        new Member{{nccl, gpu, part, rank, size, timeout}, {}, ProgressOf(part)};
+    std::string text = Find(id)->comm.Split(color, &member->comm);
+    if (text.empty()) {
+      std::lock_guard<std::mutex> lock(registry_mutex);
+      members[part] = member;
+    }
+    return text;
+  });
 }
 
 // Lets every later call on a communicator fail.
@@ -356,7 +370,8 @@ JAXCOMM_API void jaxcomm_nccl_refuse(int64_t id, const char* why) {
 }
 
 JAXCOMM_API int jaxcomm_nccl_counters(int64_t id, int64_t* out) {
-  Member* member = Find(id);
+  const auto none = [](const char*) -> Member* { return nullptr; };
+  Member* member = Guarded([id] { return Find(id); }, none);
   if (member == nullptr) return 1;
   out[0] = member->progress->calls();
   for (int i = 0; i < kNcclCounters; ++i) out[1 + i] = member->comm.counters[i];
@@ -366,14 +381,21 @@ JAXCOMM_API int jaxcomm_nccl_counters(int64_t id, int64_t* out) {
 // For the end of the process: nothing may be under way. Returns so many seconds after the
 // monitor has stopped at the latest, with NCCL's threads still at it.
 JAXCOMM_API void jaxcomm_nccl_close(double seconds) {
-  monitor.Stop();
-  auto done = std::make_shared<std::promise<void>>();
-  const std::future<void> ended = done->get_future();
-  std::thread([done, seconds] {
-    for (Member* member : All()) member->comm.Finalize(seconds);
-    done->set_value();
-  }).detach();
-  ended.wait_for(std::chrono::duration<double>(seconds));
+  const auto close = [seconds] {
+    monitor.Stop();
+    auto done = std::make_shared<std::promise<void>>();
+    const std::future<void> ended = done->get_future();
+    std::thread([done, seconds] {
+      // What fails here the end of the process does.
+      const auto finalize = [&] {
+        for (Member* member : All()) member->comm.Finalize(seconds);
+        done->set_value();
+      };
+      Guarded(finalize, [](const char*) {});
+    }).detach();
+    ended.wait_for(std::chrono::duration<double>(seconds));
+  };
+  Guarded(close, [](const char*) {});
 }
 
 }  // namespace jaxcomm

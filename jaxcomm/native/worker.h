@@ -6,7 +6,11 @@
 #include <deque>
 #include <functional>
 #include <mutex>
+#include <string>
 #include <thread>
+
+#include "exit.h"
+#include "guard.h"
 
 #ifdef __linux__
 #include <sys/resource.h>
@@ -69,7 +73,10 @@ class Worker {
       std::function<void()> task = std::move(tasks_.front());
       tasks_.pop_front();
       lock.unlock();
-      task();
+      // A program waits for what the task was to say.
+      Guarded([&task] { task(); }, [](const char* text) {
+        EndProcess(std::string(text) + "\n", kStalled);
+      });
       lock.lock();
     }
   }
