@@ -4,15 +4,22 @@ from __future__ import annotations
 
 import mmap
 import os
+import secrets
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 
 from jaxcomm import native
 
+_NONCE_BYTES = 32
+
 
 class SharedWindow:
     """Zero-filled windows of equal size; made by all ranks of `comm` together.
+
+    Whatever fails on whichever rank, all ranks come to the same end: they have windows,
+    or none of them has, and `failure` says why.
 
     Attributes:
       nbytes: size of one rank's window.
@@ -22,37 +29,98 @@ class SharedWindow:
       crowded: whether there are more ranks than cores for them.
     """
 
-    def __init__(self, comm: Any, budget: int):
-        """Map windows whose slots take at most `budget` bytes."""
-        rank, size = comm.Get_rank(), comm.Get_size()
+    def __init__(self, comm: Any, budget: int, attach: Callable[[SharedWindow], None]):
+        """Map windows whose slots take at most `budget` bytes.
+
+        Args:
+          comm: an MPI communicator.
+          budget: bytes.
+          attach: begins to use the windows; called where all ranks have mapped them.
+            If it raises on a rank, none has them.
+        """
+        self._comm, self._rank, self._size = comm, comm.Get_rank(), comm.Get_size()
         slot = min(budget // native.SLOTS, native.MAX_SLOT_BYTES)
         wanted = native.CONTROL_BYTES + native.SLOTS * slot
         self.nbytes = -(-wanted // mmap.PAGESIZE) * mmap.PAGESIZE
-        cores = set().union(*comm.allgather(os.sched_getaffinity(0)))
-        self.crowded = len(cores) < size
-
-        # Memory without a name: nothing is left behind, however a rank ends. The others
-        # open it through the process of rank 0, which works in one container, where
-        # they also see each other's files.
-        file, failure = -1, ""
-        try:
-            if rank == 0:
-                file = os.memfd_create("jaxcomm")
-                os.ftruncate(file, size * self.nbytes)
-            owner = comm.bcast((os.getpid(), file))
-            if rank != 0:
-                file = os.open(f"/proc/{owner[0]}/fd/{owner[1]}", os.O_RDWR)
-            # Kept as long as the process: custom calls may use it until the end.
-            self._memory = np.frombuffer(mmap.mmap(file, size * self.nbytes), np.uint8)
-        except OSError as error:
-            failure = f"rank {rank}: {error}"
-        failures = [text for text in comm.allgather(failure) if text]
-        if file >= 0:
-            os.close(file)  # after all have opened it
-        self.failure = failures[0] if failures else ""
         self.addresses: list[int] = []
-        if not failures:
-            windows = self._memory.reshape(size, self.nbytes)
-            windows[rank] = 0  # the first to touch a page has it nearby
-            comm.Barrier()
-            self.addresses = [window.ctypes.data for window in windows]
+        self.crowded, self.failure = False, ""
+        self._file = -1
+        try:
+            cores = self._together(lambda: os.sched_getaffinity(0))
+            self.crowded = len(set().union(*cores)) < self._size
+            made = self._together(self._create)[0]
+            self._together(lambda: self._map(*made))
+            self._together(lambda: attach(self))
+        except _FailedError as error:
+            self.failure = str(error)
+            self.addresses = []
+        finally:
+            if self._file >= 0:
+                os.close(self._file)
+
+    def _together(self, step: Callable[[], Any]) -> list[Any]:
+        """Return what a step gives on every rank; raise on all if it does on one."""
+        mine, failure = None, ""
+        try:
+            mine = step()
+        except Exception as error:  # the others wait to hear of it, whatever it is
+            failure = f"rank {self._rank}: {type(error).__name__}: {error}"
+        found = self._comm.allgather((mine, failure))
+        for _, text in found:
+            if text:
+                raise _FailedError(text)
+        return [result for result, _ in found]
+
+    def _create(self) -> tuple[Any, ...] | None:
+        """On rank 0, make the memory; return where it is and what it is."""
+        if self._rank != 0:
+            return None
+        # Without a name: nothing is left behind, however a rank ends.
+        self._file = os.memfd_create("jaxcomm")
+        end = self._size * self.nbytes
+        os.ftruncate(self._file, end + _NONCE_BYTES)
+        nonce = secrets.token_bytes(_NONCE_BYTES)
+        os.pwrite(self._file, nonce, end)
+        return os.getpid(), self._file, _identity(os.fstat(self._file)), nonce
+
+    def _map(self, pid: int, file: int, identity: Any, nonce: bytes) -> None:
+        if self._rank != 0:
+            self._file = self._open(f"/proc/{pid}/fd/{file}", identity, nonce)
+        # Without memory for a page this fails, and not the first write to it. The rank
+        # that asks for a page has it nearby.
+        os.posix_fallocate(self._file, self._rank * self.nbytes, self.nbytes)
+        # Kept as long as the process: custom calls may use it until the end.
+        self._memory = np.frombuffer(
+            mmap.mmap(self._file, self._size * self.nbytes), np.uint8
+        )
+        windows = self._memory.reshape(self._size, self.nbytes)
+        self.addresses = [window.ctypes.data for window in windows]
+
+    def _open(self, path: str, identity: Any, nonce: bytes) -> int:
+        """Open the memory of rank 0 for writing, but no other file.
+
+        Where ranks see other processes than each other, as in containers, the path is
+        that of any file of any process. Nothing is opened that is not of the kind, the
+        size and the number of what is looked for, and nothing for writing that does not
+        hold what rank 0 has put there.
+        """
+        other = f"{path} is not the memory of rank 0: the ranks see other processes"
+        if _identity(os.stat(path)) != identity:
+            raise OSError(other)
+        reading = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+        try:
+            same = _identity(os.fstat(reading)) == identity
+            end = self._size * self.nbytes
+            if not same or os.pread(reading, _NONCE_BYTES, end) != nonce:
+                raise OSError(other)
+            return os.open(f"/proc/self/fd/{reading}", os.O_RDWR)
+        finally:
+            os.close(reading)
+
+
+class _FailedError(Exception):
+    """A step has failed on some rank; raised on all of them."""
+
+
+def _identity(status: os.stat_result) -> tuple[int, ...]:
+    return status.st_mode, status.st_dev, status.st_ino, status.st_size

@@ -45,9 +45,10 @@ class Communicator:
       staging_bytes: size of the buffer that small leaves share.
       topology: what a profile of `jaxcomm tune` holds for; "" without MPI.
       costs: the cost model that plans are made with.
-      shared_memory: whether the ranks share memory: where all are on one host (and
-        JAXCOMM_SHARED_MEMORY is not "off"). Reductions go through it; mpi4jax's do not,
-        but ranks meet there before each of its calls.
+      shared_memory: whether the ranks share memory, which is equal on all of them:
+        where they are on one host, see each other's processes, and
+        JAXCOMM_SHARED_MEMORY is not "off" on rank 0. Reductions go through it;
+        mpi4jax's do not, but ranks meet there before each of its calls.
     """
 
     def __init__(
@@ -58,7 +59,7 @@ class Communicator:
         self.staging_bytes = settings.staging_bytes
         self.topology = ""
         self.costs = settings.costs
-        self.shared_memory = settings.shared_memory
+        self.shared_memory = False
         self.lineage = lineage
         # The key stands in compiled programs, so it must be equal on all ranks.
         digest = hashlib.sha256(lineage.encode()).digest()
@@ -69,6 +70,7 @@ class Communicator:
         self._subgroups: dict[tuple[int, ...], Communicator | None] = {}
         self._others: list[Any] = []
         self._windows: list[Any] = []
+        self._may_share = settings.shared_memory
         self._own_thread = False
         self.lowering: Transport = Local()
         if transport != "local":
@@ -77,8 +79,6 @@ class Communicator:
     def _connect(self) -> None:
         if self.lineage == "world":
             self._find_settings()
-        one_host = 1 < self.size == self.local_size
-        self.shared_memory &= one_host and self.transport != "nccl"
         if self.transport == "nccl":
             from jaxcomm.transports import nccl
 
@@ -90,7 +90,9 @@ class Communicator:
             self._own_thread = (
                 os.environ.get(_settings.OWN_THREAD_VARIABLE, default) == "on"
             )
-            self._create_native(self.key, self._mpi.data, self.costs.segment_bytes)
+            self.shared_memory = self._create_native(
+                self.key, self._mpi.data, self.costs.segment_bytes
+            )
             self.lowering = _lowering(self.transport, self._mpi.data)
         agreement.connect(self.key, self._fabric.check, self.timeout)
         self._fabric.fault.listen(self._refuse)
@@ -135,7 +137,7 @@ class Communicator:
                 found = (costs.to_json(), self.staging_bytes, shared, every, "")
             except InvalidOptionError as error:
                 found = (None, None, None, None, str(error))
-        costs, self.staging_bytes, self.shared_memory, every, failure = (
+        costs, self.staging_bytes, self._may_share, every, failure = (
             self.broadcast_object(found)
         )
         if failure:
@@ -184,7 +186,9 @@ class Communicator:
         # Blocking calls: nothing else of ours may run beside them.
         wait_for_pending_work()
         fabric = self._fabric.subgroup(members, lineage)
-        settings = Settings(self.timeout, self.staging_bytes, self.costs)
+        settings = Settings(
+            self.timeout, self.staging_bytes, self.costs, self._may_share
+        )
         return Communicator(lineage, self.transport, settings, fabric)
 
     def partition(self, groups: Groups) -> int:
@@ -242,7 +246,8 @@ class Communicator:
         self._create_native(key, data, segment_bytes)
         return key
 
-    def _create_native(self, key: int, comm: Any, segment_bytes: int) -> None:
+    def _create_native(self, key: int, comm: Any, segment_bytes: int) -> bool:
+        """Make some ranks known to the native library; tell if they share memory."""
         native.create_communicator(
             key,
             comm,
@@ -250,16 +255,22 @@ class Communicator:
             segment_bytes=segment_bytes,
             own_thread=self._own_thread,
         )
-        if self.shared_memory:
-            window = SharedWindow(comm, min(self.staging_bytes, 3 * segment_bytes))
-            self._windows.append(window)
-            if window.addresses:
-                native.share_memory(
-                    key, window.addresses, window.nbytes, crowded=window.crowded
-                )
-            else:
-                self.shared_memory = False
-                log.info("reductions go through MPI: %s", window.failure)
+        one_host = self.size == self.local_size
+        if not (self._may_share and one_host and comm.Get_size() > 1):
+            return False
+
+        def attach(window: SharedWindow) -> None:
+            native.share_memory(
+                key, window.addresses, window.nbytes, crowded=window.crowded
+            )
+
+        window = SharedWindow(comm, min(self.staging_bytes, 3 * segment_bytes), attach)
+        if window.failure:
+            native.share_memory(key, [], 0, crowded=False)
+            log.info("reductions go through MPI: %s", window.failure)
+            return False
+        self._windows.append(window)
+        return True
 
     def counters(self) -> dict[str, int]:
         """Return what the native library counted on this communicator.
