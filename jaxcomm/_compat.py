@@ -16,6 +16,7 @@ from jax._src import core as _core
 from jax._src import distributed as _distributed
 from jax._src import effects as _effects
 from jax._src import source_info_util as _source_info
+from jax._src import xla_bridge as _xla_bridge
 from jax._src.interpreters import partial_eval as _partial_eval
 from jax._src.lib.mlir.dialects import hlo as _hlo
 from jax.extend.core import Literal, Primitive
@@ -30,6 +31,8 @@ __all__ = [
     "Tracer",
     "abstract_token",
     "ad",
+    "async_dispatch",
+    "backends_initialized",
     "batching",
     "create_token",
     "distributed_client",
@@ -44,6 +47,7 @@ __all__ = [
     "outside_trace",
     "register_ordered_effect",
     "scan_counts",
+    "set_async_dispatch",
     "shaped_array",
     "source_line",
     "sub_jaxprs",
@@ -63,6 +67,21 @@ Effect = _effects.Effect
 def outside_trace() -> bool:
     """Tell whether no trace is under way: no jit, and no eager grad or vmap either."""
     return _core.trace_state_clean()
+
+
+def backends_initialized() -> bool:
+    """Tell whether JAX's clients have been made."""
+    return _xla_bridge.backends_are_initialized()
+
+
+def async_dispatch() -> bool:
+    """Tell whether programs for the CPU are left to a pool of threads."""
+    return _xla_bridge._CPU_ENABLE_ASYNC_DISPATCH.value
+
+
+def set_async_dispatch(on: bool) -> None:
+    """Say whether they are; before the clients are made."""
+    jax.config.update("jax_cpu_enable_async_dispatch", on)
 
 
 def create_token() -> Any:

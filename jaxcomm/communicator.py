@@ -16,7 +16,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxcomm import _settings, agreement, costmodel, native
+from jaxcomm import _settings, _threads, agreement, costmodel, native
 from jaxcomm._fabric import Fabric, MpiFabric
 from jaxcomm._settings import Settings
 from jaxcomm._window import SharedWindow
@@ -71,7 +71,7 @@ class Communicator:
         self._others: list[Any] = []
         self._windows: list[Any] = []
         self._may_share = settings.shared_memory
-        self._own_thread = False
+        self._own_thread = self._ring = False
         self.lowering: Transport = Local()
         if transport != "local":
             self._connect()
@@ -87,8 +87,10 @@ class Communicator:
         else:
             # Where calls wait for a network, XLA's threads have better things to do.
             default = "off" if self.size == self.local_size else "on"
-            self._own_thread = (
-                os.environ.get(_settings.OWN_THREAD_VARIABLE, default) == "on"
+            self._ring = os.environ.get(_settings.OWN_THREAD_VARIABLE, default) == "on"
+            # Else see `_threads`.
+            self._own_thread = self._ring or (
+                self.lineage != "world" and _threads.run_programs()
             )
             self.shared_memory = self._create_native(
                 self.key, self._mpi.data, self.costs.segment_bytes
@@ -151,8 +153,13 @@ class Communicator:
         """Return the communicator of some of this one's ranks.
 
         Every member must call it, in the same order as its other subgroups; other
-        ranks may. Asking again for the same ranks returns the same communicator. One
-        thread at a time may use a communicator: give each its own.
+        ranks may. Asking again for the same ranks returns the same communicator.
+
+        One Python thread at a time may use a communicator: give each its own. Over MPI
+        their programs run beside each other, as many as XLA has threads in a rank
+        (`jaxcomm run --threads`); where a rank has one core, as many as you like, if
+        `init` was called before anything else used JAX. One thread more is refused.
+        Transport mpi4jax takes one thread.
 
         Args:
           ranks: distinct ranks of this communicator; their order numbers the new
@@ -254,6 +261,7 @@ class Communicator:
             staging_bytes=self.staging_bytes,
             segment_bytes=segment_bytes,
             own_thread=self._own_thread,
+            ring=self._ring,
         )
         one_host = self.size == self.local_size
         if not (self._may_share and one_host and comm.Get_size() > 1):

@@ -12,7 +12,7 @@ from typing import Any, cast, overload
 
 import jax
 
-from jaxcomm import _compat, agreement, planner, rewrite
+from jaxcomm import _compat, _threads, agreement, planner, rewrite
 from jaxcomm.communicator import Communicator
 from jaxcomm.errors import InvalidOptionError, JaxcommError
 from jaxcomm.planner import Groups
@@ -97,6 +97,8 @@ class DataParallel:
         # To be asked here: inside a jit of ours the answer is always no, and kept.
         if not _compat.outside_trace():
             return self._part(*args, **kwargs)
+        comm = self._communicator()
+        _threads.enter(comm.transport, (args, kwargs))
         try:
             out = self._program(*args, **kwargs)
             if self._unchecked:
@@ -357,7 +359,8 @@ def data_parallel(
 
     Raises:
       InvalidOptionError: an option has an unusable value, or (when traced) a
-        collective uses another axis name.
+        collective uses another axis name, or a `ppermute` has pairs that are no
+        partial permutation.
       UnsupportedCollectiveError: when traced: a collective that is not scheduled, or
         that some ranks may not reach.
       ScheduleMismatchError: at the first call: the ranks' schedules differ; raised on

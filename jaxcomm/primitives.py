@@ -27,7 +27,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 
-from jaxcomm import _compat, agreement
+from jaxcomm import _compat, _threads, agreement
 from jaxcomm.communicator import Communicator
 from jaxcomm.errors import InvalidOptionError, TransportUnavailableError
 from jaxcomm.schedule import Bucket, Schedule
@@ -68,6 +68,7 @@ def _run_now(
     buckets: Sequence[int],
 ) -> list[Any]:
     comm.check_usable()
+    _threads.enter(comm.transport, leaves)
     first = (comm.key, schedule.fingerprint) not in _checked
     try:
         out, token = _compiled(tuple(leaves), comm, schedule, tuple(buckets))
@@ -211,6 +212,7 @@ def _call(ctx: Any, comm: Communicator, schedule: Schedule, index: int) -> Call:
             f"transport {comm.transport!r} moves arrays of the CPU, and this program "
             "is for a GPU: use jaxcomm.init('nccl'), or set JAX_PLATFORMS=cpu"
         )
+    _threads.enter(comm.transport)
     bucket = schedule.buckets[index]
     groups = bucket.groups
     return Call(

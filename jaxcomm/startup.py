@@ -15,7 +15,15 @@ from typing import Any
 
 import jax
 
-from jaxcomm import _compat, _settings, agreement, native, timeline, watchdog
+from jaxcomm import (
+    _compat,
+    _settings,
+    _threads,
+    agreement,
+    native,
+    timeline,
+    watchdog,
+)
 from jaxcomm._fabric import Alone, Fabric, KeyValueFabric, MpiFabric
 from jaxcomm._settings import Settings
 from jaxcomm.communicator import (
@@ -179,6 +187,8 @@ def _start(
     launched = launched_ranks()
     if transport == "auto":
         transport = _automatic(launched, settings)
+    elif transport == "mpi":
+        _threads.prepare()
     if transport == "local":
         return Communicator("world", "local", settings, Alone())
     if transport == "xla":
@@ -256,6 +266,8 @@ def _automatic(launched: int, settings: Settings) -> str:
     distributed = _compat.distributed_client()
     several = launched > 1 or mpi_ready
     several |= distributed is not None and distributed.num_processes > 1
+    if several:
+        _threads.prepare()  # before JAX is asked for anything
     if several and jax.default_backend() == "gpu":
         return "nccl"
     return "mpi" if launched > 1 or mpi_ready else "local"

@@ -296,7 +296,7 @@ native.bind_mpi(MPI)
 for key in range(1, 301):
     native.create_communicator(
         key, MPI.COMM_SELF, staging_bytes=4096, segment_bytes=4096,
-        own_thread=False,
+        own_thread=False, ring=False,
     )
 assert sorted(row.key for row in native.progress()) == list(range(1, 301))
 """

@@ -215,10 +215,12 @@ def create_communicator(
     staging_bytes: int,
     segment_bytes: int,
     own_thread: bool,
+    ring: bool,
 ) -> None:
     """Make MPI communicator `comm` known to the handlers under `key`.
 
-    With `own_thread`, its calls are made on a thread of its own.
+    With `own_thread`, in which ranks may differ, calls that wait for other ranks do so
+    on a thread of the communicator's own. With `ring`, large leaves go around a ring.
     """
     from mpi4py import MPI
 
@@ -231,6 +233,7 @@ def create_communicator(
         ctypes.c_int64(staging_bytes),
         ctypes.c_int64(segment_bytes),
         int(own_thread),
+        int(ring),
     )
 
 

@@ -66,12 +66,12 @@ class Communicator {
   // What MPI moves or broadcasts at once: it counts bytes in a C int. Tests make it small.
   int64_t piece_bytes = int64_t{1} << 30;
   Progress& progress;
-  // Set where collectives wait for a network: one thread makes the MPI calls, so that
-  // XLA's may compute meanwhile, and another tells XLA that they are done, because what
-  // comes next in the program then runs on that thread.
+  // Set where calls must not hold a thread of XLA's that others have a use for while they
+  // wait: one thread makes the calls, and another tells XLA that they are done, because
+  // what comes next in the program then runs on that thread.
   std::unique_ptr<Worker> answers;
   std::unique_ptr<Worker> calls;
-  std::unique_ptr<Ring> ring;   // likewise, for large leaves
+  std::unique_ptr<Ring> ring;   // set where large leaves wait for a network
   std::unique_ptr<Node> node;   // set where all ranks are on one host
   Agreement agreement;
   std::mutex mutex;  // held for the whole of a call: one collective at a time

@@ -17,6 +17,7 @@
 #include "kernels.h"
 #include "node.h"
 #include "reduce.h"
+#include "rounding.h"
 #include "timeline.h"
 #include "xla/ffi/api/c_api.h"
 #include "xla/ffi/api/ffi.h"
@@ -187,7 +188,8 @@ ffi::Future InTurn(Place place, const char* what, Work work) {
     return code == 0 ? ffi::Error::Success()
                      : MpiFailure(*turn.comm(), code, place.bucket, what);
   };
-  if (comm == nullptr || comm->calls == nullptr) {
+  if (comm == nullptr || comm->calls == nullptr ||
+      (comm->node != nullptr && comm->node->AllHere())) {
     Settle(&promise, call());
   } else {
     comm->calls->Add([comm, promise, call = std::move(call)] {
@@ -410,17 +412,20 @@ JAXCOMM_API int jaxcomm_open_mpi(const char* library, int handle_bytes,
   });
 }
 
-// Returns as jaxcomm_open_mpi.
+// `own_thread`: whether its calls are made on a thread of its own; ranks may differ in
+// that. `ring`: whether large leaves go around a ring. Returns as jaxcomm_open_mpi.
 JAXCOMM_API int jaxcomm_create_communicator(int64_t id, uint64_t handle, int rank, int size,
                                             int64_t staging_bytes, int64_t segment_bytes,
-                                            int own_thread, char* error,
+                                            int own_thread, int ring, char* error,
                                             int64_t capacity) {
   return Told(error, capacity, [&] {
     auto comm = std::make_unique<Communicator>(id, mpi.get(), handle, rank, size,
                                                staging_bytes, segment_bytes);
     if (own_thread != 0) {
-      comm->answers = std::make_unique<Worker>();
+      comm->answers = std::make_unique<Worker>(FlushSubnormals);
       comm->calls = std::make_unique<Worker>();  // ends before what it answers through
+    }
+    if (ring != 0) {
       comm->ring = std::make_unique<Ring>(mpi.get(), handle, rank, size, segment_bytes);
     }
     std::lock_guard<std::mutex> lock(registry_mutex);

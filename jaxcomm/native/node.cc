@@ -10,6 +10,9 @@ namespace {
 
 // What is reduced at once: with its counterpart in a slot it fits the first-level cache.
 constexpr int64_t kBlock = 4096;
+// For how long a call waits before it is left to another thread, which takes as long to
+// wake.
+constexpr std::chrono::microseconds kMoment{50};
 // Below this, a segment is about latency, and ordinary stores are best.
 constexpr int64_t kStreamingBytes = 128 << 10;
 
@@ -118,6 +121,18 @@ int Node::Meet(const Where& where) {
   Publish(&own.reduced, number_);
   for (int p = 0; p < size_; ++p) Wait(control(p).reduced.value, number_);
   return -1;
+}
+
+bool Node::AllHere() {
+  Publish(&control(rank_).here, ++calls_);
+  const auto end = StoreChoice::Clock::now() + kMoment;
+  for (int p = 0; p < size_; ++p) {
+    while (control(p).here.value.load(std::memory_order_acquire) < calls_) {
+      if (StoreChoice::Clock::now() > end) return false;
+      spins_ > 0 ? Pause() : std::this_thread::yield();
+    }
+  }
+  return true;
 }
 
 // Cuts leaves into segments.

@@ -76,6 +76,9 @@ class Node {
   // Waits until all ranks have come, before a call that is not ours. Returns -1, or one
   // that comes from another bucket: then no further call may be made.
   int Meet(const Where& where);
+  // A call begins. Tells whether the other ranks have come to it too, after a moment: then
+  // none of them keeps this one waiting.
+  bool AllHere();
   // What the last call of a rank was.
   Where where(int rank) const { return control(rank).arrived.where; }
 
@@ -88,6 +91,7 @@ class Node {
     Flag arrived;
     Flag reduced;
     Flag streaming;  // rank 0's counts
+    Flag here;
   };
   struct Piece {
     char* data;
@@ -122,6 +126,7 @@ class Node {
   const int spins_;
   const int forced_;  // JAXCOMM_STORES: 0 ordinary, 1 streaming, -1 as timed
   int64_t number_ = 0;
+  int64_t calls_ = 0;
   StoreChoice choice_;
   std::vector<char> scratch_;
 };

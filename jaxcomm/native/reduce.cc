@@ -149,7 +149,7 @@ class Reducer {
   }
 
   int Call(char* data, int count) {
-    if (comm_->calls == nullptr) {
+    if (comm_->ring == nullptr) {
       return comm_->mpi->AllReduce(data, count, how_.wire, how_.op, comm_->handle);
     }
     return comm_->mpi->PatientAllReduce(data, count, how_.wire, how_.op, comm_->handle);

@@ -43,7 +43,12 @@ inline void WakePromptly() {
 
 class Worker {
  public:
-  Worker() : thread_([this] { Run(); }) {}
+  // `prepare()` is the first thing that the thread does.
+  explicit Worker(void (*prepare)() = nullptr)
+      : thread_([this, prepare] {
+          if (prepare != nullptr) prepare();
+          Run();
+        }) {}
   ~Worker() {
     {
       std::lock_guard<std::mutex> lock(mutex_);
