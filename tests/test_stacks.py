@@ -137,10 +137,12 @@ jaxcomm.all_reduce(jnp.ones(3)).block_until_ready()
 def test_a_rank_that_holds_the_interpreter_says_itself_where(job: Launch) -> None:
     done = job(2, HELD, env={**MPI_CALLS, **LIMITS})
     assert done.returncode == 70, done.stderr
-    _, text = done.stderr.split("no answer from rank 1: ")
+    text = done.stderr  # of both ranks, in any order
+    assert "no answer from rank 1: " in text
     assert "jaxcomm: the native threads of rank 1 of 2 (" in text
     assert re.search(r"^      \w*read \(libc", text, re.MULTILINE), text
-    assert "script.py" in text  # Python's stack as well
+    # Python's stack as well: faulthandler writes it so.
+    assert re.search(r'script\.py", line \d+ in <module>', text), text
 
 
 TRANSPORT = """
