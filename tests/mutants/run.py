@@ -29,7 +29,7 @@ import tempfile
 import threading
 import time
 import xml.etree.ElementTree as ElementTree
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
@@ -142,7 +142,7 @@ class Copy:
         self._check_import()
 
     def _run(
-        self, line: list[str | Path], **more: str
+        self, line: Sequence[str | Path], **more: str
     ) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
             list(map(str, line)),
@@ -191,7 +191,7 @@ class Copy:
         self._must([cmake, "--build", self._build, "--parallel", "2"])
         return self._build / "libjaxcomm_native.so"
 
-    def _must(self, line: list[str | Path]) -> None:
+    def _must(self, line: Sequence[str | Path]) -> None:
         done = self._run(line)
         if done.returncode != 0:
             raise Unusable(f"{line[0]} failed:\n{done.stdout[-3000:]}")
@@ -295,7 +295,9 @@ def stopping(stop: threading.Event) -> Iterator[None]:
 
 def main() -> int:
     """Try all mutants, or those that are named; 1 where a mistake went unnoticed."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(
+        description="Plant known mistakes, one at a time; the tests must notice each."
+    )
     parser.add_argument("names", nargs="*", help="of patches; all by default")
     parser.add_argument(
         "--check", action="store_true", help="only see whether the patches apply"
