@@ -54,7 +54,7 @@ def meaning(comm: Any) -> programs.Meaning:
         "bare": over(None),
         "step": step(None),
         "mean": lambda x: jaxcomm.all_reduce(size * x, op="mean"),
-        "optimizer": lambda x: jnp.negative(optimizer.update(x, state)[0]),
+        "optimizer": lambda x: jnp.negative(jnp.asarray(optimizer.update(x, state)[0])),
         "again": over(again),
         "half": over(half),
         "half step": step(half),

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import hypothesis
+from hypothesis import HealthCheck as Health
 from rich.console import Console
 from rich.progress import Progress
 
@@ -66,7 +67,11 @@ def draw(count: int, size: int, seed: int) -> list[dict[str, Any]]:
         phases=[hypothesis.Phase.generate],
         database=None,
         deadline=None,
-        suppress_health_check=[*hypothesis.HealthCheck],
+        suppress_health_check=[
+            Health.too_slow,
+            Health.filter_too_much,
+            Health.data_too_large,
+        ],
     )
     @hypothesis.given(programs.programs(size))
     def collect(program: dict[str, Any]) -> None:
@@ -160,7 +165,8 @@ def succeeded(result: dict[str, Any]) -> bool:
 
 
 def replay(path: str, names: list[str]) -> int:
-    for name, program in itertools.product(names, json.loads(Path(path).read_text())):
+    drawn: list[dict[str, Any]] = json.loads(Path(path).read_text())
+    for name, program in itertools.product(names, drawn):
         results, text = run_job([program], ways()[name], 1)
         console.print(name, results, text if results[-1]["what"] != "ok" else "")
     return 0
