@@ -34,6 +34,7 @@ __all__ = [
     "async_dispatch",
     "backends_initialized",
     "batching",
+    "count_in_module",
     "create_token",
     "distributed_client",
     "eval_eqn",
@@ -82,6 +83,14 @@ def async_dispatch() -> bool:
 def set_async_dispatch(on: bool) -> None:
     """Say whether they are; before the clients are made."""
     jax.config.update("jax_cpu_enable_async_dispatch", on)
+
+
+def count_in_module(ctx: Any, what: str) -> int:
+    """Return how often this was asked before while the same module was lowered."""
+    # What a module's contexts have in common, whatever part of it they are for.
+    shared = ctx.module_context.cached_primitive_lowerings
+    shared[what] = shared.get(what, 0) + 1
+    return shared[what] - 1
 
 
 def create_token() -> Any:

@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING
 import jax
 import numpy as np
 
-from jaxcomm import _waiting
+from jaxcomm import _waiting, native
 from jaxcomm.errors import (
     BrokenCommunicatorError,
     JaxcommError,
@@ -119,11 +119,13 @@ def schedule_of(key: int, digest: int) -> Schedule | None:
     return entry.schedule if entry else None
 
 
-def describe(key: int, digest: int, bucket: int) -> str:
+def describe(key: int, digest: int, place: int) -> str:
     """Say in words what a call reduces."""
     schedule = schedule_of(key, digest)
+    bucket = native.bucket_of(place)
+    which = f"call {(place >> native.PLACE_BITS) + 1} of its program"
     if schedule is None or not 0 <= bucket < len(schedule.buckets):
-        return f"bucket {bucket} of a program that was not traced here"
+        return f"bucket {bucket} of a program that was not traced here, {which}"
     chosen = schedule.buckets[bucket]
     paths = [schedule.leaves[i].path for i in chosen.leaves]
     nbytes = sum(schedule.leaves[i].nbytes for i in chosen.leaves)
@@ -132,7 +134,7 @@ def describe(key: int, digest: int, bucket: int) -> str:
         names += f" and {len(paths) - _SHOWN_PATHS} more leaves"
     return (
         f"bucket {bucket} of {len(schedule.buckets)} ({chosen.op} of {names}; "
-        f"{nbytes:,} bytes)"
+        f"{nbytes:,} bytes), {which}"
     )
 
 

@@ -221,6 +221,7 @@ def _call(ctx: Any, comm: Communicator, schedule: Schedule, index: int) -> Call:
         op=bucket.op,
         digest=agreement.register(comm.key, schedule, comm.transport),
         bucket=index,
+        site=_compat.count_in_module(ctx, f"jaxcomm calls of {comm.key}"),
         pack_bytes=bucket.pack_bytes,
         root=bucket.root,
         wire=bucket.wire,
@@ -406,7 +407,10 @@ for _platform in ("cpu", "cuda"):
         (bucket_p, _bucket_lowering),
         (chained_p, _chained_lowering),
     ):
-        _compat.mlir.register_lowering(_primitive, _rule, platform=_platform)
+        # Each call is lowered by itself: equal ones have sites of their own.
+        _compat.mlir.register_lowering(
+            _primitive, _rule, platform=_platform, cacheable=False
+        )
 _compat.ad.primitive_jvps[bucket_p] = _bucket_jvp
 _compat.ad.primitive_jvps[chained_p] = _chained_jvp
 _compat.ad.primitive_transposes[bucket_p] = _bucket_transpose

@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from jaxcomm import agreement
+from jaxcomm import agreement, native
 
 VARIABLE = "JAXCOMM_TIMELINE"
 _READY, _COLLECTIVE = 0, 1
@@ -52,7 +52,8 @@ def spans(events: Sequence[tuple[int, ...]]) -> list[Span]:
     """Pair a rank's events: the operands of a bucket, and its collective."""
     ready: dict[tuple[int, ...], int] = {}
     found = []
-    for comm, digest, bucket, kind, start, end in events:
+    for comm, digest, place, kind, start, end in events:
+        bucket = native.bucket_of(place)
         if kind == _READY:
             ready[comm, digest, bucket] = start
             continue

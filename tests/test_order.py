@@ -198,3 +198,40 @@ print("right on rank", comm.rank)
 
 def test_subgroups_that_overlap(job: Launch) -> None:
     passed(job(4, OVERLAPPING, timeout=200), 4)
+
+
+# Equal shapes, one schedule: which call of its program each is tells them apart.
+SITES = """
+import sys
+import jax, jax.numpy as jnp
+import jaxcomm
+
+comm = jaxcomm.init()
+x = jnp.ones(3)
+
+def twice(x):
+    return jaxcomm.all_reduce(x, op="sum"), jaxcomm.all_reduce(2 * x, op="sum")
+
+text = jax.jit(twice).lower(x).as_text()
+assert "bucket = 0 :" in text and f"bucket = {1 << 32} :" in text, text
+jax.block_until_ready(jax.jit(twice)(x))
+if comm.rank == 0:
+    run = jax.jit(twice)
+else:  # two programs of a call each, not one of two
+    def run(x):
+        y = jaxcomm.all_reduce(x, op="sum")
+        return y, jaxcomm.all_reduce(2 * x, op="sum")
+try:
+    jax.block_until_ready(run(x))
+except Exception as error:
+    assert "ScheduleMismatchError" in str(error) or "Mismatch" in type(error).__name__
+    assert "call 2 of its program" in str(error), error
+    assert "call 1 of its program" in str(error), error
+    print("right on rank", comm.rank)
+"""
+
+
+@pytest.mark.parametrize("check", ["once", "every"])
+def test_ranks_in_different_calls_of_one_schedule(job: Launch, check: str) -> None:
+    done = job(2, SITES, timeout=200, env={"JAXCOMM_CHECK": check})
+    assert done.stdout.count("right on rank") == 2, done.stdout + done.stderr

@@ -46,6 +46,8 @@ DTYPES = (
     "complex128",
 )
 OPS = ("sum", "min", "max", "prod")
+# Bits of a call's bucket; above them is its site (native/callbacks.h).
+PLACE_BITS = 32
 MOVES = ("all_gather", "reduce_scatter", "all_to_all", "permute")
 HANDLERS = (
     "jaxcomm_mpi_all_reduce",
@@ -414,6 +416,11 @@ def deadline_at_end(seconds: float, text: str, code: int) -> None:
     _call(library.jaxcomm_prepare_end, ctypes.c_double(seconds), text.encode(), code)
     # Called before what was registered earlier, as mpi4py's MPI_Finalize was.
     ctypes.pythonapi.Py_AtExit(ctypes.cast(library.jaxcomm_end, ctypes.c_void_p))
+
+
+def bucket_of(place: int) -> int:
+    """Return the bucket of a call's place; -1 stays -1."""
+    return place if place < 0 else place & ((1 << PLACE_BITS) - 1)
 
 
 class Progress(NamedTuple):

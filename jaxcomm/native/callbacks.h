@@ -16,7 +16,12 @@ namespace jaxcomm {
 using AgreeFn = int (*)(int64_t id, int64_t digest, int64_t bucket, int64_t number,
                         char* error, int64_t capacity);
 
-// Where a rank is: bucket of a schedule.
+// A call's place in the program: the bucket of its schedule in the lower 32 bits, and above
+// them which of the communicator's calls in the program it is, because a program may have
+// several calls of one schedule. Wherever ranks compare a "bucket", it is this.
+inline int64_t BucketOf(int64_t place) { return place < 0 ? place : place & 0xffffffff; }
+
+// Where a rank is: a place in a program that has a schedule.
 struct Where {
   int64_t schedule = 0;
   int64_t bucket = 0;

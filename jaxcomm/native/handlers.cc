@@ -77,7 +77,7 @@ ffi::Error MpiFailure(const Communicator& comm, int code, int64_t bucket,
                       const char* call) {
   std::string text = std::string("jaxcomm: ") + call + " failed on rank " +
                      std::to_string(comm.rank) + " of " + std::to_string(comm.size) +
-                     " in bucket " + std::to_string(bucket) + ": " +
+                     " in bucket " + std::to_string(BucketOf(bucket)) + ": " +
                      comm.mpi->ErrorText(code);
   if (text.find("runcate") != std::string::npos) {
     text +=

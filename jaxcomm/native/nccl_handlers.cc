@@ -110,7 +110,7 @@ Monitor& monitor = *new Monitor;
 
 ffi::Error Failure(const std::string& text, int64_t bucket) {
   return ffi::Error(ffi::ErrorCode::kInternal,
-                    "jaxcomm, bucket " + std::to_string(bucket) + ": " + text);
+                    "jaxcomm, bucket " + std::to_string(BucketOf(bucket)) + ": " + text);
 }
 
 ffi::Error NotCreated() {
@@ -196,7 +196,7 @@ ffi::Error Operands(ffi::RemainingArgs args, ffi::RemainingRets rets, bool bytes
 ffi::Error AllReduceCall(CudaStream stream, ffi::RemainingArgs args,
                          ffi::RemainingRets rets, int64_t comm, int64_t schedule,
                          int64_t bucket, int64_t partition, Numbers groups, int64_t op) {
-  Work work{{}, stream, bucket};
+  Work work{{}, stream, BucketOf(bucket)};
   if (auto error = Operands(args, rets, false, 1, &work); error.failure()) return error;
   return InTurn(Place(comm, schedule, bucket, partition, groups), [&](NcclCommunicator* on) {
     return on->AllReduce(work, static_cast<NcclOp>(op));
@@ -206,7 +206,7 @@ ffi::Error AllReduceCall(CudaStream stream, ffi::RemainingArgs args,
 ffi::Error BroadcastCall(CudaStream stream, ffi::RemainingArgs args,
                          ffi::RemainingRets rets, int64_t comm, int64_t schedule,
                          int64_t bucket, int64_t partition, Numbers groups, int64_t root) {
-  Work work{{}, stream, bucket};
+  Work work{{}, stream, BucketOf(bucket)};
   if (auto error = Operands(args, rets, true, 1, &work); error.failure()) return error;
   return InTurn(Place(comm, schedule, bucket, partition, groups), [&](NcclCommunicator* on) {
     return on->Broadcast(work, static_cast<int>(root));
@@ -218,7 +218,7 @@ enum Move : int { kAllGather, kReduceScatter, kAllToAll, kPermute };  // native.
 ffi::Error MoveCall(CudaStream stream, ffi::RemainingArgs args, ffi::RemainingRets rets,
                     int64_t comm, int64_t schedule, int64_t bucket, int64_t partition,
                     Numbers groups, int64_t move, int64_t ranks, Numbers permutation) {
-  Work work{{}, stream, bucket};
+  Work work{{}, stream, BucketOf(bucket)};
   const bool parts = move == kReduceScatter || move == kAllToAll;
   auto error = Operands(args, rets, move != kReduceScatter, parts ? ranks : 1, &work);
   if (error.failure()) return error;

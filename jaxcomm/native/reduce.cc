@@ -38,7 +38,7 @@ class Reducer {
   int Finish() {
     if (const int code = Flush(); code != 0 || queued_.empty()) return code;
     comm_->counters[kSegments] += static_cast<int64_t>(queued_.size());
-    return comm_->ring->AllReduce(queued_, how_.dtype, how_.op,
+    return comm_->ring->AllReduce(queued_, how_.dtype, how_.op, how_.where,
                                   [this](const Leaf& segment) { Settle(segment); });
   }
 

@@ -1,12 +1,17 @@
 #include "ring.h"
 
+#include <algorithm>
+
 #include "kernels.h"
 
 namespace jaxcomm {
 
-void Ring::Begin(DType dtype, Op op) {
+void Ring::Begin(DType dtype, Op op, const Where& where) {
   dtype_ = dtype;
   op_ = op;
+  const auto mixed = (static_cast<uint64_t>(where.schedule) ^
+                      static_cast<uint64_t>(where.bucket) * 0x9E3779B97F4A7C15u);
+  place_ = static_cast<int>(mixed * 0x9E3779B97F4A7C15u >> 48);
   // After a failed call: nothing of it is on its way any more that could be helped.
   for (Flight& flight : flights_) flight.segment.data = nullptr;
 }
@@ -19,7 +24,12 @@ int Ring::Start(Flight* flight, const Leaf& segment, size_t number) {
   flight->step = 0;
   // Messages of one tag arrive in the order in which they were sent, so tags may come
   // again; MPI promises that those below 32,768 exist.
-  flight->tag = static_cast<int>(number % (32768 / Steps())) * Steps();
+  // From where in the program they are is in the tag, as far as there is room: a call that
+  // meets another is left waiting, and found out, where it would take the other's numbers.
+  const int tags = 32768 / Steps();
+  const int places = std::clamp(tags / kFlights, 1, 64);
+  const int each = tags / places;
+  flight->tag = (place_ % places * each + static_cast<int>(number % each)) * Steps();
   return Step(flight);
 }
 

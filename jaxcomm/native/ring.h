@@ -12,6 +12,7 @@
 #include <memory>
 #include <vector>
 
+#include "callbacks.h"
 #include "mpi_binding.h"
 
 namespace jaxcomm {
@@ -38,8 +39,9 @@ class Ring {
   // Reduces segments, none longer than SegmentCount, where they lie; `settled(segment)`
   // is called when one has its sum. Returns an MPI error code.
   template <typename Settled>
-  int AllReduce(const std::vector<Leaf>& segments, DType dtype, Op op, Settled settled) {
-    Begin(dtype, op);
+  int AllReduce(const std::vector<Leaf>& segments, DType dtype, Op op, const Where& where,
+                Settled settled) {
+    Begin(dtype, op, where);
     Patience patience;
     size_t next = 0, done = 0;
     while (done < segments.size()) {
@@ -78,7 +80,7 @@ class Ring {
     uint64_t requests[2];
   };
 
-  void Begin(DType dtype, Op op);
+  void Begin(DType dtype, Op op, const Where& where);
   int Start(Flight* flight, const Leaf& segment, size_t number);
   int Advance(Flight* flight, bool* moved, bool* over);
   int Step(Flight* flight);
@@ -97,6 +99,7 @@ class Ring {
   int64_t message_bytes_;
   DType dtype_ = kF32;
   Op op_ = kSum;
+  int place_ = 0;  // of the call under way, for its tags
   Flight flights_[kFlights];
 };
 

@@ -9,6 +9,7 @@ from typing import Any, Protocol
 import jax
 import numpy as np
 
+from jaxcomm import native
 from jaxcomm.errors import UnsupportedDtypeError
 
 
@@ -22,6 +23,7 @@ class Call:
       op: as in `schedule.Bucket`.
       digest: 63 bits that name the schedule in the cross-rank check; 0 for none.
       bucket: the bucket's number in its schedule.
+      site: which of the communicator's calls in the program it is.
       pack_bytes: leaves of at most this many bytes are packed.
       root: sending rank of a broadcast; -1 otherwise.
       wire: the 16-bit dtype that travels in place of float32, or "".
@@ -36,12 +38,21 @@ class Call:
     op: str
     digest: int
     bucket: int
+    site: int
     pack_bytes: int
     root: int
     wire: str = ""
     permutation: tuple[tuple[int, int], ...] = ()
     partition: int = 0
     groups: tuple[tuple[int, ...], ...] = ()
+
+    @property
+    def place(self) -> int:
+        """Bucket and site in one number, which ranks compare: see native/callbacks.h.
+
+        With the bucket alone, two calls of one schedule could be taken for each other.
+        """
+        return self.site << native.PLACE_BITS | self.bucket
 
 
 def numbers(rows: Iterable[Iterable[int]]) -> np.ndarray:
@@ -54,7 +65,7 @@ def call_attributes(call: Call) -> dict[str, Any]:
     return {
         "comm": np.int64(call.comm),
         "schedule": np.int64(call.digest),
-        "bucket": np.int64(call.bucket),
+        "bucket": np.int64(call.place),
         "partition": np.int64(call.partition),
         "groups": numbers((len(group), *group) for group in call.groups),
     }

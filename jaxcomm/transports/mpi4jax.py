@@ -110,7 +110,7 @@ class Mpi4jax:
             "jaxcomm_gate",
             pair,
             (value, token),
-            gate | {"bucket": np.int64(call.bucket)},
+            gate | {"bucket": np.int64(call.place)},
         )
         value = self._reduce(ctx, call, dtype, value, aval)
         value, token = in_place_call(

@@ -299,7 +299,9 @@ def join(key: int, fabric: Fabric, timeout: float) -> None:
 
     unique = nccl.unique_id() if fabric.rank == 0 else b""
     nccl.join(key, fabric.host.broadcast(unique, 0), fabric.rank, fabric.size, timeout)
-    call = Call(key, fabric.size, "sum", 0, 0, 0, -1)
+    call = Call(
+        key, fabric.size, "sum", digest=0, bucket=0, site=0, pack_bytes=0, root=-1
+    )
     jax.block_until_ready(jax.jit(functools.partial(_warm_up, call=call))())
 
 
