@@ -144,6 +144,8 @@ class Copy:
     def _run(
         self, line: Sequence[str | Path], **more: str
     ) -> subprocess.CompletedProcess[str]:
+        if self._stop.is_set():
+            raise concurrent.futures.CancelledError
         return subprocess.run(
             list(map(str, line)),
             cwd=self.folder,
@@ -197,9 +199,7 @@ class Copy:
             raise Unusable(f"{line[0]} failed:\n{done.stdout[-3000:]}")
 
     def test(self, tests: tuple[str, ...], library: Path | None = None) -> Outcome:
-        """Run some tests, unless all is to end."""
-        if self._stop.is_set():
-            raise concurrent.futures.CancelledError
+        """Run some tests."""
         report = self.folder.parent / "report.xml"
         report.unlink(missing_ok=True)
         more = {"JAXCOMM_NATIVE_LIBRARY": str(library)} if library else {}
