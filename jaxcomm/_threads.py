@@ -15,29 +15,34 @@ from __future__ import annotations
 import math
 import os
 import threading
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 
 from jaxcomm import _compat
 from jaxcomm.errors import InvalidOptionError
 
+if TYPE_CHECKING:
+    from jaxcomm.communicator import Communicator
+
 _lock = threading.Lock()
 _known: set[int] = set()  # of the threads that have used a communicator
+_first = 0  # of the one that called `init`
 _pool = 1
 
 
-def prepare() -> None:
+def prepare(transport: str) -> None:
     """Let the thread that calls a program run it, where XLA's pool has but one.
 
     Before the first use of JAX only: its client for the CPU is made once. One thread on
     one core computes no faster than the other.
     """
-    global _pool
+    global _pool, _first
+    _first = threading.get_ident()
     reserved = os.environ.get("NPROC", "")  # XLA asks it before the system
     cores = len(os.sched_getaffinity(0))
     _pool = int(reserved) if reserved.isdigit() and int(reserved) > 0 else cores
-    if _pool == 1 and not _compat.backends_initialized():
+    if _pool == 1 and transport != "mpi4jax" and not _compat.backends_initialized():
         _compat.set_async_dispatch(False)
 
 
@@ -46,19 +51,19 @@ def run_programs() -> bool:
     return not _compat.async_dispatch()
 
 
-def enter(transport: str, arguments: Any = ()) -> None:
+def enter(comm: Communicator, arguments: Any = ()) -> None:
     """Before a program is called: refuse one thread more than XLA has.
 
     Args:
-      transport: the communicator's.
+      comm: the program's communicator.
       arguments: the program's.
 
     Raises:
       InvalidOptionError: as many other threads use communicators; says what to do.
     """
     ident = threading.get_ident()
-    if ident not in _known:
-        _admit(ident, transport)
+    if ident not in _known and comm.size > 1:
+        _admit(ident, comm.transport)
     if len(_known) > 1 and run_programs():
         # A program whose arguments are not there yet would go to the pool.
         jax.block_until_ready(arguments)
@@ -69,14 +74,17 @@ def _admit(ident: int, transport: str) -> None:
     most = _most(transport)
     with _lock:
         _known.intersection_update(t.ident or 0 for t in threading.enumerate())
-        if len(_known) < most:
+        # Where it is one, it is the same one on all ranks. Else the first may well do
+        # nothing but wait for the others.
+        others = len(_known - {_first})
+        if ident == _first or (most > 1 and others < most):
             _known.add(ident)
             return
     if transport == "mpi4jax":
-        remedy = "its calls hold XLA's threads. Use transport 'mpi'."
+        remedy = "whose calls hold XLA's threads. Use transport 'mpi'."
     else:
         remedy = (
-            f"XLA's pool runs {most} program{'s' * (most > 1)} at a time here: ranks "
+            f"where XLA's pool runs {most} program{'s' * (most > 1)} at a time: ranks "
             "could wait for each other in different programs for ever. Give each rank "
             f"more cores (`jaxcomm run --threads {most + 1}`), or begin the script by "
             'jax.config.update("jax_cpu_enable_async_dispatch", False), so that every '
@@ -84,9 +92,8 @@ def _admit(ident: int, transport: str) -> None:
             "it is called before anything else uses JAX."
         )
     raise InvalidOptionError(
-        f"{threading.current_thread().name}: {most} other Python "
-        f"thread{'s use' if most > 1 else ' uses'} communicators over {transport!r} "
-        f"in this process, and {remedy}"
+        f"{threading.current_thread().name} is one Python thread too many that uses "
+        f"communicators over {transport!r}, {remedy}"
     )
 
 

@@ -159,7 +159,7 @@ class Communicator:
         their programs run beside each other, as many as XLA has threads in a rank
         (`jaxcomm run --threads`); where a rank has one core, as many as you like, if
         `init` was called before anything else used JAX. One thread more is refused.
-        Transport mpi4jax takes one thread.
+        Over mpi4jax only the thread that called `init` may use communicators.
 
         Args:
           ranks: distinct ranks of this communicator; their order numbers the new

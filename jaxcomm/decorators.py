@@ -98,7 +98,7 @@ class DataParallel:
         if not _compat.outside_trace():
             return self._part(*args, **kwargs)
         comm = self._communicator()
-        _threads.enter(comm.transport, (args, kwargs))
+        _threads.enter(comm, (args, kwargs))
         try:
             out = self._program(*args, **kwargs)
             if self._unchecked:

@@ -68,7 +68,7 @@ def _run_now(
     buckets: Sequence[int],
 ) -> list[Any]:
     comm.check_usable()
-    _threads.enter(comm.transport, leaves)
+    _threads.enter(comm, leaves)
     first = (comm.key, schedule.fingerprint) not in _checked
     try:
         out, token = _compiled(tuple(leaves), comm, schedule, tuple(buckets))
@@ -212,7 +212,7 @@ def _call(ctx: Any, comm: Communicator, schedule: Schedule, index: int) -> Call:
             f"transport {comm.transport!r} moves arrays of the CPU, and this program "
             "is for a GPU: use jaxcomm.init('nccl'), or set JAX_PLATFORMS=cpu"
         )
-    _threads.enter(comm.transport)
+    _threads.enter(comm)
     bucket = schedule.buckets[index]
     groups = bucket.groups
     return Call(

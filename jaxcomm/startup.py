@@ -187,8 +187,8 @@ def _start(
     launched = launched_ranks()
     if transport == "auto":
         transport = _automatic(launched, settings)
-    elif transport == "mpi":
-        _threads.prepare()
+    elif transport in ("mpi", "mpi4jax"):
+        _threads.prepare(transport)
     if transport == "local":
         return Communicator("world", "local", settings, Alone())
     if transport == "xla":
@@ -267,7 +267,7 @@ def _automatic(launched: int, settings: Settings) -> str:
     several = launched > 1 or mpi_ready
     several |= distributed is not None and distributed.num_processes > 1
     if several:
-        _threads.prepare()  # before JAX is asked for anything
+        _threads.prepare("auto")  # before JAX is asked for anything
     if several and jax.default_backend() == "gpu":
         return "nccl"
     return "mpi" if launched > 1 or mpi_ready else "local"

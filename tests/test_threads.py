@@ -147,7 +147,7 @@ def test_a_thread_too_many_is_refused_with_the_remedy(
 ) -> None:
     done = job(2, REFUSED, transport, env={"JAXCOMM_THREADS": "1"})
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count("evaluation: 1 other Python thread uses") == 2
+    assert done.stdout.count("evaluation is one Python thread too many") == 2
     assert done.stdout.count(remedy) == 2
 
 
