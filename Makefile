@@ -14,8 +14,8 @@ TESTS ?= tests
 # Two test files at once: a third of the time is waiting. PARALLEL= runs one after another.
 PARALLEL ?= -n 2 --dist loadfile --no-loadscope-reorder
 
-.PHONY: setup demo stemdl examples test test-all test-mpich nccl-abi lint sanitize faults mixed \
-  mutants bench bench-safety bench-stemdl bench-peers bench-horovod bench-overlap bench-tracing \
+.PHONY: setup demo stemdl examples test test-all test-mpich nccl-abi lint fuzz sanitize faults \
+  mixed mutants bench bench-safety bench-stemdl bench-peers bench-horovod bench-overlap bench-tracing \
   bench-control scaling clean
 .DEFAULT_GOAL := help
 
@@ -29,6 +29,7 @@ help:
 	@echo "make test-mpich  the same native library over MPICH"
 	@echo "make nccl-abi  our declarations of NCCL against its releases' headers"
 	@echo "make sanitize  run the native code under Address-, UB- and ThreadSanitizer"
+	@echo "make fuzz  random compositions of collectives against exact sums"
 	@echo "make faults  kill, stop, delay and mislead ranks 200 times, and 100,000 calls"
 	@echo "make mixed  mix ways to reduce, three times for MINUTES=30, and look for a hang"
 	@echo "make mutants  plant known mistakes, one at a time: the tests must notice each"
@@ -90,6 +91,10 @@ test-mpich: $(STAMP)
 # Our declarations of NCCL against the nccl.h of every release on the package index.
 nccl-abi: $(STAMP)
 	$(BIN)/python tests/native/check_nccl_abi.py
+
+# Random compositions of collectives on 2, 3 and 4 ranks of four transports.
+fuzz: $(STAMP)
+	$(BIN)/python tests/fuzz/run.py --out benchmarks/results/fuzz.json
 
 sanitize: $(STAMP)
 	tests/native/sanitize.sh $(BIN)
