@@ -50,8 +50,8 @@ for line in reduced:
     assert f"comm = {comm.key} : i64" in line, line
     assert "op = 4" in line or "i32" in line, line  # ncclAvg; integers are summed
     assert "has_side_effect = true" in line
-buckets = [int(re.search(r"bucket = (\\d+)", line)[1]) for line in chained]
-assert buckets == [0, 1, 2, 3], buckets
+places = [int(re.search(r"bucket = (\\d+)", line)[1]) for line in chained]
+assert places == [k << 32 | k for k in range(4)], places
 # 16-bit integers travel as 32.
 assert any("tensor<3xi32>" in line for line in reduced), reduced
 assert comm.all_gather_object(text.encode()) == [text.encode()] * comm.size

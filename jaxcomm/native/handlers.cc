@@ -40,6 +40,7 @@ Communicator* FindCommunicator(int64_t id) {
 // Begins a call; the communicator's mutex is held. Returns "", or why it must not be made.
 std::string Begin(Communicator* comm, int64_t schedule, int64_t bucket) {
   const int64_t number = comm->progress.Begin(schedule, bucket);
+  if (!comm->broken.empty()) return comm->broken;
   std::string text = comm->agreement.Ask(comm->id, schedule, bucket, number,
                                          &comm->counters[kAgreements]);
   if (text.empty()) comm->progress.Remember(number, schedule, bucket);
