@@ -20,14 +20,14 @@ JOBS = [
     ("mpi", 4),
     # The ranks of a test share a host; these make the MPI calls of ranks that do not.
     pytest.param("mpi apart", 2, marks=pytest.mark.thorough),
-    ("mpi apart", 4),
+    pytest.param("mpi apart", 4, marks=pytest.mark.thorough),
     pytest.param("mpi4jax", 1, marks=pytest.mark.thorough),
     ("mpi4jax", 2),
     pytest.param("mpi4jax", 4, marks=pytest.mark.thorough),
     # Over a library of NCCL's interface that reduces host memory.
     pytest.param("nccl", 1, marks=pytest.mark.thorough),
     ("nccl", 2),
-    ("nccl", 4),
+    pytest.param("nccl", 4, marks=pytest.mark.thorough),
 ]
 
 

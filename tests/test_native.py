@@ -187,6 +187,7 @@ def test_sixteen_bit_floats_round_as_numpys(job: Job, kernels: str) -> None:
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.thorough  # it moves gigabytes; test_segments has small pieces
 def test_more_elements_than_an_int_counts(job: Job) -> None:
     done = job(2, COUNTS, timeout=240)
     assert done.returncode == 0, done.stderr

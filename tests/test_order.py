@@ -8,8 +8,7 @@ import pytest
 from conftest import ROOT, Launch
 
 WAYS = ("bare", "nested", "inside", "inner", "axis")
-IN_ALL_RUNS = {("bare", 2), ("bare", 3), ("nested", 2), ("nested", 3), ("inside", 3)}
-IN_ALL_RUNS |= {("inner", 3), ("axis", 2)}
+IN_ALL_RUNS = {("bare", 2), ("nested", 3), ("inside", 2)}
 CASES = [
     pytest.param(
         *case,
@@ -90,7 +89,7 @@ print("right on rank", comm.rank)
 """
 
 
-@pytest.mark.parametrize("ranks", [2, 3])
+@pytest.mark.parametrize("ranks", [2, pytest.param(3, marks=pytest.mark.thorough)])
 @pytest.mark.parametrize("what", ["in a jit", "in a step", "two communicators"])
 def test_steps_in_one_program(job: Launch, what: str, ranks: int) -> None:
     passed(job(ranks, ENSEMBLE, what, timeout=200), ranks)
@@ -162,7 +161,7 @@ def step(x):
         x = jnp.sin(jnp.arcsin(x))
     y = lax.pmean(x, "batch")
     if comm.rank == 1:
-        x = x + 0 * jnp.cos(y)
+        y = jnp.cos(y)
     z = lax.pmean({"a": 2 * x, "b": x[:2]}, "batch")
     return (y, z) if comm.rank else z
 
