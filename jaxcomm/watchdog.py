@@ -44,7 +44,7 @@ class Watchdog:
         self._warn_after, self._abort_after = warn_after, abort_after
         limits = [t for t in (warn_after, abort_after) if t > 0]
         self._period = min([1.0, *(t / 5 for t in limits)])
-        self._answer_seconds = min(_ANSWER_SECONDS, max(abort_after / 3, 1.0))
+        self._answer_seconds = min(_ANSWER_SECONDS, max(abort_after / 3, 3.0))
         _mpi_library.describe()  # while MPI answers; it remembers
         # Of all ranks: who does not answer is asked by a signal where it waits.
         self._processes = comm.allgather(_stall.Process.own(self._rank, self._size))

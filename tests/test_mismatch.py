@@ -114,7 +114,8 @@ def test_the_job_ends(
     done = job(ranks, ALONE, "mpi", what, str(culprit), env=way, timeout=150)
     assert done.returncode in (1, 70), done.stdout + done.stderr
     assert REPORTS[what] in done.stderr, done.stderr
-    assert done.stderr.count("ScheduleMismatchError: ") <= 2  # not once per rank
+    # Of one rank, with what XLA said of it: not once per rank.
+    assert done.stderr.count("ScheduleMismatchError: ") <= 3
     if what in ("skip", "lower"):
         assert f"rank {culprit} ended without a call" in done.stderr
 

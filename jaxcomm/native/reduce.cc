@@ -16,7 +16,9 @@ class Reducer {
       : comm_(comm), how_(how), kernels_(ChosenKernels()),
         item_(static_cast<int64_t>(kItemSize[how.dtype])),
         wire_item_(static_cast<int64_t>(kItemSize[how.wire])) {
-    if (comm->size == 2 && how.divisor == 2 && how.op == kSum &&
+    // Not where float32 becomes float16: that may overflow unless it is divided before.
+    const bool narrowed = how.wire == kF16 && how.dtype != kF16;
+    if (comm->size == 2 && how.divisor == 2 && how.op == kSum && !narrowed &&
         kernels_.combine[how.wire][kMeanOfTwo] != nullptr) {
       how_.op = kMeanOfTwo;
       how_.divisor = 1;
