@@ -51,7 +51,7 @@ def run_schedule(
         return out
     every = range(len(schedule.buckets))
     if not _compat.outside_trace():
-        # Constants too: a call made now would not be in the program.
+        # Constants too: their calls have a place in the program's order.
         return _bind_buckets(leaves, None, comm, schedule, every)[0]
     return _run_now(leaves, comm, schedule, every)
 

@@ -154,6 +154,7 @@ for _ in range(3):
 before = comm.counters()["calls"]
 jax.block_until_ready(of_a_constant(constant))
 assert comm.counters()["calls"] == before + 1  # in the program, not when it was traced
+assert jax.make_jaxpr(of_a_constant)(constant).effects  # and in its order
 
 @jaxcomm.data_parallel
 def step(x):
