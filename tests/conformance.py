@@ -39,7 +39,7 @@ from jaxcomm.errors import (
     UnsupportedDtypeError,
 )
 
-SECONDS_PER_CHECK = 240  # for a hang alone; the longest takes less than 20
+SECONDS_PER_CHECK = 240  # for a hang alone
 SKIPPED = "skipped: "
 
 

@@ -11,7 +11,7 @@ import conformance
 import pytest
 from conftest import launch_ranks, on_fake_nccl
 
-LIMIT = 600  # seconds of a job; one of four ranks takes a minute on two idle cores
+LIMIT = 600  # seconds of a job, for hangs only
 
 JOBS = [
     ("local", 1),
