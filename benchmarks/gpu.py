@@ -1,10 +1,12 @@
 """Check and measure jaxcomm on a GPU, a section at a time: `bash benchmarks/gpu.sh`.
 
-Every section runs in processes of its own (worker_gpu.py) under its own time limit; one
-that fails is recorded with its error, and the next one runs. Writes one JSON. The exit
-code is 1 if a section about correctness failed. `--dry` runs what can be run without a
-GPU, over MPI on the CPU (over NCCL where JAXCOMM_NCCL_HOST_MEMORY=1 makes that
-possible), so that this script is tested where none is.
+Every section runs in processes of its own (worker_gpu.py, or many_cores.py) under its
+own time limit; one that fails is recorded with its error, and the next one runs. Those
+that time nothing run two at once. Each of two calls has its sections; the second puts
+its own beside the first's in gpu.json. The exit code is 1 if a section about correctness
+failed. `--dry` runs what can be run without a GPU, over MPI on the CPU (over NCCL where
+JAXCOMM_NCCL_HOST_MEMORY=1 makes that possible), so that this script is tested where none
+is.
 """
 
 from __future__ import annotations
@@ -19,6 +21,8 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +34,7 @@ from jaxcomm.launch import run as launcher
 RESULTS = Path(__file__).resolve().parent / "results"
 PACKAGES = ("jaxcomm", "jax", "jaxlib", "numpy", "mpi4py", "click", "rich", "flax")
 PREFIXES = ("jax-cuda", "nvidia-nccl")
+AT_ONCE = 2
 
 
 def versions() -> dict[str, str]:
@@ -157,17 +162,33 @@ def _processes(
     return None if out_of_time else codes, "\n".join(texts)
 
 
+def batches(sections: Sequence[Section]) -> Iterator[list[Section]]:
+    """Sections that run together: one that times something runs alone."""
+    waiting: list[Section] = []
+    for section in sections:
+        if section.times and waiting:
+            yield waiting
+            waiting = []
+        waiting.append(section)
+        if section.times or len(waiting) == AT_ONCE:
+            yield waiting
+            waiting = []
+    if waiting:
+        yield waiting
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--dry", action="store_true", help="without a GPU")
+    parser.add_argument("--call", type=int, choices=[1, 2], default=1)
     parser.add_argument("--only", default="", help="sections, separated by commas")
-    parser.add_argument("--seconds", type=float, default=450, help="for all of it")
+    parser.add_argument("--seconds", type=float, default=350, help="for all of it")
     parser.add_argument("--launch", choices=["mpi", "distributed"], help="two ranks")
     parser.add_argument("--built", default="", help="how the package was built")
     parser.add_argument("--out", type=Path, help="folder of gpu.json")
     args = parser.parse_args()
     end = time.monotonic() + args.seconds
-    chosen = gpu_sections.chosen(args.only)
+    chosen = gpu_sections.chosen(args.only, args.call)
     if not chosen:
         parser.error(f"--only {args.only}: no such section")
     if not args.dry and not devices.visible():
@@ -189,16 +210,24 @@ def main() -> int:
         "built": args.built,
         "sections": [],
     }
+    before = RESULTS / "gpu.json"
+    if args.call == 2 and not args.dry and before.exists():
+        result["sections"] = json.loads(before.read_text())["sections"]
     failed = False
-    for section in chosen:
-        row = run_section(section, machine, end - time.monotonic())
-        result["sections"].append(row)
-        failed |= row["status"] == "failed" and section.correctness
-        lines = row.get("error", "").strip().splitlines()
-        why = f": {lines[-1][:150]}" if lines else ""
-        sys.stderr.write(
-            f"{row['status']:8}{section.name} ({row.get('seconds', 0)} s){why}\n"
-        )
+    for together in batches(chosen):
+        # The time that is left is asked once: what runs together has the same.
+        left = end - time.monotonic()
+        with ThreadPoolExecutor(AT_ONCE) as pool:
+            rows = [pool.submit(run_section, one, machine, left) for one in together]
+        for row in (future.result() for future in rows):
+            others = [r for r in result["sections"] if r["name"] != row["name"]]
+            result["sections"] = [*others, row | {"call": args.call}]
+            failed |= row["status"] == "failed" and row["correctness"]
+            lines = row.get("error", "").strip().splitlines()
+            why = f": {lines[-1][:150]}" if lines else ""
+            sys.stderr.write(
+                f"{row['status']:8}{row['name']} ({row.get('seconds', 0)} s){why}\n"
+            )
         # What there is so far, should this be cut off.
         (out / "gpu.json").write_text(json.dumps(result, indent=1) + "\n")
     return int(failed)

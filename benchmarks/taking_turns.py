@@ -19,9 +19,15 @@ Block = Callable[[], None]
 
 
 def seconds_of(
-    blocks: dict[str, Block], rank: int, repeats: int, folder: Path, barrier: Barrier
+    blocks: dict[str, Block],
+    rank: int,
+    repeats: int,
+    folder: Path,
+    barrier: Barrier,
+    *,
+    one_alone: bool = True,
 ) -> dict[str, list[float]]:
-    """Time blocks in turn; both ranks call it together.
+    """Time blocks in turn; all ranks call it together.
 
     Args:
       blocks: by name; that of `TOGETHER` is also run on one rank at a time, which gives
@@ -30,15 +36,18 @@ def seconds_of(
       repeats: samples of each, after `WARM_UP` that do not count.
       folder: on a disk of this host, where the ranks find each other.
       barrier: waits for the other rank.
+      one_alone: whether `ALONE` is measured, for which there must be two ranks.
 
     Returns:
       This rank's seconds by name, one for each repeat.
     """
-    pipes = [folder / f"turn.{turn}" for turn in range(RANKS)]
+    pipes = [folder / f"turn.{turn}" for turn in range(RANKS if one_alone else 0)]
     if rank == 0:
         for pipe in pipes:
             os.mkfifo(pipe)
-    samples: dict[str, list[float]] = {name: [] for name in (*blocks, ALONE)}
+    samples: dict[str, list[float]] = {name: [] for name in blocks}
+    if one_alone:
+        samples[ALONE] = []
 
     def together(name: str) -> float:
         barrier()

@@ -27,8 +27,9 @@ import trees
 WARM_UP = 2
 SEGMENT_BYTES = 2 << 20
 MIB = 1 << 20
+BLOCK = 1 << 16  # elements that stay in a core's cache
 FIXED_MIB = (1, 4, 25, 128)
-TRANSPORTS = {"devices": "local", "plain": "mpi", "apart": "mpi"}
+TRANSPORTS = {"devices": "local", "plain": "mpi", "apart": "mpi", "cores": "mpi"}
 APART = "jaxcomm, MPI calls only"
 PLAIN_WAYS = ("no reduction", "jaxcomm", "mpi4jax per leaf")
 WORKLOADS: dict[str, Callable[[], trees.Shapes]] = {
@@ -65,6 +66,14 @@ def ours(**options: Any) -> Any:
 
 def mpi_steps(shapes: trees.Shapes) -> dict[str, Callable[[Any], Any]]:
     """Steps of one process per device over MPI, by name."""
+    steps = our_steps(shapes)
+    dtypes = {leaf.dtype for leaf in shapes.values()}
+    if dtypes == {np.dtype("float32")}:
+        steps |= mpi4jax_steps()
+    return steps
+
+
+def mpi4jax_steps() -> dict[str, Callable[[Any], Any]]:
     import mpi4jax
     from mpi4py import MPI
 
@@ -84,6 +93,13 @@ def mpi_steps(shapes: trees.Shapes) -> dict[str, Callable[[Any], Any]]:
         shaped = [p.reshape(x.shape) for p, x in zip(parts, leaves, strict=True)]
         return jax.tree.unflatten(treedef, shaped)
 
+    return {
+        "mpi4jax per leaf": jax.jit(per_leaf),
+        "mpi4jax concatenated": jax.jit(concatenated),
+    }
+
+
+def our_steps(shapes: trees.Shapes) -> dict[str, Callable[[Any], Any]]:
     steps: dict[str, Callable[[Any], Any]] = {
         "no reduction": jax.jit(scaled),
         "jaxcomm": ours(),
@@ -94,18 +110,21 @@ def mpi_steps(shapes: trees.Shapes) -> dict[str, Callable[[Any], Any]]:
     dtypes = {leaf.dtype for leaf in shapes.values()}
     if dtypes == {np.dtype("float32")}:
         steps["jaxcomm, bfloat16 wire"] = ours(wire_dtype="bfloat16")
-        steps["mpi4jax per leaf"] = jax.jit(per_leaf)
-        steps["mpi4jax concatenated"] = jax.jit(concatenated)
     return steps
 
 
 def mpi_ways(shapes: trees.Shapes) -> dict[str, Way]:
-    from mpi4py import MPI
-
     tree = filled(shapes)
     ways = {name: waiting(step, tree) for name, step in mpi_steps(shapes).items()}
     if any(leaf.dtype != np.float32 for leaf in shapes.values()):
         return ways
+    return ways | raw_ways(shapes)
+
+
+def raw_ways(shapes: trees.Shapes) -> dict[str, Way]:
+    """MPI alone, and what memory alone allows, for float32 leaves."""
+    from mpi4py import MPI
+
     # Zeros stay zeros, so that the sums need no clearing between repeats.
     buffers = [np.zeros(shape.shape, shape.dtype).ravel() for shape in shapes.values()]
 
@@ -116,16 +135,23 @@ def mpi_ways(shapes: trees.Shapes) -> dict[str, Way]:
                 segment = buffer[start : start + step]
                 MPI.COMM_WORLD.Allreduce(MPI.IN_PLACE, segment, MPI.SUM)
 
-    half = [len(buffer) // 2 for buffer in buffers]
+    size = jaxcomm.size()
     others = [np.ones_like(buffer) for buffer in buffers]
 
     def memory() -> None:
-        # The least an all-reduce of two ranks can do: add one half, copy the other.
-        for mine, theirs, h in zip(buffers, others, half, strict=True):
-            np.add(mine[:h], theirs[:h], out=mine[:h])
-            mine[h:] = theirs[h:]
+        # The least an all-reduce can do: add up the others' parts of this rank's slice,
+        # in blocks that stay in cache, and copy the other slices.
+        for mine, theirs in zip(buffers, others, strict=True):
+            part = len(mine) // size
+            for start in range(0, part, BLOCK):
+                end = min(start + BLOCK, part)
+                for other in range(size - 1):
+                    at = other * part
+                    block = theirs[at + start : at + end]
+                    np.add(mine[start:end], block, out=mine[start:end])
+            mine[part:] = theirs[part:]
 
-    return ways | {"raw MPI in place": raw, "memory limit (NumPy)": memory}
+    return {"raw MPI in place": raw, "memory limit (NumPy)": memory}
 
 
 def device_ways(shapes: trees.Shapes) -> dict[str, Way]:
@@ -279,7 +305,7 @@ def time_planning(shapes: trees.Shapes) -> dict[str, float]:
 @click.argument("work", type=click.Choice(list(WORKLOADS)))
 @click.option(
     "--peer",
-    type=click.Choice(["mpi", "apart", "plain", "mpi4jax", "devices", "gloo"]),
+    type=click.Choice(["mpi", "cores", "apart", "plain", "mpi4jax", "devices", "gloo"]),
     default="mpi",
 )
 @click.option(
@@ -320,6 +346,13 @@ def main(
     else:
         if peer == "mpi":
             ways = mpi_ways(shapes)
+        elif peer == "cores":
+            tree = filled(shapes)
+            ways = {
+                "no reduction": waiting(jax.jit(scaled), tree),
+                "jaxcomm": waiting(ours(), tree),
+                **raw_ways(shapes),
+            }
         elif peer == "plain":
             steps, tree = mpi_steps(shapes), filled(shapes)
             ways = {name: waiting(steps[name], tree) for name in PLAIN_WAYS}

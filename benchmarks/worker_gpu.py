@@ -3,7 +3,7 @@
 Writes {"ok": ..., ...} to OUT.<rank>. Variables that gpu.py sets: BENCH_TRANSPORT;
 BENCH_COORDINATOR, BENCH_RANK and BENCH_RANKS where jax.distributed is to be used;
 BENCH_SMALL=1 for small trees and few steps; BENCH_DUMP, a folder; BENCH_WHEN and
-BENCH_STREAM for the sections that ask for them.
+BENCH_STREAM and BENCH_NETWORK for the sections that ask for them.
 """
 
 from __future__ import annotations
@@ -48,6 +48,7 @@ def main(section: str, out: Path) -> None:
         os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flags}"
     import gpu_checks
     import gpu_graph
+    import gpu_steps
     import gpu_times
 
     if section == "refused":
@@ -62,6 +63,7 @@ def main(section: str, out: Path) -> None:
             "graph": lambda comm: gpu_graph.graph(comm, folder),
             "times": gpu_times.times,
             "memory": gpu_times.memory,
+            "steps": gpu_steps.steps,
             "overlap": gpu_times.overlap,
         }
         if section == "leave":

@@ -1,8 +1,9 @@
 """The STEMDL benchmark's job for JAX: steps of the example's training.
 
 worker_stemdl.py OUT NETWORK REPEATS PEER. PEER is "ranks", started by `jaxcomm run`;
-"timeline", which is the same with jaxcomm's step alone; or "devices", one process with
-two host devices under `jax.pmap`. Every process writes OUT.<rank>.
+"many", the same for any number of ranks, none of which runs alone; "timeline", with
+jaxcomm's step alone; or "devices", one process with two host devices under `jax.pmap`.
+Every process writes OUT.<rank>.
 """
 
 from __future__ import annotations
@@ -36,6 +37,10 @@ TIMELINE_BLOCKS = 4
 Block = Callable[[], None]
 
 
+def one_device() -> jax.sharding.Mesh:
+    return jax.make_mesh((1,), (AXIS,), axis_types=(AxisType.Auto,))
+
+
 class Steps:
     """The example's train step on synthetic data of the right shape."""
 
@@ -53,6 +58,7 @@ class Steps:
             rng.normal(size=(size.batch, *pattern)).astype(np.float32),
             rng.normal(size=(size.batch, size.pixels, size.pixels)).astype(np.float32),
         )
+        self.train_step = recipe.make_train_step(self.model, self.tx, self.config)
 
     def state(self) -> Any:
         """A first state of its own: the step is given it to reuse.
@@ -88,22 +94,26 @@ class Steps:
 
     def plain(self) -> Block:
         """The step where nothing travels: collectives over an axis of one device."""
-        mesh = jax.make_mesh((1,), (AXIS,), axis_types=(AxisType.Auto,))
+        mapped = self.on_one_device(self.train_step)
+        step = jax.jit(mapped, donate_argnums=0)
+        # Where the step leaves it, so that it is compiled once.
+        whole = NamedSharding(one_device(), PartitionSpec())
+        state = jax.device_put(self.state(), whole)
+        return self.block(step, state, self.batch)
+
+    def on_one_device(self, step: Any, operands: int = 2) -> Any:
+        """Run a step over an axis of one device: JAX drops its collectives."""
         everywhere, split = PartitionSpec(), PartitionSpec(AXIS)
-        mapped = jax.shard_map(
-            recipe.make_train_step(self.model, self.tx, self.config),
-            mesh=mesh,
-            in_specs=(everywhere, split),
+        return jax.shard_map(
+            step,
+            mesh=one_device(),
+            in_specs=(everywhere, *[split] * (operands - 1)),
             out_specs=everywhere,
             check_vma=False,
         )
-        step = jax.jit(mapped, donate_argnums=0)
-        # Where the step leaves it, so that it is compiled once.
-        state = jax.device_put(self.state(), NamedSharding(mesh, everywhere))
-        return self.block(step, state, self.batch)
 
 
-def on_ranks(steps: Steps, repeats: int, folder: Path, plain: bool) -> dict[str, Any]:
+def on_ranks(steps: Steps, repeats: int, folder: Path, peer: str) -> dict[str, Any]:
     """Time jaxcomm's step beside the one without communication, or run it alone."""
     backend, comm = Ranks(), jaxcomm.init()
     if len(os.sched_getaffinity(0)) != 1:
@@ -112,10 +122,11 @@ def on_ranks(steps: Steps, repeats: int, folder: Path, plain: bool) -> dict[str,
     state = backend.replicate(steps.state())
     parameters = sum(leaf.size for leaf in jax.tree.leaves(state.params))
     ours = steps.block(step, state, steps.batch)
-    if plain:
+    if peer != "timeline":
         blocks = {OURS: ours, taking_turns.TOGETHER: steps.plain()}
         samples = taking_turns.seconds_of(
-            blocks, comm.rank, repeats, folder, comm.barrier
+            *(blocks, comm.rank, repeats, folder, comm.barrier),
+            one_alone=peer == "ranks",
         )
     else:
         samples = {}
@@ -149,7 +160,7 @@ def main(out: Path, network: str, repeats: int, peer: str) -> None:
     if peer == "devices":
         found, rank = on_devices(steps, repeats), 0
     else:
-        found = on_ranks(steps, repeats, out.parent, plain=peer == "ranks")
+        found = on_ranks(steps, repeats, out.parent, peer)
         rank = jaxcomm.rank()
     out.with_suffix(f".{rank}").write_text(json.dumps(found))
 

@@ -32,13 +32,18 @@ class Bottleneck(nn.Module):
 
     width: int
     stride: int
+    axis: str | None = AXIS
+    dtype: Any = None
 
     @nn.compact
     def __call__(self, x: Any) -> Any:
         norm = functools.partial(
-            nn.BatchNorm, use_running_average=False, axis_name=AXIS
+            nn.BatchNorm,
+            use_running_average=False,
+            axis_name=self.axis,
+            dtype=self.dtype,
         )
-        conv = functools.partial(nn.Conv, use_bias=False)
+        conv = functools.partial(nn.Conv, use_bias=False, dtype=self.dtype)
         strides = (self.stride, self.stride)
         y = nn.relu(norm()(conv(self.width, (1, 1))(x)))
         y = nn.relu(norm()(conv(self.width, (3, 3), strides)(y)))
@@ -49,18 +54,24 @@ class Bottleneck(nn.Module):
 
 
 class ResNet50(nn.Module):
-    """161 parameters, 53 synchronised batch normalisations."""
+    """161 parameters, 53 batch normalisations, synchronised over the axis."""
+
+    axis: str | None = AXIS
+    dtype: Any = None
+    blocks: tuple[int, ...] = (3, 4, 6, 3)
 
     @nn.compact
     def __call__(self, x: Any) -> Any:
-        x = nn.Conv(64, (7, 7), (2, 2), use_bias=False)(x)
-        x = nn.relu(nn.BatchNorm(use_running_average=False, axis_name=AXIS)(x))
-        x = nn.max_pool(x, (3, 3), (2, 2), padding="SAME")
-        for stage, blocks in enumerate((3, 4, 6, 3)):
+        x = nn.Conv(64, (7, 7), (2, 2), use_bias=False, dtype=self.dtype)(x)
+        norm = nn.BatchNorm(
+            use_running_average=False, axis_name=self.axis, dtype=self.dtype
+        )
+        x = nn.max_pool(nn.relu(norm(x)), (3, 3), (2, 2), padding="SAME")
+        for stage, blocks in enumerate(self.blocks):
             for block in range(blocks):
                 stride = 2 if stage > 0 and block == 0 else 1
-                x = Bottleneck(64 << stage, stride)(x)
-        return nn.Dense(1000)(jnp.mean(x, (1, 2)))
+                x = Bottleneck(64 << stage, stride, self.axis, self.dtype)(x)
+        return nn.Dense(1000)(jnp.mean(x, (1, 2), dtype=jnp.float32))
 
 
 class TrainState(train_state.TrainState):
@@ -69,7 +80,16 @@ class TrainState(train_state.TrainState):
     batch_stats: Any
 
 
-def train_step(state: TrainState, images: Any, labels: Any) -> tuple[TrainState, Any]:
+def over_axis(tree: Any) -> Any:
+    return lax.pmean(tree, AXIS)
+
+
+def train_step(
+    state: TrainState,
+    images: Any,
+    labels: Any,
+    mean: Callable[[Any], Any] = over_axis,
+) -> tuple[TrainState, Any]:
     def loss_fn(params: Any) -> Any:
         variables = {"params": params, "batch_stats": state.batch_stats}
         logits, updates = state.apply_fn(variables, images, mutable=["batch_stats"])
@@ -77,16 +97,15 @@ def train_step(state: TrainState, images: Any, labels: Any) -> tuple[TrainState,
         return jnp.mean(losses), updates["batch_stats"]
 
     (loss, stats), grads = jax.value_and_grad(loss_fn, has_aux=True)(state.params)
-    state = state.apply_gradients(grads=lax.pmean(grads, AXIS), batch_stats=stats)
-    return state, lax.pmean(loss, AXIS)
+    state = state.apply_gradients(grads=mean(grads), batch_stats=stats)
+    return state, mean(loss)
 
 
-def abstract_state() -> TrainState:
+def abstract_state(model: ResNet50, pixels: int = 224) -> TrainState:
     """The state's shapes; nothing is computed."""
-    model = ResNet50()
 
     def create() -> TrainState:
-        images = jnp.zeros((1, 224, 224, 3))
+        images = jnp.zeros((1, pixels, pixels, 3))
         variables = model.init(jax.random.key(0), images)
         return TrainState.create(
             apply_fn=model.apply,
@@ -102,7 +121,7 @@ def abstract_state() -> TrainState:
 def main(out: Path, repeats: int) -> None:
     jax.config.update("jax_num_cpu_devices", 2)
     comm = jaxcomm.init()
-    state = abstract_state()
+    state = abstract_state(ResNet50())
     images = jax.ShapeDtypeStruct((32, 224, 224, 3), jnp.float32)
     labels = jax.ShapeDtypeStruct((32,), jnp.int32)
     args = (state, images, labels)
