@@ -3,15 +3,15 @@
 Every section runs in processes of its own (worker_gpu.py, or many_cores.py) under its
 own time limit; one that fails is recorded with its error, and the next one runs. Those
 that time nothing run two at once. Each of two calls has its sections; the second puts
-its own beside the first's in gpu.json. The exit code is 1 if a section about correctness
-failed. `--dry` runs what can be run without a GPU, over MPI on the CPU (over NCCL where
-JAXCOMM_NCCL_HOST_MEMORY=1 makes that possible), so that this script is tested where none
-is.
+its own beside the first's in gpu.json. The exit code is 1 if a section about
+correctness failed. `--dry` runs what can be run without a GPU, over MPI on the CPU, so
+that this script is tested where none is.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import datetime
 import importlib.metadata
 import importlib.util
@@ -99,7 +99,8 @@ def run_section(section: Section, machine: Machine, seconds: float) -> dict[str,
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "result"
         limit = min(section.seconds, seconds)
-        codes, output = _processes(section, machine, out, limit)
+        with multi_process_service(section, machine, Path(folder)) as added:
+            codes, output = _processes(section, machine, out, limit, added)
         found = sorted(out.parent.glob("result.*"))
         results = [json.loads(path.read_text()) for path in found]
     row["seconds"] = round(time.monotonic() - start, 1)
@@ -124,8 +125,30 @@ def run_section(section: Section, machine: Machine, seconds: float) -> dict[str,
     return {**row, "status": "ok" if ok else "failed", "results": kept}
 
 
+@contextlib.contextmanager
+def multi_process_service(
+    section: Section, machine: Machine, folder: Path
+) -> Iterator[dict[str, str]]:
+    """Run NVIDIA's MPS for the ranks of a section that asks for it; their variables."""
+    if not section.mps or machine.dry:
+        yield {}
+        return
+    added = {f"CUDA_MPS_{kind}_DIRECTORY": str(folder) for kind in ("PIPE", "LOG")}
+    env = {**os.environ, **added}
+    subprocess.run([gpu_sections.MPS, "-d"], env=env, check=True, timeout=30)
+    try:
+        yield added
+    finally:
+        control = [gpu_sections.MPS]
+        subprocess.run(control, env=env, input="quit\n", text=True, timeout=60)
+
+
 def _processes(
-    section: Section, machine: Machine, out: Path, limit: float
+    section: Section,
+    machine: Machine,
+    out: Path,
+    limit: float,
+    added: dict[str, str],
 ) -> tuple[list[int] | None, str]:
     """Run a section's processes; exit codes (None: out of time) and what they wrote."""
     commands = gpu_sections.commands(section, machine, out)
@@ -136,7 +159,7 @@ def _processes(
             processes.append(
                 subprocess.Popen(
                     command,
-                    env=env,
+                    env=env | added,
                     cwd=out.parent,
                     stdout=file,
                     stderr=subprocess.STDOUT,

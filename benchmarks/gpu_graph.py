@@ -93,18 +93,25 @@ def thunks(dump: Path) -> dict[str, Any]:
     return {"counts": dict(counts), "excerpt": excerpt}
 
 
-def launches(run: Any) -> dict[str, Any]:
-    """Count what the profiler saw of graphs and of NCCL in three steps."""
+def events(run: Any, plane_name: str = "") -> collections.Counter[str]:
+    """Count by name what the profiler saw in three calls, on planes of a name."""
     names: collections.Counter[str] = collections.Counter()
-    try:
-        with tempfile.TemporaryDirectory() as folder:
-            with jax.profiler.trace(folder):
-                for _ in range(3):
-                    run()
-            for file in Path(folder).glob("**/*.xplane.pb"):
-                for plane in jax.profiler.ProfileData.from_file(str(file)).planes:
+    with tempfile.TemporaryDirectory() as folder:
+        with jax.profiler.trace(folder):
+            for _ in range(3):
+                run()
+        for file in Path(folder).glob("**/*.xplane.pb"):
+            for plane in jax.profiler.ProfileData.from_file(str(file)).planes:
+                if plane_name in plane.name:
                     for line in plane.lines:
                         names.update(event.name for event in line.events)
+    return names
+
+
+def launches(run: Any) -> dict[str, Any]:
+    """Count what the profiler saw of graphs and of NCCL in three steps."""
+    try:
+        names = events(run)
     except Exception as error:  # the profiler may be absent or forbidden
         return {"error": f"{type(error).__name__}: {error}"[:300]}
     # Names of Python's frames begin with "$".

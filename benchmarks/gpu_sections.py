@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import shutil
 import socket
 import sys
 from pathlib import Path
@@ -17,6 +18,7 @@ WORKER = HERE / "worker_gpu.py"
 MANY_CORES = HERE / "many_cores.py"
 # nccl.h 2.30: src/init.cc, NCCL_MULTI_RANK_GPU_ENABLE.
 SHARED_GPU = (2, 30)
+MPS = "nvidia-cuda-mps-control"
 LEFT = 3  # exit code of a rank that leaves
 NO_GRAPHS = "--xla_gpu_enable_command_buffer="
 ANY_GRAPH = "--xla_gpu_graph_min_graph_size=1"
@@ -65,6 +67,7 @@ class Section:
       shared: there is nothing to try unless two ranks share a GPU.
       times: what it measures wants the machine for itself.
       call: in which of the two it runs.
+      mps: ranks that share a GPU run at once, by NVIDIA's MPS, and not in turn.
     """
 
     name: str
@@ -80,6 +83,7 @@ class Section:
     shared: bool = False
     times: bool = False
     call: int = 1
+    mps: bool = False
 
 
 def _leave(when: str) -> Section:
@@ -112,7 +116,7 @@ def _timed(
 def _stream(kind: str) -> Section:
     env = (("BENCH_STREAM", kind),)
     name = f"overlap2 {kind}"
-    return _timed(name, "overlap", 2, 45, call=2, flags=(NO_GRAPHS,), env=env)
+    return _timed(name, "overlap", 2, 45, call=2, flags=(NO_GRAPHS,), env=env, mps=True)
 
 
 def _step(network: str, seconds: float, call: int = 1) -> Section:
@@ -140,17 +144,18 @@ SECTIONS = (
     _graph(1, "off", NO_GRAPHS),
     _graph(2, "default"),
     # The second call.
-    Section("cores", "cores", 1, 250, times=True, call=2),
-    _timed("overlap2", "overlap", 2, 45, call=2, flags=(NO_GRAPHS,)),
+    _timed("time2 mps", "times", 2, 60, call=2, mps=True),
+    _timed("overlap2", "overlap", 2, 45, call=2, flags=(NO_GRAPHS,), mps=True),
     _stream("gpu_stream:collective"),
     _stream("gpu_stream:1"),
-    _step("resnet50 bfloat16", 100, call=2),
-    _timed("graphtime1", "times", 1, 45, call=2, env=GRAPHS),
-    _timed("graphtime2", "times", 2, 60, call=2, env=GRAPHS),
-    Section("mpi2", "exact", 2, 80, True, launch="mpi", gpu_only=True, call=2),
+    _timed("overlap2 graphs", "overlap", 2, 45, call=2, env=GRAPHS, mps=True),
+    _timed("graphtime2", "times", 2, 60, call=2, env=GRAPHS, mps=True),
     Section("conformance1", "conform", 1, 100, correctness=True, call=2),
     Section("conformance2", "conform", 2, 150, correctness=True, call=2),
-    _timed("overlap2 graphs", "overlap", 2, 45, call=2, env=GRAPHS),
+    Section("cores", "cores", 1, 180, times=True, call=2),
+    _step("resnet50 bfloat16", 100, call=2),
+    _timed("graphtime1", "times", 1, 45, call=2, env=GRAPHS),
+    Section("mpi2", "exact", 2, 80, True, launch="mpi", gpu_only=True, call=2),
     _timed("memory2", "memory", 2, 60, call=2, correctness=True),
 )
 
@@ -178,6 +183,8 @@ def unfit(section: Section, machine: Machine) -> str:
     by_mpi = section.ranks > 1 and (section.launch or machine.launch) == "mpi"
     if by_mpi and not machine.mpi:
         return "no mpiexec, or mpi4py finds no MPI"
+    if section.mps and not machine.dry and shutil.which(MPS) is None:
+        return f"no {MPS}"
     if section.shared and not _shared(machine):
         return "there is a GPU for each rank"
     if section.ranks > 1 and _shared(machine):

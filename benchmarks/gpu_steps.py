@@ -14,7 +14,6 @@ import numpy as np
 
 import gpu_times
 import jaxcomm
-import worker_stemdl
 import worker_trace
 from jaxcomm.communicator import Communicator
 
@@ -114,6 +113,8 @@ def drawn(shapes: Any) -> Any:
 
 def stemdl() -> tuple[Step, Step, Callable[[], Any], tuple[Any, ...]]:
     """The STEMDL example's network and training, likewise."""
+    import worker_stemdl  # which asks for what simulates crystals too
+
     network = worker_stemdl.Steps(STEMDL)
 
     def step(state: Any, *batch: Any) -> tuple[Any, Any]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import os
 import resource
 import statistics
@@ -17,9 +16,11 @@ import jax.numpy as jnp
 from jax import lax
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
+import gpu_graph
 import jaxcomm
 import trees
 from jaxcomm.communicator import Communicator
+from jaxcomm.transports import nccl
 
 AXIS = "batch"
 SMALL = os.environ.get("BENCH_SMALL") == "1"
@@ -34,8 +35,9 @@ LESS = "no reduction"
 PAIRS = (
     ("jaxcomm", "XLA's psum"),
     ("jaxcomm, one bucket", "XLA's psum"),
-    ("jaxcomm, packed", "XLA's psum"),
-    ("jaxcomm, packed", "XLA's psum, packed"),
+    ("jaxcomm, leaf by leaf", "XLA's psum"),
+    ("jaxcomm, all packed", "XLA's psum"),
+    ("no reduction", "jax.jit"),
 )
 Way = Callable[[], Any]
 
@@ -49,14 +51,17 @@ def mean(tree: Any) -> Any:
     return lax.pmean(tree, AXIS)
 
 
-def packed(tree: Any) -> Any:
-    """The mean of all leaves as one: what they cost to put together and to part."""
-    leaves, treedef = jax.tree.flatten(tree)
-    whole = lax.pmean(jnp.concatenate([leaf.ravel() for leaf in leaves]), AXIS)
-    ends = list(itertools.accumulate(leaf.size for leaf in leaves))
-    parts = jnp.split(whole, ends[:-1])
-    shaped = [part.reshape(x.shape) for part, x in zip(parts, leaves, strict=True)]
-    return jax.tree.unflatten(treedef, shaped)
+def packing(nbytes: int, way: Way) -> Way:
+    """Pack leaves of so many bytes, or fewer, in the program of a way's first call."""
+
+    def run() -> Any:
+        before, nccl.PACK_BYTES = nccl.PACK_BYTES, nbytes
+        try:
+            return way()
+        finally:
+            nccl.PACK_BYTES = before
+
+    return run
 
 
 def gradients() -> dict[str, jax.Array]:
@@ -137,30 +142,37 @@ def times(comm: Communicator) -> dict[str, Any]:
     """ResNet-50's gradients: grouped, packed into one leaf, and by XLA's psum."""
     tree = gradients()
     apart = jaxcomm.data_parallel(scaled)
-    ours = jaxcomm.data_parallel(lambda tree: mean(scaled(tree)))
-    one = jaxcomm.data_parallel(lambda tree: mean(scaled(tree)), groups=1)
-    together = jaxcomm.data_parallel(lambda tree: packed(scaled(tree)))
-    found = interleaved(
-        comm,
-        {
-            LESS: lambda: apart(tree),
-            "jaxcomm": lambda: ours(tree),
-            "jaxcomm, one bucket": lambda: one(tree),
-            "jaxcomm, packed": lambda: together(tree),
-            "XLA's psum": by_xla(comm, lambda tree: mean(scaled(tree)), tree),
-            "XLA's psum, packed": by_xla(comm, lambda t: packed(scaled(t)), tree),
-        },
-    )
+    plain = jax.jit(scaled)
+
+    def ours(**options: Any) -> Any:
+        return jaxcomm.data_parallel(lambda tree: mean(scaled(tree)), **options)
+
+    step, one, each, whole = ours(), ours(groups=1), ours(), ours()
+    ways = {
+        LESS: lambda: apart(tree),
+        "jax.jit": lambda: plain(tree),
+        "jaxcomm": lambda: step(tree),
+        "jaxcomm, one bucket": lambda: one(tree),
+        "jaxcomm, leaf by leaf": packing(0, lambda: each(tree)),
+        "jaxcomm, all packed": packing(1 << 40, lambda: whole(tree)),
+        "XLA's psum": by_xla(comm, lambda tree: mean(scaled(tree)), tree),
+    }
+    found = interleaved(comm, ways)
+    found["kernels"] = {
+        name: kernels(ways[name])
+        for name in (LESS, "jax.jit", "jaxcomm", "XLA's psum")
+        if name in found["ms"]
+    }
     ms = found["ms"]
     # What the reduction adds to the step, and how that compares.
-    added = {name: ms[name] - ms[LESS] for name in ms if name != LESS}
+    added = {name: ms[name] - ms[LESS] for name in ms if name not in (LESS, "jax.jit")}
     steps = {
         f"{ours_name} / {peer}": ms[ours_name] / ms[peer]
         for ours_name, peer in PAIRS
         if ours_name in ms and peer in ms
     }
     nbytes = sum(leaf.nbytes for leaf in tree.values())
-    buckets = len(ours.schedule.buckets) if ours.schedules else 0
+    buckets = len(step.schedule.buckets) if step.schedules else 0
     counters = comm.counters()
     return found | {
         "bytes": nbytes,
@@ -170,6 +182,12 @@ def times(comm: Communicator) -> dict[str, Any]:
         "ratio of whole steps": steps,
         "counters": counters,
     }
+
+
+def kernels(way: Way) -> dict[str, int]:
+    """How often it ran, of what ran on the device most often in three calls."""
+    names = gpu_graph.events(lambda: jax.block_until_ready(way()), "/device")
+    return {name[:60]: n for name, n in names.most_common(12)}
 
 
 def used() -> dict[str, float | None]:

@@ -48,11 +48,14 @@ def main(section: str, out: Path) -> None:
         os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flags}"
     import gpu_checks
     import gpu_graph
-    import gpu_steps
     import gpu_times
 
     if section == "refused":
         found = gpu_checks.refused(connect)
+    elif section == "steps":
+        import gpu_steps
+
+        found = gpu_steps.steps(connect())
     else:
         comm = connect(gpu_checks.CONFORM_TIMEOUT if section == "conform" else TIMEOUT)
         rank = comm.rank
@@ -63,7 +66,6 @@ def main(section: str, out: Path) -> None:
             "graph": lambda comm: gpu_graph.graph(comm, folder),
             "times": gpu_times.times,
             "memory": gpu_times.memory,
-            "steps": gpu_steps.steps,
             "overlap": gpu_times.overlap,
         }
         if section == "leave":

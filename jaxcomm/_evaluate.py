@@ -15,8 +15,9 @@ from jaxcomm import _compat, timeline
 from jaxcomm._jaxprs import Body, Unit, is_var
 from jaxcomm.communicator import Communicator
 from jaxcomm.errors import UnsupportedCollectiveError
-from jaxcomm.primitives import bind_bucket, local_result, mark
+from jaxcomm.primitives import bind_bucket, mark
 from jaxcomm.schedule import Schedule
+from jaxcomm.transports.base import local_result
 
 
 class Evaluator:

@@ -31,7 +31,7 @@ from jaxcomm import _compat, _threads, agreement
 from jaxcomm.communicator import Communicator
 from jaxcomm.errors import InvalidOptionError, TransportUnavailableError
 from jaxcomm.schedule import Bucket, Schedule
-from jaxcomm.transports.base import Call
+from jaxcomm.transports.base import Call, local_result
 
 TOKEN_DTYPE = np.dtype("uint32")
 
@@ -193,17 +193,6 @@ def moved_shape(bucket: Bucket, shape: tuple[int, ...], size: int) -> tuple[int,
     if bucket.op == "all_gather":
         return (len(bucket.groups[0]) if bucket.groups else size, *shape)
     return shape[1:] if bucket.op == "reduce_scatter" else shape
-
-
-def local_result(bucket: Bucket, leaf: Any) -> Any:
-    """Return what the collective gives where this rank is the only one."""
-    if bucket.op == "all_gather":
-        return leaf[None]
-    if bucket.op == "reduce_scatter":
-        return leaf[0]
-    if bucket.op == "permute" and not bucket.permutation:
-        return jnp.zeros_like(leaf)
-    return leaf
 
 
 def _call(ctx: Any, comm: Communicator, schedule: Schedule, index: int) -> Call:

@@ -58,9 +58,33 @@ assert comm.all_gather_object(text.encode()) == [text.encode()] * comm.size
 """
 
 
-@pytest.mark.parametrize("ranks", [1, 2])
-def test_lowering_for_a_gpu(job: Launch, ranks: int) -> None:
-    done = job(ranks, LOWERED, env=on_fake_nccl(FAKE_NCCL_VERSION="22703"))
+def test_lowering_for_a_gpu(job: Launch) -> None:
+    done = job(2, LOWERED, env=on_fake_nccl(FAKE_NCCL_VERSION="22703"))
+    assert done.returncode == 0, done.stderr
+
+
+PACKED = """
+import re
+import jax, jax.numpy as jnp, jaxcomm, numpy as np
+from jax import lax
+comm = jaxcomm.init("nccl")
+step = jaxcomm.data_parallel(lambda t: lax.pmean(t, "batch"), groups=1)
+large = 1 << 18  # elements of a leaf just small enough to be packed; one more is not
+tree = {"a": jnp.ones((3, 5)), "b": jnp.ones(large + 1), "c": jnp.float32(2),
+        "d": jnp.ones((0, 4)), "e": jnp.ones((2, large // 2))}
+tree = jax.tree.map(lambda x: x * (1 + comm.rank), tree)
+text = step.trace(tree).lower(lowering_platforms=("cuda",)).as_text()
+(call,) = [line for line in text.splitlines() if "@jaxcomm_nccl_all" in line]
+kinds = re.search(r"\\}? : \\((.*?)\\) ->", call)[1].split(", ")
+sizes = [f"tensor<{n}xf32>" for n in (15 + 1 + large, large + 1)]
+assert kinds == [*sizes, "tensor<0x4xf32>", "tensor<ui32>"], kinds
+for name, got in step(tree).items():
+    np.testing.assert_array_equal(got, np.asarray(tree[name]) * 1.5 / (1 + comm.rank))
+"""
+
+
+def test_small_leaves_share_a_collective(job: Launch) -> None:
+    done = job(2, PACKED, env=on_fake_nccl())
     assert done.returncode == 0, done.stderr
 
 
@@ -69,8 +93,17 @@ import sys
 import jax, jax.numpy as jnp, jaxcomm
 comm = jaxcomm.init("nccl")
 assert comm.size == 1 and "mpi4py" not in sys.modules
-assert float(jaxcomm.data_parallel(lambda x: jax.lax.psum(x, "batch"))(3.0)) == 3
-assert comm.counters()["nccl_collectives"] == 2  # one warmed it up
+
+@jaxcomm.data_parallel
+def step(x):
+    total, every = jax.lax.psum(x, "batch"), jax.lax.all_gather(x, "batch")
+    nobody = jax.lax.ppermute(x, "batch", [])
+    return total, every, jax.lax.ppermute(x, "batch", [(0, 0)]), nobody
+
+assert [leaf.tolist() for leaf in step(jnp.float32(3))] == [3, [3], 3, 0]
+# Nothing travels, so XLA is given nothing to call. One collective warmed NCCL up.
+assert "jaxcomm_nccl" not in step.lower(jnp.float32(3)).as_text()
+assert comm.counters()["nccl_collectives"] == 1
 """
 
 

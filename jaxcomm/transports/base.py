@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Protocol
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
-from jaxcomm import native
+from jaxcomm import _compat, native
 from jaxcomm.errors import UnsupportedDtypeError
 
 
@@ -85,6 +86,29 @@ def emit(
         target, has_side_effect=True, operand_output_aliases={i: i for i in arrays}
     )
     return rule(ctx, *values, **attributes)
+
+
+def map_values(
+    function: Callable[..., Sequence[Any]],
+    ctx: Any,
+    avals_in: Sequence[Any],
+    avals_out: Sequence[Any],
+    values: Sequence[Any],
+) -> Sequence[Any]:
+    """Emit a function of arrays into the program, on IR values."""
+    rule = _compat.mlir.lower_fun(function, multiple_results=True)
+    return rule(ctx.replace(avals_in=avals_in, avals_out=avals_out), *values)
+
+
+def local_result(call: Any, leaf: Any) -> Any:
+    """Return what a call, or a bucket, gives where this rank is the only one."""
+    if call.op == "all_gather":
+        return leaf[None]
+    if call.op == "reduce_scatter":
+        return leaf[0]
+    if call.op == "permute" and not call.permutation:
+        return jnp.zeros_like(leaf)
+    return leaf
 
 
 # Collectives that move bytes, whatever they mean.

@@ -27,7 +27,7 @@ from jaxcomm import _compat, native
 from jaxcomm.errors import InvalidOptionError, TransportUnavailableError
 from jaxcomm.planner import WIRE_DTYPES
 from jaxcomm.schedule import leaf_bytes
-from jaxcomm.transports.base import Call, check_dtype
+from jaxcomm.transports.base import Call, check_dtype, map_values
 from jaxcomm.transports.mpi import Mpi, in_place_call
 
 _MAX_COUNT = 2**31 - 1
@@ -78,7 +78,7 @@ class Mpi4jax:
             dtype = avals[part[0]].dtype
             count = sum(math.prod(shape) for shape in shapes) * _pieces(call, dtype)
             whole = _compat.shaped_array((count,), _carrier(call, dtype))
-            (flat,) = self._map(
+            (flat,) = map_values(
                 before,
                 ctx,
                 [avals[i] for i in part],
@@ -89,7 +89,7 @@ class Mpi4jax:
             flat, token = self._in_order(
                 ctx, call, meaning, flat, token, whole, token_aval
             )
-            results = self._map(after, ctx, [whole], [avals[i] for i in part], [flat])
+            results = map_values(after, ctx, [whole], [avals[i] for i in part], [flat])
             for i, result in zip(part, results, strict=True):
                 out[i] = result
         return [*out, token]
@@ -144,13 +144,6 @@ class Mpi4jax:
             dtype=_handle(getattr(MPI, native.MPI_TYPES[dtype])),
         )
         return out
-
-    @staticmethod
-    def _map(
-        fun: Any, ctx: Any, avals_in: list[Any], avals_out: list[Any], values: list[Any]
-    ) -> Sequence[Any]:
-        rule = _compat.mlir.lower_fun(fun, multiple_results=True)
-        return rule(ctx.replace(avals_in=avals_in, avals_out=avals_out), *values)
 
 
 def _handle(thing: Any) -> np.int64:

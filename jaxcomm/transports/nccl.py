@@ -25,7 +25,15 @@ from jaxcomm.errors import (
     TransportUnavailableError,
     UnsupportedDtypeError,
 )
-from jaxcomm.transports.base import Call, call_attributes, check_dtype, emit, numbers
+from jaxcomm.transports.base import (
+    Call,
+    call_attributes,
+    check_dtype,
+    emit,
+    local_result,
+    map_values,
+    numbers,
+)
 
 SONAME = "libnccl.so.2"
 OLDEST = 21800
@@ -45,7 +53,9 @@ GRAPHS_VARIABLE = "JAXCOMM_NCCL_GRAPHS"
 # of ranks are divided then, so neither is recorded.
 FOR_GRAPHS = {"NCCL_GRAPH_REGISTER": "0", "NCCL_RUNTIME_CONNECT": "0"}
 CLOSE_SECONDS = 10.0
-
+# Leaves of at most this many bytes share one collective: XLA writes them beside each
+# other where it computes them.
+PACK_BYTES = 1 << 20
 
 _in_graphs = False
 
@@ -332,6 +342,13 @@ class Nccl:
 
     def lower(self, ctx: Any, call: Call, values: Sequence[Any]) -> Sequence[Any]:
         """Emit the custom call, between conversions to and from what NCCL knows."""
+        if call.size == 1 and not call.partition:
+            # Nothing travels; XLA leaves out its own collectives of one device too.
+            *leaves, token = values
+            *kinds, _ = ctx.avals_in
+            *results, _ = ctx.avals_out
+            own = functools.partial(_of_one_rank, call)
+            return [*map_values(own, ctx, kinds, results, leaves), token]
         attributes = call_attributes(call)
         ranks = call.size
         if call.op in ("broadcast", "all_gather", "all_to_all", "permute"):
@@ -343,37 +360,115 @@ class Nccl:
                 target, aliased = "move", [len(values) - 1]
             return emit(_target(target, call), ctx, values, attributes, aliased)
 
-        leaves = ctx.avals_in[:-1]
-        results = ctx.avals_out[:-1]
-        dtype = str(leaves[0].dtype) if leaves else "float32"
-        travels = call.wire or _NARROW.get(dtype, dtype)
-        mean = call.op == "mean"
-        average = mean and _averages(travels, ranks)
-        if travels != dtype:
-            values = _convert(ctx, leaves, values, lambda x: x.astype(travels))
-            ctx = _retyped(ctx, travels)
         if call.op == "reduce_scatter":
             _describe_move(attributes, call)
-            target, aliased = "move", [len(values) - 1]
-        else:
-            op = "avg" if average else {"mean": "sum"}.get(call.op, call.op)
-            attributes["op"] = np.int64(_op_number(op))
-            target, aliased = "all_reduce", range(len(values))
-        out = emit(_target(target, call), ctx, values, attributes, aliased)
-        divide = mean and not average
-        if travels == dtype and not divide:
-            return out
+            return self._reduce(ctx, call, values, "move", attributes, pack_bytes=0)
+        average = call.op == "mean" and _averages(_travelling(ctx, call), ranks)
+        op = "avg" if average else {"mean": "sum"}.get(call.op, call.op)
+        attributes["op"] = np.int64(_op_number(op))
+        divide = call.op == "mean" and not average
+        return self._reduce(
+            ctx,
+            call,
+            values,
+            "all_reduce",
+            attributes,
+            pack_bytes=PACK_BYTES,
+            divide=divide,
+        )
 
-        def finish(x: Any) -> Any:
-            x = x.astype(dtype)
+    def _reduce(
+        self,
+        ctx: Any,
+        call: Call,
+        values: Sequence[Any],
+        target: str,
+        attributes: dict[str, Any],
+        *,
+        pack_bytes: int,
+        divide: bool = False,
+    ) -> Sequence[Any]:
+        """Emit a reduction between what XLA does before and after it.
+
+        Small leaves are written one after the other, all are converted to what travels,
+        and back again; the mean's division is XLA's where it is not NCCL's.
+        """
+        *leaves, token = ctx.avals_in
+        *results, _ = ctx.avals_out
+        travels = _travelling(ctx, call)
+        kind = np.dtype(travels) if travels != "bfloat16" else np.dtype(jnp.bfloat16)
+        small = [
+            i
+            for i, leaf in enumerate(leaves)
+            if leaf.size and leaf.size * kind.itemsize <= pack_bytes
+        ]
+        small = small if len(small) > 1 else []
+        alone = [i for i in range(len(leaves)) if i not in small]
+        if not small and not divide and leaves and leaves[0].dtype == kind:
+            return emit(
+                _target(target, call),
+                ctx,
+                values,
+                attributes,
+                [len(leaves)] if target == "move" else range(len(values)),
+            )
+
+        def before(*xs: Any) -> list[Any]:
+            xs = tuple(x.astype(kind) for x in xs)
+            packed = [jnp.concatenate([xs[i].ravel() for i in small])] if small else []
+            return [*packed, *(xs[i] for i in alone)]
+
+        def finish(x: Any, like: Any) -> Any:
+            x = x.reshape(like.shape).astype(like.dtype)
             if not divide:
                 return x
-            by = jnp.asarray(ranks, dtype)
+            by = jnp.asarray(call.size, like.dtype)
             # Integers are rounded toward zero.
-            return lax.div(x, by) if jnp.issubdtype(dtype, jnp.integer) else x / by
+            return lax.div(x, by) if jnp.issubdtype(x.dtype, jnp.integer) else x / by
 
-        got = [_compat.shaped_array(a.shape, np.dtype(travels)) for a in results]
-        return _convert(ctx, got, out, finish)
+        def after(*xs: Any) -> list[Any]:
+            parts: dict[int, Any] = {}
+            if small:
+                ends = np.cumsum([leaves[i].size for i in small])[:-1]
+                parts = dict(zip(small, jnp.split(xs[0], ends), strict=True))
+                xs = xs[1:]
+            parts |= dict(zip(alone, xs, strict=True))
+            return [finish(parts[i], like) for i, like in enumerate(results)]
+
+        arrays = _abstract(before, leaves)
+        reduced = (
+            [_compat.shaped_array(leaf.shape, kind) for leaf in results]
+            if not small
+            else arrays
+        )
+        operands = map_values(before, ctx, leaves, arrays, values[:-1])
+        inner = ctx.replace(avals_in=[*arrays, token], avals_out=[*reduced, token])
+        *out, ordered = emit(
+            _target(target, call),
+            inner,
+            [*operands, values[-1]],
+            attributes,
+            [len(arrays)] if target == "move" else range(len(arrays) + 1),
+        )
+        return [*map_values(after, ctx, reduced, results, out), ordered]
+
+
+def _travelling(ctx: Any, call: Call) -> str:
+    """The dtype that NCCL gets of a bucket's leaves, which have one dtype."""
+    leaves = ctx.avals_in[:-1]
+    dtype = str(leaves[0].dtype) if leaves else "float32"
+    return call.wire or _NARROW.get(dtype, dtype)
+
+
+def _abstract(function: Callable[..., Any], avals: Sequence[Any]) -> list[Any]:
+    kinds = jax.eval_shape(
+        function, *(jax.ShapeDtypeStruct(a.shape, a.dtype) for a in avals)
+    )
+    return [_compat.shaped_array(kind.shape, kind.dtype) for kind in kinds]
+
+
+def _of_one_rank(call: Call, *leaves: Any) -> list[Any]:
+    return [local_result(call, leaf) for leaf in leaves]
 
 
 def _target(collective: str, call: Call) -> str:
@@ -407,27 +502,3 @@ def _describe_move(attributes: dict[str, Any], call: Call) -> None:
     attributes["move"] = np.int64(native.MOVES.index(call.op))
     attributes["ranks"] = np.int64(call.size)
     attributes["permutation"] = numbers(call.permutation)
-
-
-def _retyped(ctx: Any, dtype: str) -> Any:
-    def change(avals: Sequence[Any]) -> list[Any]:
-        *leaves, token = avals
-        kind = np.dtype(dtype) if dtype != "bfloat16" else jnp.bfloat16
-        return [*(_compat.shaped_array(a.shape, kind) for a in leaves), token]
-
-    return ctx.replace(avals_in=change(ctx.avals_in), avals_out=change(ctx.avals_out))
-
-
-def _convert(
-    ctx: Any, avals: Sequence[Any], values: Sequence[Any], function: Callable[..., Any]
-) -> list[Any]:
-    """Apply a function to every leaf's IR value; the token, last, stays."""
-    out = []
-    for aval, value in zip(avals, values[:-1], strict=True):
-        kind = jax.eval_shape(function, jax.ShapeDtypeStruct(aval.shape, aval.dtype))
-        inner = ctx.replace(
-            avals_in=[aval], avals_out=[_compat.shaped_array(kind.shape, kind.dtype)]
-        )
-        rule = _compat.mlir.lower_fun(function, multiple_results=False)
-        out += list(rule(inner, value))
-    return [*out, values[-1]]
