@@ -83,13 +83,26 @@ def find_machine(dry: bool, launch: str | None) -> Machine:
     )
 
 
-def run_section(section: Section, machine: Machine, seconds: float) -> dict[str, Any]:
-    """Run one section; return its row."""
-    row = {
+def attempt(section: Section, machine: Machine, seconds: float) -> dict[str, Any]:
+    """Run one section, whatever comes of it; return its row."""
+    try:
+        return run_section(section, machine, seconds)
+    except Exception as error:  # the next one is to run
+        text = f"{type(error).__name__}: {error}"
+        return {**about(section), "status": "failed", "error": text, "results": []}
+
+
+def about(section: Section) -> dict[str, Any]:
+    return {
         "name": section.name,
         "ranks": section.ranks,
         "correctness": section.correctness,
     }
+
+
+def run_section(section: Section, machine: Machine, seconds: float) -> dict[str, Any]:
+    """Run one section; return its row."""
+    row = about(section)
     reason = gpu_sections.unfit(section, machine)
     if seconds < 5:
         reason = "no time was left"
@@ -241,7 +254,7 @@ def main() -> int:
         # The time that is left is asked once: what runs together has the same.
         left = end - time.monotonic()
         with ThreadPoolExecutor(AT_ONCE) as pool:
-            rows = [pool.submit(run_section, one, machine, left) for one in together]
+            rows = [pool.submit(attempt, one, machine, left) for one in together]
         for row in (future.result() for future in rows):
             others = [r for r in result["sections"] if r["name"] != row["name"]]
             result["sections"] = [*others, row | {"call": args.call}]
