@@ -198,15 +198,16 @@ def _processes(
     return None if out_of_time else codes, "\n".join(texts)
 
 
-def batches(sections: Sequence[Section]) -> Iterator[list[Section]]:
+def batches(sections: Sequence[Section], dry: bool) -> Iterator[list[Section]]:
     """Sections that run together: one that times something runs alone."""
     waiting: list[Section] = []
     for section in sections:
-        if section.times and waiting:
+        alone = section.times and not dry
+        if alone and waiting:
             yield waiting
             waiting = []
         waiting.append(section)
-        if section.times or len(waiting) == AT_ONCE:
+        if alone or len(waiting) == AT_ONCE:
             yield waiting
             waiting = []
     if waiting:
@@ -250,7 +251,7 @@ def main() -> int:
     if args.call == 2 and not args.dry and before.exists():
         result["sections"] = json.loads(before.read_text())["sections"]
     failed = False
-    for together in batches(chosen):
+    for together in batches(chosen, args.dry):
         # The time that is left is asked once: what runs together has the same.
         left = end - time.monotonic()
         with ThreadPoolExecutor(AT_ONCE) as pool:

@@ -10,34 +10,45 @@
 # folder WHEELS are installed beside it: Open MPI's and mpi4py's, for instance.
 set -euo pipefail
 root=$(cd "$(dirname "$0")/.." && pwd)
-python=${PYTHON:-python3}
+python=$(command -v "${PYTHON:-python3}")
+python=$(cd "$(dirname "$python")" && pwd)/$(basename "$python")
+arguments="$*"
 work=$(mktemp -d "${TMPDIR:-/tmp}/jaxcomm-gpu.XXXXXX")
 trap 'rm -rf "$work"' EXIT
 log=$work/build.log
 
-# An environment on top of Python's own, which stays as it is.
+
+# An environment on top of Python's own, which stays as it is, a jaxcomm in it unseen.
+prefix=$("$python" -c 'import sys; print(sys.prefix)')
+below=$("$python" -c 'import sys; print(*(p for p in sys.path if p.endswith("-packages")), sep="\n")')
 "$python" -m venv --without-pip "$work/python"
-packages=$("$work/python/bin/python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
-"$python" -c 'import sys; print(*(p for p in sys.path if p.endswith("-packages")), sep="\n")' \
-  > "$packages/below.pth"
 python=$work/python/bin/python
-install=("$python" -m pip install --no-index --no-deps --no-warn-script-location)
+packages=$("$python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
+echo "$below" > "$packages/below.pth"
+install=("$python" -m pip install --no-index --no-deps --no-warn-script-location
+  --ignore-installed)
 if [[ -n ${WHEELS:-} ]]; then
-  "${install[@]}" --ignore-installed "$WHEELS"/*.whl > "$log" 2>&1 || { tail -20 "$log" >&2; exit 2; }
+  "${install[@]}" "$WHEELS"/*.whl > "$log" 2>&1 || { tail -20 "$log" >&2; exit 2; }
+elif [[ -x $prefix/bin/mpiexec ]]; then
+  # Open MPI's wheel and mpi4py look for one another beside Python.
+  export JAXCOMM_MPIEXEC=$prefix/bin/mpiexec
+  export LD_LIBRARY_PATH=$prefix/lib${LD_LIBRARY_PATH:+:$LD_LIBRARY_PATH}
 fi
 
 by_pip() {
-  "${install[@]}" --no-build-isolation --ignore-installed \
+  "${install[@]}" --no-build-isolation \
     --config-settings=build-dir="$work/build" "$root"
 }
 
 # What CMakeLists.txt says, for a machine without cmake.
 by_compiler() {
   cp -r "$root/jaxcomm" "$packages/"
-  local native=$root/jaxcomm/native include flags objects=()
+  local native=$root/jaxcomm/native include flags
   include=$("$python" -c 'import importlib.util as u
 print(u.find_spec("jaxlib").submodule_search_locations[0])')/include
+  # Where nothing is measured, the compiler need not take its time.
   flags=(-std=c++17 -O3 -fPIC -fvisibility=hidden)
+  [[ " $arguments " == *" --dry "* ]] && flags[1]=-O0
   local targets=(baseline)
   [[ $(uname -m) == x86_64 ]] && targets+=(avx2 avx512)
   for target in "${targets[@]}"; do
@@ -47,14 +58,10 @@ print(u.find_spec("jaxlib").submodule_search_locations[0])')/include
       -mprefer-vector-width=512)
     c++ "${flags[@]}" "${arch[@]}" -ffp-contract=off -fno-math-errno -fno-trapping-math \
       -DJAXCOMM_TARGET="$target" -c "$native/kernels.cc" -o "$work/$target.o"
-    objects+=("$work/$target.o")
   done
-  local sources=()
-  for source in "$native"/*.cc; do
-    [[ $source == */kernels.cc ]] || sources+=("$source")
-  done
-  c++ "${flags[@]}" -shared -isystem "$include" -o "$packages/jaxcomm/native/libjaxcomm_native.so" \
-    "${sources[@]}" "${objects[@]}" -ldl
+  find "$native" -name '*.cc' ! -name kernels.cc -print0 |
+    (cd "$work" && xargs -0 -n 1 -P "$(nproc)" c++ "${flags[@]}" -isystem "$include" -c)
+  c++ -shared -o "$packages/jaxcomm/native/libjaxcomm_native.so" "$work"/*.o -ldl
 }
 
 echo "building jaxcomm in $work" >&2

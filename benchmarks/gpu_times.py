@@ -20,7 +20,6 @@ import gpu_graph
 import jaxcomm
 import trees
 from jaxcomm.communicator import Communicator
-from jaxcomm.transports import nccl
 
 AXIS = "batch"
 SMALL = os.environ.get("BENCH_SMALL") == "1"
@@ -34,9 +33,7 @@ GROWTH_MIB = 16  # of the device's used memory, which others may use too
 LESS = "no reduction"
 PAIRS = (
     ("jaxcomm", "XLA's psum"),
-    ("jaxcomm, one bucket", "XLA's psum"),
-    ("jaxcomm, leaf by leaf", "XLA's psum"),
-    ("jaxcomm, all packed", "XLA's psum"),
+    ("jaxcomm, 12 MB buckets", "XLA's psum"),
     ("no reduction", "jax.jit"),
 )
 Way = Callable[[], Any]
@@ -49,19 +46,6 @@ def scaled(tree: Any) -> Any:
 
 def mean(tree: Any) -> Any:
     return lax.pmean(tree, AXIS)
-
-
-def packing(nbytes: int, way: Way) -> Way:
-    """Pack leaves of so many bytes, or fewer, in the program of a way's first call."""
-
-    def run() -> Any:
-        before, nccl.PACK_BYTES = nccl.PACK_BYTES, nbytes
-        try:
-            return way()
-        finally:
-            nccl.PACK_BYTES = before
-
-    return run
 
 
 def gradients() -> dict[str, jax.Array]:
@@ -147,14 +131,12 @@ def times(comm: Communicator) -> dict[str, Any]:
     def ours(**options: Any) -> Any:
         return jaxcomm.data_parallel(lambda tree: mean(scaled(tree)), **options)
 
-    step, one, each, whole = ours(), ours(groups=1), ours(), ours()
+    step, several = ours(), ours(bucket_bytes=12 * MIB)
     ways = {
         LESS: lambda: apart(tree),
         "jax.jit": lambda: plain(tree),
         "jaxcomm": lambda: step(tree),
-        "jaxcomm, one bucket": lambda: one(tree),
-        "jaxcomm, leaf by leaf": packing(0, lambda: each(tree)),
-        "jaxcomm, all packed": packing(1 << 40, lambda: whole(tree)),
+        "jaxcomm, 12 MB buckets": lambda: several(tree),
         "XLA's psum": by_xla(comm, lambda tree: mean(scaled(tree)), tree),
     }
     found = interleaved(comm, ways)
@@ -261,8 +243,10 @@ def overlap(comm: Communicator) -> dict[str, Any]:
         jitted = jax.jit(lambda weights: bare(gradient(weights)))
         ways["both, in a jit"] = lambda: jitted(weights)
     else:
-        one = jaxcomm.data_parallel(lambda w: mean(gradient(w)), groups=1)
-        ways["both, one bucket"] = lambda: one(weights)
+        several = jaxcomm.data_parallel(
+            lambda w: mean(gradient(w)), bucket_bytes=12 * MIB
+        )
+        ways["both, 12 MB buckets"] = lambda: several(weights)
         ways["both, XLA's psum"] = by_xla(comm, lambda w: mean(gradient(w)), weights)
     found = interleaved(comm, ways)
     ms = found["ms"]

@@ -8,6 +8,10 @@ There a program is run by the Python thread that calls it. Two programs then sti
 the threads on which XLA runs parts of a program, so a call that must wait does so on a
 thread of its communicator's own. All but the world's calls: XLA's threads then wait for
 the ranks of one communicator only, and those do come.
+
+A GPU has one stream for all programs of a process: what two Python threads put on it
+may lie there in one order on one rank and in the other on another, and NCCL's kernels
+then wait for each other for ever. So over NCCL one thread makes all calls.
 """
 
 from __future__ import annotations
@@ -42,7 +46,8 @@ def prepare(transport: str) -> None:
     reserved = os.environ.get("NPROC", "")  # XLA asks it before the system
     cores = len(os.sched_getaffinity(0))
     _pool = int(reserved) if reserved.isdigit() and int(reserved) > 0 else cores
-    if _pool == 1 and transport != "mpi4jax" and not _compat.backends_initialized():
+    waits_in_pool = transport in ("auto", "mpi")
+    if _pool == 1 and waits_in_pool and not _compat.backends_initialized():
         _compat.set_async_dispatch(False)
 
 
@@ -82,6 +87,12 @@ def _admit(ident: int, transport: str) -> None:
             return
     if transport == "mpi4jax":
         remedy = "whose calls hold XLA's threads. Use transport 'mpi'."
+    elif transport == "nccl":
+        remedy = (
+            "whose calls share the GPU's stream: ranks could have them there in "
+            "different orders, and wait for each other for ever. Make all calls from "
+            "the thread that called jaxcomm.init()."
+        )
     else:
         remedy = (
             f"where XLA's pool runs {most} program{'s' * (most > 1)} at a time: ranks "
@@ -98,6 +109,6 @@ def _admit(ident: int, transport: str) -> None:
 
 
 def _most(transport: str) -> float:
-    if transport == "mpi4jax":
+    if transport in ("mpi4jax", "nccl"):
         return 1
     return math.inf if transport != "mpi" or run_programs() else _pool

@@ -180,10 +180,12 @@ BETWEEN_HOSTS = CostModel(
     source="default between hosts",
 )
 
-# GPUs of one host: a round guess, for want of a measurement (docs/gpu.md).
+# Two ranks that share one H200 under NVIDIA's MPS (benchmarks/results/gpu.json): what a
+# bucket more costs, what a leaf more in NCCL's group of a bucket, and how fast 102 MB
+# are reduced. Links between GPUs are not in it.
 OVER_NCCL = CostModel(
-    call=5e-6,
-    curve=((8, 15e-6), (1 << 20, 25e-6), (64 << 20, 25e-6 + (63 << 20) / 150e9)),
+    call=180e-6,
+    curve=((8, 2e-6), (1 << 20, 2e-6 + (1 << 20) / 160e9), (1 << 26, 420e-6)),
     copy_bandwidth=1000e9,
     segment_bytes=1 << 26,
     source="default over NCCL",

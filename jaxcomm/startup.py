@@ -187,7 +187,7 @@ def _start(
     launched = launched_ranks()
     if transport == "auto":
         transport = _automatic(launched, settings)
-    elif transport in ("mpi", "mpi4jax"):
+    else:
         _threads.prepare(transport)
     if transport == "local":
         return Communicator("world", "local", settings, Alone())

@@ -22,7 +22,7 @@ JOBS = [
     pytest.param("mpi apart", 2, marks=pytest.mark.thorough),
     pytest.param("mpi apart", 4, marks=pytest.mark.thorough),
     pytest.param("mpi4jax", 1, marks=pytest.mark.thorough),
-    ("mpi4jax", 2),
+    pytest.param("mpi4jax", 2, marks=pytest.mark.thorough),
     pytest.param("mpi4jax", 4, marks=pytest.mark.thorough),
     # Over a library of NCCL's interface that reduces host memory.
     pytest.param("nccl", 1, marks=pytest.mark.thorough),
@@ -31,8 +31,8 @@ JOBS = [
 ]
 
 
-# Where two ranks, or a power of two, hide a mistake.
-ON_THREE = (
+# Where two ranks, or a power of two, hide a mistake, and where transports differ.
+SOME = (
     "check_all_reduce_against_numpy",
     "check_derivatives_of_array_collectives",
     "check_permutations_differentiated_from_outside",
@@ -99,7 +99,11 @@ def test_conformance(
 
 
 @pytest.mark.timeout(LIMIT + 100)
-@pytest.mark.parametrize("transport", ["mpi", "mpi apart"])
-@pytest.mark.parametrize("check", ON_THREE)
-def test_on_three_ranks(transport: str, check: str, names: tuple[str, ...]) -> None:
-    judge(outcomes(transport, 3, *names)[check])
+@pytest.mark.parametrize(
+    ("transport", "ranks"), [("mpi", 3), ("mpi apart", 3), ("mpi4jax", 2)]
+)
+@pytest.mark.parametrize("check", SOME)
+def test_some_checks(
+    transport: str, ranks: int, check: str, names: tuple[str, ...]
+) -> None:
+    judge(outcomes(transport, ranks, *names)[check])

@@ -11,8 +11,8 @@ from fuzz import run
     [
         (2, "mpi4jax"),
         (3, "shared memory"),
-        (2, "MPI calls"),
-        (3, "NCCL stand-in"),
+        pytest.param(2, "MPI calls", marks=pytest.mark.thorough),
+        pytest.param(3, "NCCL stand-in", marks=pytest.mark.thorough),
     ],
 )
 def test_random_compositions(ranks: int, way: str) -> None:

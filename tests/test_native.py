@@ -154,7 +154,7 @@ jaxcomm.assert_replicated(jaxcomm.all_reduce(
 """
 
 
-@pytest.mark.parametrize("ranks", [2, 4])
+@pytest.mark.parametrize("ranks", [2, pytest.param(4, marks=pytest.mark.thorough)])
 @pytest.mark.parametrize("stores", ["ordinary", "streaming"])
 def test_shared_memory_with_either_kind_of_stores(
     job: Job, ranks: int, stores: str

@@ -69,7 +69,8 @@ import jax, jax.numpy as jnp, jaxcomm, numpy as np
 from jax import lax
 comm = jaxcomm.init("nccl")
 step = jaxcomm.data_parallel(lambda t: lax.pmean(t, "batch"), groups=1)
-large = 1 << 18  # elements of a leaf just small enough to be packed; one more is not
+# Elements of a leaf just small enough to be packed; one more is not.
+large = comm.costs.pack_bytes // 4 // 2 * 2
 tree = {"a": jnp.ones((3, 5)), "b": jnp.ones(large + 1), "c": jnp.float32(2),
         "d": jnp.ones((0, 4)), "e": jnp.ones((2, large // 2))}
 tree = jax.tree.map(lambda x: x * (1 + comm.rank), tree)

@@ -185,7 +185,9 @@ def test_the_mixed_job() -> None:
     assert attempt.ranks[0]["mpi"].startswith("Open MPI")
 
 
-@pytest.mark.parametrize("hang", ["raw MPI", "jaxcomm"])
+@pytest.mark.parametrize(
+    "hang", [pytest.param("raw MPI", marks=pytest.mark.thorough), "jaxcomm"]
+)
 def test_the_mixed_job_finds_a_hang(monkeypatch: pytest.MonkeyPatch, hang: str) -> None:
     monkeypatch.setitem(mixed.LIMITS, "JAXCOMM_ABORT_AFTER", "8")
     attempt = mixed.run(

@@ -41,7 +41,7 @@ def run(folder: Path, *options: str) -> dict[str, Any]:
 @pytest.mark.timeout(300)
 def test_one_rank_and_two(tmp_path: Path) -> None:
     # All ways, and what is bitwise equal: thorough, below.
-    options = ("--network", "tiny", "--run", PLAIN, "--run", SCOPES)
+    options = ("--network", "toy", "--run", PLAIN, "--run", SCOPES)
     report = run(tmp_path, *SHORT, *options, "--dtype", "float64")
     found = report["results"]["float64"]
     assert list(found) == [equality.REFERENCE, PLAIN, SCOPES]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from conftest import Launch
+from conftest import Launch, on_fake_nccl
 
 # Programs of many independent parts, which XLA shares out among its threads, beside
 # small ones; with work of the user's own in between.
@@ -140,12 +140,17 @@ assert float(jaxcomm.all_reduce(jnp.ones(3), op="sum")[0]) == comm.size
 
 @pytest.mark.parametrize(
     ("transport", "remedy"),
-    [("mpi", "jaxcomm run --threads 2"), ("mpi4jax", "Use transport 'mpi'")],
+    [
+        ("mpi", "jaxcomm run --threads 2"),
+        ("mpi4jax", "Use transport 'mpi'"),
+        ("nccl", "from the thread that called jaxcomm.init()"),
+    ],
 )
 def test_a_thread_too_many_is_refused_with_the_remedy(
     job: Launch, transport: str, remedy: str
 ) -> None:
-    done = job(2, REFUSED, transport, env={"JAXCOMM_THREADS": "1"})
+    env = {"JAXCOMM_THREADS": "1"} | (on_fake_nccl() if transport == "nccl" else {})
+    done = job(2, REFUSED, transport, env=env)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("evaluation is one Python thread too many") == 2
     assert done.stdout.count(remedy) == 2

@@ -62,9 +62,11 @@ std::string NcclCommunicator::Split(int color, NcclCommunicator* part) {
   const Entered entered(this);
   NcclConfig config;
   config.blocking = 0;
-  const NcclResult result =
+  NcclResult result =
       nccl_->calls().CommSplit(comm_, color, part->rank, &part->comm_, &config);
-  // The parent knows when it is done; until then there is no child to ask.
+  // It returns success while its thread is still at it (NCCL 2.31, src/init.cc). The parent
+  // knows when it is done; until then there is no child to ask.
+  if (result == kNcclSuccess) result = kNcclInProgress;
   const std::string failed = Finish("ncclCommSplit", result);
   return failed.empty() ? part->Finish("ncclCommSplit", kNcclInProgress) : failed;
 }

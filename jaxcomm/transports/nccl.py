@@ -53,9 +53,6 @@ GRAPHS_VARIABLE = "JAXCOMM_NCCL_GRAPHS"
 # of ranks are divided then, so neither is recorded.
 FOR_GRAPHS = {"NCCL_GRAPH_REGISTER": "0", "NCCL_RUNTIME_CONNECT": "0"}
 CLOSE_SECONDS = 10.0
-# Leaves of at most this many bytes share one collective: XLA writes them beside each
-# other where it computes them.
-PACK_BYTES = 1 << 20
 
 _in_graphs = False
 
@@ -373,7 +370,7 @@ class Nccl:
             values,
             "all_reduce",
             attributes,
-            pack_bytes=PACK_BYTES,
+            pack_bytes=call.pack_bytes,
             divide=divide,
         )
 

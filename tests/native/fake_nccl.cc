@@ -183,7 +183,7 @@ NcclResult ncclCommSplit(NcclComm* comm, int color, int key, NcclComm** out,
                          NcclConfig* config) {
   const char* call = "ncclCommSplit";
   if (out) *out = nullptr;
-  return Run(call, Those(comm), [&](Where where) {
+  const NcclResult result = Run(call, Those(comm), [&](Where where) {
     CheckReady(call, comm);
     CheckPointer(call, out, "newcomm");
     CheckDevice(call);
@@ -205,6 +205,8 @@ NcclResult ncclCommSplit(NcclComm* comm, int color, int key, NcclComm** out,
     group.foundings.push_back({comm, run});
     return Submit(where);
   });
+  // NCCL 2.31, src/init.cc: what is still being done is no failure, and not told.
+  return result == kNcclInProgress ? kNcclSuccess : result;
 }
 
 NcclResult ncclCommFinalize(NcclComm* comm) {
