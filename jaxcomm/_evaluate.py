@@ -58,7 +58,7 @@ class Evaluator:
     def _bucket(
         self, index: int, values: Sequence[Any], token: Any
     ) -> tuple[list[Any], Any]:
-        if self.comm.transport == "local":
+        if self.comm.alone:
             bucket = self.schedule.buckets[index]
             return [local_result(bucket, value) for value in values], token
         if timeline.wanted() and token is not None and self.comm.transport != "nccl":

@@ -41,6 +41,7 @@ class Communicator:
       local_rank: number among the ranks on this host.
       local_size: number of ranks on this host.
       transport: "local", "mpi", "mpi4jax" or "nccl".
+      alone: whether its collectives are left out, because one rank needs none.
       timeout: seconds that the schedule check waits for the other ranks.
       staging_bytes: size of the buffer that small leaves share.
       topology: what a profile of `jaxcomm tune` holds for; "" without MPI.
@@ -72,6 +73,9 @@ class Communicator:
         self._windows: list[Any] = []
         self._may_share = settings.shared_memory
         self._own_thread = self._ring = False
+        # XLA leaves out its own collectives of one device too. (Over MPI one rank does
+        # make its calls, which is how their cost is known.)
+        self.alone = transport == "local" or (transport == "nccl" and self.size == 1)
         self.lowering: Transport = Local()
         if transport != "local":
             self._connect()

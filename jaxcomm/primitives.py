@@ -40,7 +40,7 @@ def run_schedule(
     leaves: Sequence[Any], comm: Communicator, schedule: Schedule
 ) -> list[Any]:
     """Reduce leaves bucket by bucket: traced where they are tracers, else now."""
-    if comm.transport == "local" or not schedule.buckets:
+    if comm.alone or not schedule.buckets:
         out = list(leaves)
         for bucket in schedule.buckets:
             for i in bucket.leaves:
@@ -350,7 +350,7 @@ rank_p = _compat.Primitive("jaxcomm_rank")
 
 
 def _rank_lowering(ctx: Any, *, comm: Communicator) -> Sequence[Any]:
-    if comm.transport == "local":
+    if comm.alone:
         rule = _compat.mlir.lower_fun(lambda: jnp.int32(0), multiple_results=False)
         return rule(ctx)
     target = "jaxcomm_nccl_rank" if comm.transport == "nccl" else "jaxcomm_rank"

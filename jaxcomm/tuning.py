@@ -51,7 +51,7 @@ def measure(
     Raises:
       TransportUnavailableError: there is nothing to measure on one rank.
     """
-    if comm.size < 2 or comm.transport == "local":
+    if comm.size < 2:
         raise TransportUnavailableError(
             "tuning measures communication between ranks, and this is a job of one: "
             "say `jaxcomm tune -n 2`, or run it under mpiexec or srun"

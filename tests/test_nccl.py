@@ -102,7 +102,9 @@ def step(x):
     return total, every, jax.lax.ppermute(x, "batch", [(0, 0)]), nobody
 
 assert [leaf.tolist() for leaf in step(jnp.float32(3))] == [3, [3], 3, 0]
-# Nothing travels, so XLA is given nothing to call. One collective warmed NCCL up.
+# Nothing travels, so XLA is given nothing to call, and no token is a result. One
+# collective warmed NCCL up.
+assert len(jax.tree.leaves(jax.eval_shape(step._program, jnp.float32(3)))) == 4
 assert "jaxcomm_nccl" not in step.lower(jnp.float32(3)).as_text()
 assert comm.counters()["nccl_collectives"] == 1
 """

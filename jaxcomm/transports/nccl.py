@@ -30,7 +30,6 @@ from jaxcomm.transports.base import (
     call_attributes,
     check_dtype,
     emit,
-    local_result,
     map_values,
     numbers,
 )
@@ -339,13 +338,6 @@ class Nccl:
 
     def lower(self, ctx: Any, call: Call, values: Sequence[Any]) -> Sequence[Any]:
         """Emit the custom call, between conversions to and from what NCCL knows."""
-        if call.size == 1 and not call.partition:
-            # Nothing travels; XLA leaves out its own collectives of one device too.
-            *leaves, token = values
-            *kinds, _ = ctx.avals_in
-            *results, _ = ctx.avals_out
-            own = functools.partial(_of_one_rank, call)
-            return [*map_values(own, ctx, kinds, results, leaves), token]
         attributes = call_attributes(call)
         ranks = call.size
         if call.op in ("broadcast", "all_gather", "all_to_all", "permute"):
@@ -462,10 +454,6 @@ def _abstract(function: Callable[..., Any], avals: Sequence[Any]) -> list[Any]:
         function, *(jax.ShapeDtypeStruct(a.shape, a.dtype) for a in avals)
     )
     return [_compat.shaped_array(kind.shape, kind.dtype) for kind in kinds]
-
-
-def _of_one_rank(call: Call, *leaves: Any) -> list[Any]:
-    return [local_result(call, leaf) for leaf in leaves]
 
 
 def _target(collective: str, call: Call) -> str:
