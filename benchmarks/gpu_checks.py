@@ -17,12 +17,12 @@ from jax import lax
 
 import gpu_sections
 import jaxcomm
-from jaxcomm.communicator import Communicator
 from jaxcomm.errors import (
     JaxcommError,
     ScheduleMismatchError,
     UnsupportedDtypeError,
 )
+from jaxcomm.ranks.communicator import Communicator
 
 TESTS = Path(__file__).resolve().parent.parent / "tests"
 sys.path.append(str(TESTS))

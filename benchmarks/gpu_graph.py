@@ -19,7 +19,7 @@ import numpy as np
 from jax import lax
 
 import jaxcomm
-from jaxcomm.communicator import Communicator
+from jaxcomm.ranks.communicator import Communicator
 
 STEPS, LEAVES, EXCERPT = 6, 8, 3000
 CALL = "jaxcomm_"

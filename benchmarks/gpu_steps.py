@@ -15,7 +15,7 @@ import numpy as np
 import gpu_times
 import jaxcomm
 import worker_trace
-from jaxcomm.communicator import Communicator
+from jaxcomm.ranks.communicator import Communicator
 
 SMALL = gpu_times.SMALL
 # Images of a batch and their side; blocks of the network's stages.

@@ -19,7 +19,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 import gpu_graph
 import jaxcomm
 import trees
-from jaxcomm.communicator import Communicator
+from jaxcomm.ranks.communicator import Communicator
 
 AXIS = "batch"
 SMALL = os.environ.get("BENCH_SMALL") == "1"

@@ -28,7 +28,7 @@ from rich.progress import track
 import jobs
 import reduction
 import two_hosts
-from jaxcomm import costmodel
+from jaxcomm.planning import costs
 
 HERE = Path(__file__).resolve().parent
 PICTURE = HERE.parent / "docs" / "images" / "timeline.png"
@@ -176,7 +176,7 @@ def main(megabits: float, rounds: int, repeats: int, out: Path) -> None:
                     job["samples"].setdefault(way, []).extend(times)
         shown = ours("resnet", 1, "planner", JAXCOMM_TIMELINE=str(trace))
         timeline = json.loads(trace.read_text())
-        tuned = costmodel.summary(costmodel.CostModel.from_json(profile.read_text()))
+        tuned = costs.summary(costs.CostModel.from_json(profile.read_text()))
     result = {
         "date": datetime.date.today().isoformat(),
         "machine": reduction.machine(),

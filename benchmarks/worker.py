@@ -258,7 +258,9 @@ def peak_bytes(shapes: trees.Shapes, way: str) -> dict[str, int]:
 
 def time_planning(shapes: trees.Shapes) -> dict[str, float]:
     """Milliseconds of tracing, planning, checking, each by itself."""
-    from jaxcomm import agreement, collectives, planner
+    from jaxcomm.collectives import reductions
+    from jaxcomm.planning import planner
+    from jaxcomm.ranks import agreement
 
     comm, tree = jaxcomm.world(), filled(shapes)
 
@@ -269,8 +271,8 @@ def time_planning(shapes: trees.Shapes) -> dict[str, float]:
 
     jax.jit(scaled).lower({"warm": jnp.ones(3)})
     ours().lower({"warm": jnp.ones(3)})
-    paths, leaves, _ = collectives.flatten(tree)
-    specs = collectives.leaf_specs(paths, leaves)
+    paths, leaves, _ = reductions.flatten(tree)
+    specs = reductions.leaf_specs(paths, leaves)
     many = {
         f"leaf{k:05}": jax.ShapeDtypeStruct((k % 50, 7), "f4") for k in range(10000)
     }
@@ -293,7 +295,7 @@ def time_planning(shapes: trees.Shapes) -> dict[str, float]:
     key = (leaves, jax.tree.structure(tree), comm, "mean", None, None, None)
     jaxcomm.all_reduce(tree)
     hits = [
-        milliseconds(lambda: planner.find(collectives._plan_key(*key)))
+        milliseconds(lambda: planner.find(reductions._plan_key(*key)))
         for _ in range(100)
     ]
     result["plan from the cache"] = float(np.median(hits))

@@ -19,7 +19,7 @@ from flax import linen as nn
 from jax import lax
 
 import jaxcomm
-from jaxcomm.costmodel import CostModel
+from jaxcomm.planning.costs import CostModel
 
 sys.path.append(str(Path(__file__).resolve().parent.parent / "examples" / "stemdl"))
 from network import StemNet  # pyright: ignore

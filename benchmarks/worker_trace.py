@@ -22,7 +22,8 @@ from jax import lax
 from jax.sharding import PartitionSpec as P
 
 import jaxcomm
-from jaxcomm import data_parallel, rewrite
+from jaxcomm import data_parallel
+from jaxcomm.tracing import rewrite
 
 AXIS, WARM_UP = "batch", 1
 

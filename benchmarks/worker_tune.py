@@ -7,10 +7,11 @@ import sys
 from pathlib import Path
 
 import jaxcomm
-from jaxcomm import costmodel, tuning
+from jaxcomm.launch import measure
+from jaxcomm.planning import costs
 
 if __name__ == "__main__":
     comm = jaxcomm.init()
-    found = tuning.measure(comm)
+    found = measure.measure(comm)
     if comm.rank == 0:
-        costmodel.save_profile(found.model, Path(sys.argv[1]))
+        costs.save_profile(found.model, Path(sys.argv[1]))

@@ -15,47 +15,47 @@ if TYPE_CHECKING:
     from jaxcomm import errors as errors
     from jaxcomm import flax as flax
     from jaxcomm import optax as optax
-    from jaxcomm._pmap import pmap as pmap
-    from jaxcomm.arrays import all_gather as all_gather
-    from jaxcomm.arrays import all_to_all as all_to_all
-    from jaxcomm.arrays import barrier as barrier
-    from jaxcomm.arrays import reduce_scatter as reduce_scatter
-    from jaxcomm.collectives import all_reduce as all_reduce
-    from jaxcomm.collectives import broadcast as broadcast
-    from jaxcomm.collectives import cache_clear as cache_clear
-    from jaxcomm.collectives import plan as plan
-    from jaxcomm.communicator import Communicator as Communicator
-    from jaxcomm.decorators import data_parallel as data_parallel
-    from jaxcomm.planner import cache_info as cache_info
-    from jaxcomm.replication import assert_replicated as assert_replicated
-    from jaxcomm.schedule import Schedule as Schedule
+    from jaxcomm.collectives.arrays import all_gather as all_gather
+    from jaxcomm.collectives.arrays import all_to_all as all_to_all
+    from jaxcomm.collectives.arrays import barrier as barrier
+    from jaxcomm.collectives.arrays import reduce_scatter as reduce_scatter
+    from jaxcomm.collectives.reductions import all_reduce as all_reduce
+    from jaxcomm.collectives.reductions import broadcast as broadcast
+    from jaxcomm.collectives.reductions import cache_clear as cache_clear
+    from jaxcomm.collectives.reductions import plan as plan
+    from jaxcomm.collectives.replication import assert_replicated as assert_replicated
+    from jaxcomm.planning.planner import cache_info as cache_info
+    from jaxcomm.planning.schedule import Schedule as Schedule
+    from jaxcomm.ranks.communicator import Communicator as Communicator
     from jaxcomm.startup import init as init
     from jaxcomm.startup import local_rank as local_rank
     from jaxcomm.startup import local_size as local_size
     from jaxcomm.startup import rank as rank
     from jaxcomm.startup import size as size
     from jaxcomm.startup import world as world
+    from jaxcomm.steps.data_parallel import data_parallel as data_parallel
+    from jaxcomm.steps.pmap import pmap as pmap
 
 _MODULES = ("checkpoint", "data", "errors", "flax", "optax")
 _NAMES = {
-    "all_gather": "arrays",
-    "all_reduce": "collectives",
-    "all_to_all": "arrays",
-    "assert_replicated": "replication",
-    "barrier": "arrays",
-    "broadcast": "collectives",
-    "cache_clear": "collectives",
-    "cache_info": "planner",
-    "Communicator": "communicator",
-    "data_parallel": "decorators",
+    "all_gather": "collectives.arrays",
+    "all_reduce": "collectives.reductions",
+    "all_to_all": "collectives.arrays",
+    "assert_replicated": "collectives.replication",
+    "barrier": "collectives.arrays",
+    "broadcast": "collectives.reductions",
+    "cache_clear": "collectives.reductions",
+    "cache_info": "planning.planner",
+    "Communicator": "ranks.communicator",
+    "data_parallel": "steps.data_parallel",
     "init": "startup",
     "local_rank": "startup",
     "local_size": "startup",
-    "plan": "collectives",
-    "pmap": "_pmap",
+    "plan": "collectives.reductions",
+    "pmap": "steps.pmap",
     "rank": "startup",
-    "reduce_scatter": "arrays",
-    "Schedule": "schedule",
+    "reduce_scatter": "collectives.arrays",
+    "Schedule": "planning.schedule",
     "size": "startup",
     "world": "startup",
 }

@@ -29,12 +29,13 @@ from typing import Any, Literal, NamedTuple
 import jax.numpy as jnp
 import numpy as np
 
-from jaxcomm import _snapshot, _store, collectives
-from jaxcomm._waiting import rank_names
-from jaxcomm.communicator import Communicator
+from jaxcomm.collectives import reductions
 from jaxcomm.errors import CheckpointError, InvalidOptionError, JaxcommError
-from jaxcomm.preemption import Stop as Stop
+from jaxcomm.ranks.communicator import Communicator
+from jaxcomm.ranks.deadline import rank_names
 from jaxcomm.startup import world
+from jaxcomm.training import snapshot, store
+from jaxcomm.training.preemption import Stop as Stop
 
 log = logging.getLogger(__name__)
 
@@ -104,9 +105,9 @@ def save(
     directory, failure = Path(directory), ""
     if comm.rank == 0:
         try:
-            leaves, arrays = _snapshot.take(state)
-            content = _store.Content(step, leaves, proposal.options["settings"])
-            _store.write(directory, content, arrays, keep)
+            leaves, arrays = snapshot.take(state)
+            content = store.Content(step, leaves, proposal.options["settings"])
+            store.write(directory, content, arrays, keep)
         except Exception as error:  # orbax raises whatever its libraries do
             log.debug("the checkpoint failed", exc_info=True)
             failure = _why_not_saved(directory, step, error)
@@ -149,22 +150,22 @@ def restore(
     comm = comm or world()
     plain = _plain(settings)
     directory = Path(directory)
-    wanted = _snapshot.specs(like)
-    chosen: _store.Content | None = None
+    wanted = snapshot.specs(like)
+    chosen: store.Content | None = None
 
     def choose() -> tuple[str, int, dict[str, Any], dict[str, Any]] | None:
         nonlocal chosen
         chosen = _choose(directory, step, fallback)
         if chosen is None:
             return None
-        path = _store.path_of(directory, chosen.step)
+        path = store.path_of(directory, chosen.step)
         return str(path), chosen.step, chosen.leaves, chosen.settings
 
     found = _on_root(comm, directory, choose)
     if found is None:
         return None
     path, number, leaves, found_settings = found
-    difference = _snapshot.difference(wanted, leaves)
+    difference = snapshot.difference(wanted, leaves)
     if settings is not None:
         difference = _changed(plain, found_settings) or difference
     # All raise what any of them found.
@@ -172,12 +173,12 @@ def restore(
     if difference := next(filter(None, differences), ""):
         raise CheckpointError(f"{path} does not fit this job: {difference}")
     arrays = _receive(directory, chosen, comm)
-    return Restored(number, _snapshot.put_back(like, leaves, arrays))
+    return Restored(number, snapshot.put_back(like, leaves, arrays))
 
 
 def steps(directory: str | Path) -> list[int]:
     """Return the steps of the complete checkpoints in a directory, in rising order."""
-    return _store.steps(Path(directory))
+    return store.steps(Path(directory))
 
 
 def clear(directory: str | Path) -> None:
@@ -191,7 +192,7 @@ def clear(directory: str | Path) -> None:
     Raises:
       OSError: a checkpoint cannot be deleted.
     """
-    _store.clear(Path(directory))
+    store.clear(Path(directory))
 
 
 class _Proposal(NamedTuple):
@@ -227,8 +228,8 @@ def _propose(
     hashed = several and compare == "values"
     return _Proposal(
         {"step": step, **options},
-        _snapshot.specs(state),
-        _snapshot.digests(state) if hashed else {},
+        snapshot.specs(state),
+        snapshot.digests(state) if hashed else {},
     )
 
 
@@ -278,7 +279,7 @@ def _disagreement(every: Sequence[_Proposal]) -> str:
     leaves = [one.leaves for one in every]
     for path in _names(leaves):
         kinds = _by_value(
-            [_snapshot.words(one[path]) if path in one else "missing" for one in leaves]
+            [snapshot.words(one[path]) if path in one else "missing" for one in leaves]
         )
         if len(kinds) > 1:
             who = _each(kinds, str)
@@ -313,8 +314,8 @@ def _names(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     return list(dict.fromkeys(name for row in rows for name in row))
 
 
-def _choose(directory: Path, step: int | None, fallback: bool) -> _store.Content | None:
-    there = _store.steps(directory)
+def _choose(directory: Path, step: int | None, fallback: bool) -> store.Content | None:
+    there = store.steps(directory)
     if step is not None:
         if step not in there:
             raise CheckpointError(
@@ -324,7 +325,7 @@ def _choose(directory: Path, step: int | None, fallback: bool) -> _store.Content
     damaged = []
     for number in reversed(there):
         try:
-            content = _store.check(directory, number)
+            content = store.check(directory, number)
         except CheckpointError as error:
             if not fallback:
                 raise
@@ -336,14 +337,14 @@ def _choose(directory: Path, step: int | None, fallback: bool) -> _store.Content
                 ) from error
             continue
         for bad in damaged:
-            log.warning("renamed to %s", _store.set_aside(directory, bad))
+            log.warning("renamed to %s", store.set_aside(directory, bad))
         return content
     return None
 
 
 def _why_not_saved(directory: Path, step: int, error: Exception) -> str:
     try:
-        last = _store.steps(directory)[-1:]
+        last = store.steps(directory)[-1:]
     except OSError:
         last = []
     text = " ".join(f"{type(error).__name__}: {error}".split())
@@ -357,7 +358,7 @@ def _why_not_saved(directory: Path, step: int, error: Exception) -> str:
 
 
 def _remedy(directory: Path) -> str:
-    there = _store.steps(directory)
+    there = store.steps(directory)
     if len(there) < 2:
         return "Nothing was changed. Remove it to start from the beginning."
     return (
@@ -408,14 +409,14 @@ def _on_root(comm: Communicator, directory: Path, call: Callable[[], Any]) -> An
 
 
 def _receive(
-    directory: Path, chosen: _store.Content | None, comm: Communicator
+    directory: Path, chosen: store.Content | None, comm: Communicator
 ) -> dict[str, np.ndarray]:
     """Return the arrays on every rank; rank 0 reads what it has chosen."""
     arrays: dict[str, np.ndarray] = {}
 
     def read() -> list[tuple[str, tuple[int, ...], str]]:
         assert chosen is not None
-        arrays.update(_store.read(directory, chosen))
+        arrays.update(store.read(directory, chosen))
         return [(name, x.shape, x.dtype.name) for name, x in arrays.items()]
 
     header = _on_root(comm, directory, read)
@@ -434,7 +435,7 @@ def _broadcast(
     result = np.zeros(shape, dtype) if value is None else np.ascontiguousarray(value)
     data = np.frombuffer(result.tobytes(), np.uint8)
     pieces = [
-        np.asarray(collectives.broadcast(data[start : start + _PIECE_BYTES], comm=comm))
+        np.asarray(reductions.broadcast(data[start : start + _PIECE_BYTES], comm=comm))
         for start in range(0, len(data), _PIECE_BYTES)
     ]
     return np.concatenate(pieces).view(dtype).reshape(shape)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any, TypeVar
 
-from jaxcomm import collectives
-from jaxcomm.communicator import Communicator
+from jaxcomm.collectives import reductions
+from jaxcomm.ranks.communicator import Communicator
 
 Module = TypeVar("Module")
 
@@ -35,5 +35,5 @@ def broadcast(
     from flax import nnx
 
     state: Any = nnx.state(module)
-    nnx.update(module, collectives.broadcast(state, root=root, comm=comm))
+    nnx.update(module, reductions.broadcast(state, root=root, comm=comm))
     return module

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from jaxcomm import collectives, planner, weighted
-from jaxcomm.communicator import Communicator
+from jaxcomm.collectives import reductions, weighted
 from jaxcomm.errors import InvalidOptionError
-from jaxcomm.planner import Groups
+from jaxcomm.planning import planner
+from jaxcomm.planning.planner import Groups
+from jaxcomm.ranks.communicator import Communicator
 
 if TYPE_CHECKING:
     import optax
@@ -63,7 +64,7 @@ def distribute(
     def update(
         updates: Any, state: Any, params: Any = None, **extra: Any
     ) -> tuple[Any, Any]:
-        reduced = collectives.all_reduce(
+        reduced = reductions.all_reduce(
             updates,
             op=op,
             comm=comm,

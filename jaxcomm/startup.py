@@ -15,31 +15,27 @@ from typing import Any
 
 import jax
 
-from jaxcomm import (
-    _compat,
-    _settings,
-    _threads,
-    agreement,
-    native,
-    timeline,
-    watchdog,
-)
-from jaxcomm._fabric import Alone, Fabric, KeyValueFabric, MpiFabric
-from jaxcomm._settings import Settings
-from jaxcomm.communicator import (
-    Communicator,
-    answer_partition,
-    wait_for_pending_work,
-)
+from jaxcomm import compat, native
+from jaxcomm import settings as _settings
 from jaxcomm.errors import (
     BrokenCommunicatorError,
     InvalidOptionError,
     TransportUnavailableError,
 )
+from jaxcomm.ranks import agreement
+from jaxcomm.ranks import threads as _threads
+from jaxcomm.ranks.communicator import (
+    Communicator,
+    answer_partition,
+    wait_for_pending_work,
+)
+from jaxcomm.ranks.fabric import Alone, Fabric, KeyValueFabric, MpiFabric
+from jaxcomm.settings import Settings
+from jaxcomm.supervision import abort, timeline, watchdog
 
 log = logging.getLogger(__name__)
 
-TRANSPORTS = ("auto", "local", "mpi", "mpi4jax", "nccl", "xla")
+TRANSPORTS = ("auto", "local", "mpi", "mpi4jax", "nccl")
 
 _LEAST_PATIENCE = 30.0  # seconds
 
@@ -65,8 +61,7 @@ def init(
       transport: "auto" takes, when the process was launched as one of several ranks,
         NCCL if JAX runs on a GPU and MPI if not; else "local". "local", "mpi",
         "mpi4jax" and "nccl" insist. Under "nccl" the processes find each other by
-        jax.distributed where it is initialised, else by MPI. "xla" is refused in this
-        version, with the reason.
+        jax.distributed where it is initialised, else by MPI.
       timeout: seconds that the one-time schedule check waits for the other ranks
         before it raises StallError, and a call of NCCL until it is done; 600 unless
         given. After a StallError the communicator raises BrokenCommunicatorError.
@@ -191,8 +186,6 @@ def _start(
         _threads.prepare(transport)
     if transport == "local":
         return Communicator("world", "local", settings, Alone())
-    if transport == "xla":
-        importlib.import_module("jaxcomm.transports.xla").connect()
     # Many ranks that start from one file system differ by more than steps do.
     patience = max(limits[1], _LEAST_PATIENCE) if limits[1] else 0.0
     late = (
@@ -220,8 +213,6 @@ def _connect(
         native.bind_mpi(sys.modules["mpi4py.MPI"])
     comm = Communicator("world", transport, settings, fabric)
     if comm.size > 1:
-        from jaxcomm.launch import abort
-
         abort.install_excepthook()
     if timeline.wanted():
         native.timeline_start()
@@ -263,7 +254,7 @@ def _leave_to_parent() -> None:
 def _automatic(launched: int, settings: Settings) -> str:
     """Choose a transport: NCCL on GPUs, MPI elsewhere, none for one rank."""
     mpi_ready = "mpi4py.MPI" in sys.modules and _mpi_size() > 1
-    distributed = _compat.distributed_client()
+    distributed = compat.distributed_client()
     several = launched > 1 or mpi_ready
     several |= distributed is not None and distributed.num_processes > 1
     if several:

@@ -21,8 +21,8 @@ import numpy as np
 
 import jaxcomm
 from jaxcomm import checkpoint
-from jaxcomm.communicator import Communicator
 from jaxcomm.errors import CheckpointError, InvalidOptionError
+from jaxcomm.ranks.communicator import Communicator
 
 MEGABYTES = 6  # of the small disk
 

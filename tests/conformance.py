@@ -31,13 +31,13 @@ from jax import lax
 from references import NotHere, applies, close, raises, same
 
 import jaxcomm
-from jaxcomm.communicator import Communicator
 from jaxcomm.errors import (
     InvalidOptionError,
     InvalidTreeError,
     ScheduleMismatchError,
     UnsupportedDtypeError,
 )
+from jaxcomm.ranks.communicator import Communicator
 
 SECONDS_PER_CHECK = 240  # for a hang alone
 SKIPPED = "skipped: "

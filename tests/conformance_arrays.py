@@ -15,12 +15,12 @@ from jax import lax
 from references import DTYPES, applies, close, raises, same, values
 
 import jaxcomm
-from jaxcomm.communicator import Communicator
 from jaxcomm.errors import (
     InvalidOptionError,
     UnsupportedCollectiveError,
     UnsupportedDtypeError,
 )
+from jaxcomm.ranks.communicator import Communicator
 
 
 def check_all_gather_against_numpy(comm: Communicator) -> None:

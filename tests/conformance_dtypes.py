@@ -23,8 +23,8 @@ from references import (
 )
 
 import jaxcomm
-from jaxcomm.communicator import Communicator
 from jaxcomm.errors import InvalidOptionError, UnsupportedDtypeError
+from jaxcomm.ranks.communicator import Communicator
 
 
 def check_all_reduce_against_numpy(comm: Communicator) -> None:

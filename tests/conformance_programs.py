@@ -11,8 +11,8 @@ from jax import lax
 from references import applies, close, raises, same
 
 import jaxcomm
-from jaxcomm.communicator import Communicator
 from jaxcomm.errors import InvalidOptionError, UnsupportedCollectiveError
+from jaxcomm.ranks.communicator import Communicator
 
 
 def check_calls_live_whatever_is_used(comm: Communicator) -> None:

@@ -12,8 +12,8 @@ from jax import lax
 from references import close, raises, same
 
 import jaxcomm
-from jaxcomm.communicator import Communicator
 from jaxcomm.errors import InvalidOptionError
+from jaxcomm.ranks.communicator import Communicator
 
 
 def check_grad(comm: Communicator) -> None:

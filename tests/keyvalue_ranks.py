@@ -21,9 +21,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxcomm import _compat, _waiting, costmodel
-from jaxcomm._fault import Fault
-from jaxcomm._keyvalue import KeyValueChannel
+from jaxcomm import compat
 from jaxcomm.errors import (
     BrokenCommunicatorError,
     InvalidOptionError,
@@ -32,6 +30,10 @@ from jaxcomm.errors import (
     StallError,
     TransportUnavailableError,
 )
+from jaxcomm.planning import costs
+from jaxcomm.ranks import deadline
+from jaxcomm.ranks.fault import Fault
+from jaxcomm.ranks.hosts.keyvalue import KeyValueChannel
 
 # The test imports the names of the checks.
 PORT, *NUMBERS, CASE = sys.argv[1:] if __name__ == "__main__" else ["", "0", "0", ""]
@@ -56,8 +58,8 @@ OBJECTS: list[Any] = [
     [1, (2, [3.0, (b"4",)]), {"five": (None, b"")}],
     ["list", 1],
     {"a": ("float32[3]", "0123"), 7: b"x", (1, 2): [()], b"y": 1, None: None},
-    costmodel.DEFAULT,
-    (costmodel.BETWEEN_HOSTS, 1 << 23, True, ""),
+    costs.DEFAULT,
+    (costs.BETWEEN_HOSTS, 1 << 23, True, ""),
     [(1 << 62, 2, 3, 0, 10**18, 10**18 + 1)] * 3,
 ]
 
@@ -219,7 +221,7 @@ def threads() -> None:
 def no_growth() -> None:
     """Keys of three rounds at most, of 200, large ones among them."""
     channel = everyone("growth")
-    client = _compat.distributed_client()
+    client = compat.distributed_client()
     assert client is not None
     most = 0
     for k in range(200):
@@ -244,7 +246,7 @@ def cannot_be_encoded() -> None:
         (Pair(1, 2), "Pair"),
         ({1}, "builtins.set"),
         (np.array([None]), "numpy.ndarray"),
-        (costmodel, "builtins.module"),
+        (costs, "builtins.module"),
     ]:
         text = raised(lambda b=bad: channel.all_gather([1, {"k": b}]), InvalidTreeError)
         assert text.startswith("obj[1]['k'] is a ") and name in text, text
@@ -256,7 +258,7 @@ def cannot_be_encoded() -> None:
 def damaged() -> None:
     """What another program puts into the store is an error, never an object."""
     channel = everyone("damaged")
-    client = _compat.distributed_client()
+    client = compat.distributed_client()
     assert client is not None
     channel.barrier()
     for number, value in enumerate([b"", b"\n0\n\x80\x04.", b"\n0\n" + bytes(9)], 2):
@@ -349,7 +351,7 @@ def an_answer_in_the_last_moment() -> None:
     """Who would give up takes the answer that is there by then."""
     everyone("before last").barrier()
     channel = everyone("last", WAIT)
-    patient = _waiting.wait
+    patient = deadline.wait
 
     def too_short(done: Any, timeout: float, **what: Any) -> None:
         if RANK == 1:
@@ -357,7 +359,7 @@ def an_answer_in_the_last_moment() -> None:
             raise StallError("rank 1 was not patient")
         patient(done, timeout, **what)
 
-    with mock.patch.object(_waiting, "wait", too_short):
+    with mock.patch.object(deadline, "wait", too_short):
         assert channel.all_gather(RANK) == list(range(RANKS))
     assert channel.all_gather(RANK) == list(range(RANKS))
 

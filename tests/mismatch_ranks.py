@@ -20,9 +20,9 @@ import numpy as np
 from jax import lax
 
 import jaxcomm
-from jaxcomm import agreement
-from jaxcomm.communicator import Communicator
 from jaxcomm.errors import ScheduleMismatchError
+from jaxcomm.ranks import agreement
+from jaxcomm.ranks.communicator import Communicator
 
 
 def tree(**changed: Any) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from references import same
 
 import jaxcomm
 from jaxcomm import checkpoint, native
-from jaxcomm.communicator import Communicator
+from jaxcomm.ranks.communicator import Communicator
 
 PIECE = 1001  # bytes
 # Of elements of four bytes: less than a piece, and several with and without a rest.

@@ -15,7 +15,7 @@ import numpy as np
 from references import same
 
 import jaxcomm
-from jaxcomm.communicator import Communicator
+from jaxcomm.ranks.communicator import Communicator
 
 SEGMENT = 4096
 DTYPES = ("float32", "float64", "float16", "bfloat16", "int32")

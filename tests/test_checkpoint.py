@@ -18,8 +18,9 @@ import numpy as np
 import pytest
 from conftest import ROOT, Launch
 
-from jaxcomm import _store, checkpoint
+from jaxcomm import checkpoint
 from jaxcomm.errors import CheckpointError, InvalidOptionError
+from jaxcomm.training import store
 
 
 class Moments(NamedTuple):
@@ -125,7 +126,7 @@ def test_clear_takes_checkpoints_alone(tmp_path: Path) -> None:
     checkpoint.clear(tmp_path / "nowhere")
     for step in (1, 2):
         checkpoint.save(tmp_path, step, some_state())
-    _store.set_aside(tmp_path, 1)
+    store.set_aside(tmp_path, 1)
     (tmp_path / ".writing-00000003").mkdir()
     (tmp_path / "step-notes").mkdir()
     (tmp_path / "mine.txt").write_text("mine")
@@ -238,8 +239,8 @@ def test_a_crash_at_any_moment_leaves_a_whole_checkpoint(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Every system call by which `_store` changes the disk is the last one, in turn."""
-    places = [(os, "mkdir"), (os, "rename"), (os, "fsync"), (_store, "_write_manifest")]
-    places += [(_store, "_orbax_save"), (shutil, "rmtree"), (_store, "_digest")]
+    places = [(os, "mkdir"), (os, "rename"), (os, "fsync"), (store, "_write_manifest")]
+    places += [(store, "_orbax_save"), (shutil, "rmtree"), (store, "_digest")]
     left = 0
 
     def dying(original: Any) -> Any:

@@ -14,10 +14,11 @@ from conftest import ROOT
 from hypothesis import given
 from hypothesis import strategies as st
 
-from jaxcomm import costmodel, planner
-from jaxcomm.costmodel import DEFAULT, CostModel
 from jaxcomm.errors import InvalidOptionError
-from jaxcomm.schedule import LeafSpec
+from jaxcomm.planning import costs as costmodel
+from jaxcomm.planning import planner
+from jaxcomm.planning.costs import DEFAULT, CostModel
+from jaxcomm.planning.schedule import LeafSpec
 
 SLOW_NETWORK = CostModel(
     call=1e-6,

@@ -6,13 +6,14 @@ import jax
 import pytest
 from conftest import Launch, on_fake_nccl
 
-from jaxcomm import _fault, agreement
 from jaxcomm.errors import (
     BrokenCommunicatorError,
     JaxcommError,
     ScheduleMismatchError,
     StallError,
 )
+from jaxcomm.ranks import agreement
+from jaxcomm.ranks import fault as _fault
 
 OLD = """
 import jax, jax.numpy as jnp, jaxcomm

@@ -16,8 +16,8 @@ import pytest
 from conftest import settle
 from keyvalue_ranks import CASES
 
-from jaxcomm import _encoding
 from jaxcomm.errors import InvalidTreeError, JaxcommError
+from jaxcomm.ranks.hosts import encoding
 
 HERE = Path(__file__).resolve().parent
 
@@ -97,19 +97,19 @@ FOREIGN = [
 @pytest.mark.parametrize("text", FOREIGN, ids=lambda text: text[:24])
 def test_what_nobody_encoded_is_an_error(text: str) -> None:
     with pytest.raises(JaxcommError):
-        _encoding.decode(len(text).to_bytes(8, "big") + text.encode())
+        encoding.decode(len(text).to_bytes(8, "big") + text.encode())
 
 
 @pytest.mark.parametrize("obj", [b"abc", {"a": (1, 2)}, np.ones(3), 1.0])
 def test_a_message_of_another_length_is_an_error(obj: Any) -> None:
-    data = _encoding.encode(obj)
+    data = encoding.encode(obj)
     for length in range(len(data)):
         with pytest.raises(JaxcommError):
-            _encoding.decode(data[:length])
+            encoding.decode(data[:length])
     with pytest.raises(JaxcommError):
-        _encoding.decode(data + b"x")
+        encoding.decode(data + b"x")
 
 
 def test_the_error_names_the_place_of_a_key() -> None:
     with pytest.raises(InvalidTreeError, match=r"obj\[1\], key frozenset"):
-        _encoding.encode([0, {frozenset(): 1}])
+        encoding.encode([0, {frozenset(): 1}])

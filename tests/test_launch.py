@@ -15,8 +15,7 @@ import pytest
 from conftest import ROOT, Launch
 
 from jaxcomm.launch import processes, supervise
-from jaxcomm.launch.run import Job as RanksJob
-from jaxcomm.launch.run import command_line, environment, find_mpiexec
+from jaxcomm.launch.run import Job, command_line, environment, find_mpiexec
 
 
 def jaxcomm(*arguments: str, **env: str) -> subprocess.CompletedProcess[str]:
@@ -244,10 +243,10 @@ def test_the_user_may_say_how_ranks_are_connected(
     monkeypatch: pytest.MonkeyPatch, variable: str, options: dict[str, str]
 ) -> None:
     restricted = {"OMPI_MCA_btl", "OMPI_MCA_pml"}
-    assert restricted <= environment(RanksJob(2, ("x",))).keys()
+    assert restricted <= environment(Job(2, ("x",))).keys()
     if variable:
         monkeypatch.setenv(variable, "1")
-    job = RanksJob(2, ("x",), **options)  # type: ignore[arg-type]
+    job = Job(2, ("x",), **options)  # type: ignore[arg-type]
     assert not restricted & environment(job).keys()
     assert not any("LD_PRELOAD" in word for word in command_line(job))
 

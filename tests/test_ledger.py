@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import pytest
 
-from jaxcomm import _history, _stall, native
+from jaxcomm import native
+from jaxcomm.supervision import call_history, reports
 
 WORLD, PAIR = 7, 8
 
 
-def call(number: int, bucket: int = 0, comm: int = WORLD) -> _stall.Call:
-    return _stall.Call(comm, number, (99, bucket), f"bucket {bucket}", 1.5)
+def call(number: int, bucket: int = 0, comm: int = WORLD) -> reports.Call:
+    return reports.Call(comm, number, (99, bucket), f"bucket {bucket}", 1.5)
 
 
 def test_ranks_that_wait_alike_are_no_contradiction() -> None:
-    ledger = _stall.Ledger()
+    ledger = reports.Ledger()
     for rank in range(3):
         ledger.waits(rank, call(4))
     ledger.waits(3, call(3, bucket=1))  # has not come this far
@@ -23,7 +24,7 @@ def test_ranks_that_wait_alike_are_no_contradiction() -> None:
 
 
 def test_different_places_in_one_call_are() -> None:
-    ledger = _stall.Ledger()
+    ledger = reports.Ledger()
     for rank in (0, 1, 3):
         ledger.waits(rank, call(4))
     ledger.waits(2, call(4, bucket=1))
@@ -34,7 +35,7 @@ def test_different_places_in_one_call_are() -> None:
 
 
 def test_a_rank_that_has_ended_never_comes() -> None:
-    ledger = _stall.Ledger()
+    ledger = reports.Ledger()
     ledger.ended(1, {WORLD: 4, PAIR: 0})
     ledger.waits(0, call(4))
     assert ledger.contradiction() is None  # it has made that call
@@ -48,7 +49,7 @@ def test_a_rank_that_has_ended_never_comes() -> None:
 
 
 def test_old_calls_are_forgotten() -> None:
-    ledger = _stall.Ledger()
+    ledger = reports.Ledger()
     ledger.waits(0, call(1))
     for number in range(2, 400):
         ledger.waits(0, call(number))
@@ -63,7 +64,7 @@ def test_hashes_are_compared_where_both_have_been(
     row = native.Progress(WORLD, 3, 99, 0, 0, ((3, 33), (0, 0), (0, 0), (0, 0)))
     monkeypatch.setattr(native, "progress", lambda: [row])
     monkeypatch.setattr(native, "hash_at", lambda key, number: own.get(number))
-    history = _history.History()
+    history = call_history.History()
     assert history.news() == {WORLD: [(3, 33)]}
     assert history.news() == {}  # nothing since
     history.hear({WORLD: [(2, 22)]})

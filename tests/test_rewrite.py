@@ -18,11 +18,12 @@ from jax import lax
 from jax.sharding import PartitionSpec
 
 import jaxcomm
-from jaxcomm import _compat, rewrite
-from jaxcomm._fabric import Alone
-from jaxcomm._settings import Settings
-from jaxcomm.communicator import Communicator
+from jaxcomm import compat
 from jaxcomm.errors import InvalidOptionError, UnsupportedCollectiveError
+from jaxcomm.ranks.communicator import Communicator
+from jaxcomm.ranks.fabric import Alone
+from jaxcomm.settings import Settings
+from jaxcomm.tracing import rewrite
 
 Job = Callable[..., "subprocess.CompletedProcess[str]"]
 
@@ -284,7 +285,7 @@ def planned(nodes: list[Node], order: list[int], size: int) -> Any:
         return computed(nodes, order, x, size, call)
 
     args = [jnp.ones(3)]
-    closed, _ = _compat.trace_with_axis(run, "batch", size, args)
+    closed, _ = compat.trace_with_axis(run, "batch", size, args)
     options = rewrite.Options("batch", comm)
     return rewrite.program(closed, options, [("x", args[0])])
 
@@ -297,7 +298,7 @@ def values_if_all_are_alike(program: Any, x: Any) -> list[Any]:
     env[jaxpr.invars[0]] = x
 
     def read(var: Any) -> Any:
-        return var.val if isinstance(var, _compat.Literal) else env[var]
+        return var.val if isinstance(var, compat.Literal) else env[var]
 
     for eqn in jaxpr.eqns:
         values = [read(var) for var in eqn.invars]
@@ -307,7 +308,7 @@ def values_if_all_are_alike(program: Any, x: Any) -> list[Any]:
             count = len(bucket.leaves)  # what follows orders the calls
             values[:count] = [by * value for value in values[:count]]
         else:
-            values = _compat.eval_eqn(eqn, values)
+            values = compat.eval_eqn(eqn, values)
         env.update(zip(eqn.outvars, values, strict=True))
     return [read(var) for var in jaxpr.outvars]
 

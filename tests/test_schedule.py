@@ -15,9 +15,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import jaxcomm
-from jaxcomm import planner, schedule
 from jaxcomm.errors import InvalidOptionError
-from jaxcomm.schedule import Bucket, LeafSpec, Schedule
+from jaxcomm.planning import planner, schedule
+from jaxcomm.planning.schedule import Bucket, LeafSpec, Schedule
 
 
 @st.composite
@@ -124,8 +124,8 @@ WITHOUT_JAX = """
 import sys
 for name in ("jax", "jaxlib", "ml_dtypes"):
     sys.modules[name] = None  # cannot be imported
-from jaxcomm import planner
-from jaxcomm.schedule import LeafSpec
+from jaxcomm.planning import planner
+from jaxcomm.planning.schedule import LeafSpec
 assert planner.wire_name("bfloat16") == "bfloat16"
 try:
     planner.wire_name("bfloat17")

@@ -8,8 +8,8 @@ import pytest
 from conftest import ROOT, Launch
 from segments_ranks import SEGMENT
 
-from jaxcomm import costmodel
-from jaxcomm.costmodel import CostModel
+from jaxcomm.planning import costs
+from jaxcomm.planning.costs import CostModel
 
 WAYS = {
     "shared": {},
@@ -31,9 +31,9 @@ def test_means_over_many_segments(
         segment_bytes=SEGMENT,
         source="small segments",
     )
-    costmodel.save_profile(profile, tmp_path / "profile.json")
+    costs.save_profile(profile, tmp_path / "profile.json")
     env = {
-        costmodel.PROFILE_VARIABLE: str(tmp_path / "profile.json"),
+        costs.PROFILE_VARIABLE: str(tmp_path / "profile.json"),
         # The window of shared memory then has three slots of a segment.
         "JAXCOMM_STAGING_BYTES": str(3 * SEGMENT),
         **WAYS[way],

@@ -147,9 +147,9 @@ def test_a_rank_that_holds_the_interpreter_says_itself_where(job: Launch) -> Non
 
 TRANSPORT = """
 from mpi4py import MPI
-from jaxcomm import _mpi_library
+from jaxcomm.ranks.hosts import mpi_library
 if MPI.COMM_WORLD.rank == 0:
-    print(_mpi_library.describe())
+    print(mpi_library.describe())
 MPI.COMM_WORLD.Barrier()
 """
 

@@ -30,10 +30,11 @@ FAILS = """
 import errno, mmap, os, sys, types
 from mpi4py import MPI
 import jaxcomm
-from jaxcomm import _window, native
+from jaxcomm import native
+from jaxcomm.ranks import shared_window
 
 if sys.argv[1] == "sched_getaffinity":  # others ask for it too
-    os = _window.os = types.SimpleNamespace(**vars(os))
+    os = shared_window.os = types.SimpleNamespace(**vars(os))
 
 def fails(error):
     def call(*_, **__):
@@ -104,7 +105,7 @@ def test_subgroups_share_no_memory_either_where_it_is_off(job: Launch) -> None:
 VICTIM = """
 import os, sys
 from mpi4py import MPI
-from jaxcomm import _window
+from jaxcomm.ranks import shared_window
 world = MPI.COMM_WORLD
 NUMBER = 500
 pids = world.allgather(os.getpid())
@@ -119,7 +120,7 @@ else:
     os.memfd_create = memfd_create
     os.getpid = lambda: pids[1]
 if sys.argv[2] == "alike":  # as if the kernels had numbered both alike
-    _window._identity = lambda status: 0
+    shared_window._identity = lambda status: 0
 """
 
 

@@ -8,10 +8,12 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from jaxcomm import collectives, costmodel, planner
-from jaxcomm.costmodel import CostModel
+from jaxcomm.collectives import reductions
 from jaxcomm.errors import InvalidOptionError
-from jaxcomm.schedule import Schedule
+from jaxcomm.planning import costs as costmodel
+from jaxcomm.planning import planner
+from jaxcomm.planning.costs import CostModel
+from jaxcomm.planning.schedule import Schedule
 
 
 def load_target(target: str) -> Any:
@@ -94,10 +96,10 @@ def make(
         bucket_bytes=options["bucket_bytes"],
         op=options["op"],
     )
-    paths, leaves, _ = collectives.flatten(tree, abstract=True)
-    specs = collectives.leaf_specs(paths, leaves)
+    paths, leaves, _ = reductions.flatten(tree, abstract=True)
+    specs = reductions.leaf_specs(paths, leaves)
     for spec in specs:
-        collectives.world().lowering.check(options["op"], spec.dtype, spec.path)
+        reductions.world().lowering.check(options["op"], spec.dtype, spec.path)
     return planner.make_schedule(specs, size=ranks, costs=costs, **options), costs
 
 
@@ -129,7 +131,7 @@ def as_json(schedule: Schedule, costs: CostModel) -> str:
 
 def draw(schedule: Schedule, costs: CostModel, path: Path) -> None:
     """Plot bytes and predicted time of every bucket, in order."""
-    from jaxcomm.launch.tune import pyplot
+    from jaxcomm.plots import pyplot
 
     plt = pyplot()
     buckets = schedule.buckets

@@ -33,7 +33,7 @@ def main(
     if plot is not None:
         report.check_writable("--plot", plot)
         # Fails now, if matplotlib is missing.
-        from jaxcomm.launch.tune import pyplot
+        from jaxcomm.plots import pyplot
 
         pyplot()
     with Progress(console=Console(stderr=True), transient=True) as bar:

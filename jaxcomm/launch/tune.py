@@ -9,8 +9,11 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
-from jaxcomm import costmodel, startup, tuning
+from jaxcomm import startup
 from jaxcomm.errors import InvalidOptionError
+from jaxcomm.launch import measure as tuning
+from jaxcomm.planning import costs as costmodel
+from jaxcomm.plots import pyplot
 
 
 def main(
@@ -100,17 +103,3 @@ def draw(measured: tuning.Measured, path: Path) -> None:
     right.set_ylim(bottom=0)
     figure.suptitle(model.source)
     figure.savefig(path, dpi=120)
-
-
-def pyplot():
-    """Import matplotlib for files, or say how to get it."""
-    try:
-        import matplotlib
-    except ImportError as error:
-        raise InvalidOptionError(
-            "--plot needs matplotlib: pip install matplotlib"
-        ) from error
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    return plt

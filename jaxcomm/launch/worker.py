@@ -14,7 +14,8 @@ import sys
 from collections.abc import Sequence
 from types import TracebackType
 
-from jaxcomm.launch import abort, devices
+from jaxcomm.launch import devices
+from jaxcomm.supervision import abort
 
 THREADS_VARIABLE = "JAXCOMM_THREADS"
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from jaxcomm.launch.tune import pyplot
+from jaxcomm.plots import pyplot
 from jaxcomm.simulate.experiment import DESIGNS
 from jaxcomm.simulate.machines import PARAMETERS
 from jaxcomm.simulate.report import Report

@@ -15,7 +15,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import Progress
 
-from jaxcomm.launch.tune import pyplot
+from jaxcomm.plots import pyplot
 from jaxcomm.simulate import (
     experiment,
     figures,

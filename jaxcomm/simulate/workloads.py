@@ -10,10 +10,10 @@ from collections.abc import Callable
 import ml_dtypes
 import numpy as np
 
-from jaxcomm import planner
-from jaxcomm.costmodel import CostModel
 from jaxcomm.errors import InvalidOptionError
-from jaxcomm.schedule import LeafSpec, Schedule
+from jaxcomm.planning import planner
+from jaxcomm.planning.costs import CostModel
+from jaxcomm.planning.schedule import LeafSpec, Schedule
 from jaxcomm.simulate import collectives, networks
 from jaxcomm.simulate.machines import Machine, Parameter
 

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxcomm import _compat, native
+from jaxcomm import compat, native
 from jaxcomm.errors import UnsupportedDtypeError
 
 
@@ -96,7 +96,7 @@ def map_values(
     values: Sequence[Any],
 ) -> Sequence[Any]:
     """Emit a function of arrays into the program, on IR values."""
-    rule = _compat.mlir.lower_fun(function, multiple_results=True)
+    rule = compat.mlir.lower_fun(function, multiple_results=True)
     return rule(ctx.replace(avals_in=avals_in, avals_out=avals_out), *values)
 
 

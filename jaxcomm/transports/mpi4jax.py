@@ -23,10 +23,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from jaxcomm import _compat, native
+from jaxcomm import compat, native
 from jaxcomm.errors import InvalidOptionError, TransportUnavailableError
-from jaxcomm.planner import WIRE_DTYPES
-from jaxcomm.schedule import leaf_bytes
+from jaxcomm.planning.planner import WIRE_DTYPES
+from jaxcomm.planning.schedule import leaf_bytes
 from jaxcomm.transports.base import Call, check_dtype, map_values
 from jaxcomm.transports.mpi import Mpi, in_place_call
 
@@ -77,7 +77,7 @@ class Mpi4jax:
             after = functools.partial(_decode, call=call, like=[avals[i] for i in part])
             dtype = avals[part[0]].dtype
             count = sum(math.prod(shape) for shape in shapes) * _pieces(call, dtype)
-            whole = _compat.shaped_array((count,), _carrier(call, dtype))
+            whole = compat.shaped_array((count,), _carrier(call, dtype))
             (flat,) = map_values(
                 before,
                 ctx,
@@ -132,12 +132,12 @@ class Mpi4jax:
         if call.op == "broadcast":
             dtype = str(aval.dtype)
         handle = np.uint64(native.op_handle(dtype, op)).view(np.int64)
-        avals = (aval, _compat.abstract_token)
+        avals = (aval, compat.abstract_token)
         rule = jax.ffi.ffi_lowering("mpi_allreduce_ffi", has_side_effect=True)
         out, _ = rule(
             ctx.replace(avals_in=avals, avals_out=avals),
             value,
-            _compat.create_token(),
+            compat.create_token(),
             nitems=np.int64(count),
             op=handle,
             comm=_handle(self._comm),

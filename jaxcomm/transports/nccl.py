@@ -11,15 +11,14 @@ import re
 import socket
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from jaxcomm import _compat, _settings
-from jaxcomm._fabric import Fabric
+from jaxcomm import compat, settings
 from jaxcomm.errors import (
     InvalidOptionError,
     TransportUnavailableError,
@@ -33,6 +32,9 @@ from jaxcomm.transports.base import (
     map_values,
     numbers,
 )
+
+if TYPE_CHECKING:
+    from jaxcomm.ranks.fabric import Fabric
 
 SONAME = "libnccl.so.2"
 OLDEST = 21800
@@ -168,9 +170,9 @@ def _open(abort_after: float) -> int:
     global _in_graphs
     _in_graphs = os.environ.get(GRAPHS_VARIABLE) == "1"
     if _in_graphs:
-        if _settings.check_every():
+        if settings.check_every():
             raise InvalidOptionError(
-                f"{_settings.CHECK_VARIABLE}=every compares every call, and with "
+                f"{settings.CHECK_VARIABLE}=every compares every call, and with "
                 f"{GRAPHS_VARIABLE}=1 CUDA graphs replay calls that nobody sees: "
                 "leave one of them out"
             )
@@ -426,7 +428,7 @@ class Nccl:
 
         arrays = _abstract(before, leaves)
         reduced = (
-            [_compat.shaped_array(leaf.shape, kind) for leaf in results]
+            [compat.shaped_array(leaf.shape, kind) for leaf in results]
             if not small
             else arrays
         )
@@ -453,7 +455,7 @@ def _abstract(function: Callable[..., Any], avals: Sequence[Any]) -> list[Any]:
     kinds = jax.eval_shape(
         function, *(jax.ShapeDtypeStruct(a.shape, a.dtype) for a in avals)
     )
-    return [_compat.shaped_array(kind.shape, kind.dtype) for kind in kinds]
+    return [compat.shaped_array(kind.shape, kind.dtype) for kind in kinds]
 
 
 def _target(collective: str, call: Call) -> str:

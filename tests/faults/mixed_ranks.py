@@ -28,7 +28,8 @@ import numpy as np
 from mpi4py import MPI
 
 import jaxcomm
-from jaxcomm import _mpi_library, native
+from jaxcomm import native
+from jaxcomm.ranks.hosts import mpi_library
 from jaxcomm.simulate import networks
 
 STALLED, WRONG = 71, 3
@@ -69,7 +70,7 @@ class Record:
             "calls": self.calls,
             "wrong": self.wrong,
             "doing": self.doing,
-            "mpi": _mpi_library.describe(),
+            "mpi": mpi_library.describe(),
         }
         draft = self.path.with_suffix(".draft")
         draft.write_text(json.dumps(found))
@@ -83,7 +84,7 @@ class Record:
         self.write("stalled")
         with self.stall.open("w") as file:
             file.write(f"no progress for {limit:.0f} s in {self.doing}\n")
-            file.write(f"MPI: {_mpi_library.describe()}\nPython:\n")
+            file.write(f"MPI: {mpi_library.describe()}\nPython:\n")
             file.flush()
             faulthandler.dump_traceback(file)
             file.write(f"native threads:\n{native.stacks()}")

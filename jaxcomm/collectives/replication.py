@@ -1,0 +1,63 @@
+"""Host-side check that ranks hold the same values."""
+
+from __future__ import annotations
+
+import hashlib
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxcomm.collectives import reductions
+from jaxcomm.errors import JaxcommError
+from jaxcomm.ranks.communicator import Communicator
+from jaxcomm.startup import world
+
+
+class ReplicationError(JaxcommError, AssertionError):
+    """A tree that should be the same on all ranks is not."""
+
+
+def assert_replicated(tree: Any, *, comm: Communicator | None = None) -> None:
+    """Check that every leaf is bitwise equal on all ranks.
+
+    Host side: all ranks call it together; it waits for the tree's values.
+
+    Args:
+      tree: arrays; PRNG keys too.
+      comm: the ranks that take part; all by default.
+
+    Raises:
+      ReplicationError: on every rank, naming the first leaf that differs, the ranks,
+        and how many leaves differ in all.
+    """
+    comm = comm or world()
+    paths, leaves, _ = reductions.flatten(tree)
+    mine = {path: _describe(leaf) for path, leaf in zip(paths, leaves, strict=True)}
+    every = comm.all_gather_object(mine)
+    names = list(dict.fromkeys(path for one in every for path in one))
+    different = [p for p in names if len({one.get(p) for one in every}) > 1]
+    if not different:
+        return
+    path = different[0]
+    groups: dict[Any, list[int]] = {}
+    for rank, one in enumerate(every):
+        groups.setdefault(one.get(path), []).append(rank)
+    shown = "; ".join(
+        f"ranks {ranks}: " + (f"{key[0]} {key[1][:8]}" if key else "no such leaf")
+        for key, ranks in groups.items()
+    )
+    raise ReplicationError(
+        f"leaf {path} is not the same on all ranks ({shown}); {len(different)} of "
+        f"{len(names)} leaves differ. Send one rank's values with jaxcomm.broadcast, "
+        "and reduce gradients and batch statistics before they are used."
+    )
+
+
+def _describe(leaf: Any) -> tuple[str, str]:
+    if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+        leaf = jax.random.key_data(leaf)
+    values = np.ascontiguousarray(np.asarray(leaf))
+    digest = hashlib.sha256(values.tobytes()).hexdigest()
+    return f"{values.dtype}{list(values.shape)}", digest

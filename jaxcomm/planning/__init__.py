@@ -1,0 +1,1 @@
+"""Leaves in, schedule out: no JAX, no environment, no transport."""

@@ -1,0 +1,1 @@
+"""Python objects between ranks: over MPI, or over jax.distributed."""

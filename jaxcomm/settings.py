@@ -1,0 +1,70 @@
+"""What `init` and the environment say. Internal to `communicator` and `startup`."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from typing import Any
+
+from jaxcomm.errors import InvalidOptionError
+from jaxcomm.planning import costs as costmodel
+from jaxcomm.planning.costs import CostModel
+
+STAGING_VARIABLE = "JAXCOMM_STAGING_BYTES"
+SHARED_MEMORY_VARIABLE = "JAXCOMM_SHARED_MEMORY"
+OWN_THREAD_VARIABLE = "JAXCOMM_OWN_THREAD"
+CHECK_VARIABLE = "JAXCOMM_CHECK"
+CHECKS = ("once", "every")
+DEFAULT_TIMEOUT = 600.0
+STAGING_BYTES = 8 << 20
+_MIN_STAGING = 4096
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """What `init` was given and found; the same on every rank, subgroups included."""
+
+    timeout: float = DEFAULT_TIMEOUT
+    staging_bytes: int = STAGING_BYTES
+    costs: CostModel = costmodel.DEFAULT
+    shared_memory: bool = True
+
+
+def staging_bytes(given: int | None) -> int:
+    """Return the size of the staging buffer: as given, or as the environment says."""
+    text = str(STAGING_BYTES if given is None else given)
+    name = "init(staging_bytes=...)"
+    if given is None and STAGING_VARIABLE in os.environ:
+        text, name = os.environ[STAGING_VARIABLE], STAGING_VARIABLE
+    if not text.isdigit() or int(text) < _MIN_STAGING:
+        raise InvalidOptionError(
+            f"{name}: {text!r}; give a number of bytes, at least {_MIN_STAGING}"
+        )
+    return int(text) // 16 * 16  # whole elements of every dtype
+
+
+def check_every() -> bool:
+    """Return whether the environment asks to compare every call across ranks."""
+    check = os.environ.get(CHECK_VARIABLE, "once")
+    if check not in CHECKS:
+        raise InvalidOptionError(
+            f"{CHECK_VARIABLE}: {check!r}; give 'once' to compare every schedule "
+            "across ranks when it first runs, or 'every' for every call, to debug"
+        )
+    return check == "every"
+
+
+def seconds(name: str, given: float | None, default: float) -> float:
+    """Return a limit in seconds: as given, by the environment, or the default."""
+    variable = f"JAXCOMM_{name.upper()}"
+    value: Any = os.environ.get(variable, default) if given is None else given
+    try:
+        found = float(value)
+    except (TypeError, ValueError):
+        found = -1.0
+    if not found >= 0:
+        where = variable if given is None else f"init({name}=...)"
+        raise InvalidOptionError(
+            f"{where}: {value!r}; give a time in seconds, or 0 for never"
+        )
+    return found

@@ -1,0 +1,1 @@
+"""Functions of one rank's data that become steps of all ranks."""

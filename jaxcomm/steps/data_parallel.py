@@ -1,0 +1,403 @@
+"""`data_parallel`: a function of one rank's data becomes a step of all ranks."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import gc
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, cast, overload
+
+import jax
+
+from jaxcomm import compat
+from jaxcomm.errors import InvalidOptionError, JaxcommError
+from jaxcomm.planning import planner
+from jaxcomm.planning.planner import Groups
+from jaxcomm.planning.schedule import Schedule
+from jaxcomm.ranks import agreement, threads
+from jaxcomm.ranks.communicator import Communicator
+from jaxcomm.startup import world
+from jaxcomm.tracing import rewrite
+from jaxcomm.tracing.primitives import new_token
+
+log = logging.getLogger(__name__)
+
+
+class DataParallel:
+    """A jitted function whose collectives run on a static schedule.
+
+    Call it like the function it wraps. Every rank passes its own data and gets its
+    own results; what went through a collective is equal on all ranks.
+    """
+
+    def __init__(
+        self,
+        fn: Callable[..., Any],
+        *,
+        axis_name: str,
+        comm: Communicator | None,
+        groups: Groups,
+        bucket_bytes: int | None,
+        wire_dtype: str | None,
+        donate_argnums: int | Sequence[int],
+        static_argnums: int | Sequence[int],
+        allow_divergent: bool = False,
+    ):
+        functools.update_wrapper(self, fn)
+        self._fn = fn
+        self._axis_name = axis_name
+        self._comm = comm
+        self._groups = groups
+        self._bucket_bytes = bucket_bytes
+        self._wire_dtype = wire_dtype
+        self._allow_divergent = allow_divergent
+        self._seen: Signature | None = None
+        self._schedules: list[Schedule] = []
+        self._unchecked = False
+
+        # jit reads argument names from the signature, which a bound method cannot take.
+        @functools.wraps(fn)
+        def program(*args: Any, **kwargs: Any) -> Any:
+            return self._trace(args, kwargs, new_token())
+
+        @functools.wraps(fn)
+        def part(*args: Any, **kwargs: Any) -> Any:
+            return self._trace(args, kwargs, None)[0]
+
+        # As a program of its own, its calls are chained by a token and have no effect.
+        self._program = jax.jit(
+            program, donate_argnums=donate_argnums, static_argnums=static_argnums
+        )
+        # As part of another, its calls have the effect that orders all calls of that
+        # one. Inlined, so that each use has its own calls there; what they are given
+        # may be needed again, so nothing is donated.
+        self._part = jax.jit(part, static_argnums=static_argnums, inline=True)
+
+    @property
+    def schedule(self) -> Schedule:
+        """The schedule of the last trace.
+
+        Raises:
+          JaxcommError: the function has not been traced yet.
+        """
+        if not self._schedules:
+            raise JaxcommError(
+                f"{_name(self._fn)} has no schedule yet: call it once, or .lower() it"
+            )
+        return self._schedules[-1]
+
+    @property
+    def schedules(self) -> tuple[Schedule, ...]:
+        """The schedules of all traces, oldest first."""
+        return tuple(self._schedules)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the function on this rank's arguments."""
+        self._communicator().check_usable()
+        # To be asked here: inside a jit of ours the answer is always no, and kept.
+        if not compat.outside_trace():
+            return self._part(*args, **kwargs)
+        comm = self._communicator()
+        threads.enter(comm, (args, kwargs))
+        try:
+            out = self._program(*args, **kwargs)
+            if self._unchecked:
+                # A failed check of this first run is ours to name; later runs stay
+                # asynchronous.
+                self._unchecked = False
+                jax.block_until_ready(out)
+        except compat.CALL_ERRORS as error:
+            agreement.raise_failure(error)
+            raise
+        return out[0]
+
+    def __get__(self, instance: Any, owner: type | None = None) -> Any:
+        """Bind to an instance, so that methods can be decorated."""
+        return self if instance is None else BoundDataParallel(self, instance)
+
+    def lower(self, *args: Any, **kwargs: Any) -> Any:
+        """Lower without running, as `jax.jit(fn).lower`; never waits for other ranks.
+
+        The lowered function returns a pair: the function's result and the token that
+        orders its collectives.
+        """
+        return self._program.lower(*args, **kwargs)
+
+    def trace(self, *args: Any, **kwargs: Any) -> Any:
+        """Trace without lowering, as `jax.jit(fn).trace`; never waits for other ranks.
+
+        What is traced returns a pair, as with `lower`.
+        """
+        return self._program.trace(*args, **kwargs)
+
+    def clear_cache(self) -> None:
+        """Forget compiled programs, as `jax.jit(fn).clear_cache()`."""
+        self._program.clear_cache()  # pyright: ignore[reportAttributeAccessIssue]
+
+    def _communicator(self) -> Communicator:
+        return self._comm or world()
+
+    def _trace(self, args: Any, kwargs: Any, token: Any) -> tuple[Any, Any]:
+        """Trace, plan and evaluate; runs when JAX traces a jitted function.
+
+        Returns:
+          The function's result, and the last token; None where none was given.
+        """
+        comm = self._communicator()
+        paths, treedef = jax.tree_util.tree_flatten_with_path((args, kwargs))
+        leaves = [leaf for _, leaf in paths]
+        dynamic = [isinstance(leaf, compat.Tracer) for leaf in leaves]
+        inputs = [
+            (_argument_path(path), leaf)
+            for (path, leaf), traced in zip(paths, dynamic, strict=True)
+            if traced
+        ]
+
+        def call(*values: Any) -> Any:
+            found = iter(values)
+            merged = [
+                next(found) if traced else leaf
+                for leaf, traced in zip(leaves, dynamic, strict=True)
+            ]
+            a, k = jax.tree.unflatten(treedef, merged)
+            return self._fn(*a, **k)
+
+        values = [leaf for _, leaf in inputs]
+        self._log_change(Signature.of(paths, treedef))
+        try:
+            closed, shapes = compat.trace_with_axis(
+                call, self._axis_name, comm.size, values
+            )
+        except NameError as error:  # JAX's answer to an unbound axis name
+            if "unbound axis" not in str(error):
+                raise
+            raise InvalidOptionError(
+                f"{_name(self._fn)}, {compat.failing_call(error)}: "
+                f"{str(error).rstrip('.')}. It is decorated with "
+                f"axis_name={self._axis_name!r}; use that name in its collectives "
+                "and in layers such as BatchNorm(axis_name=...)."
+            ) from error
+        options = rewrite.Options(
+            self._axis_name,
+            comm,
+            self._groups,
+            self._bucket_bytes,
+            self._wire_dtype,
+            self._allow_divergent,
+        )
+        with _no_garbage():
+            program = rewrite.program(closed, options, inputs)
+            out, token = program.run(values, token)
+        self._schedules.append(program.schedule)
+        if comm.alone:
+            token = None  # a result more costs time on a GPU
+        self._unchecked |= token is not None
+        if log.isEnabledFor(logging.DEBUG):
+            log.debug("%s: %s", _name(self._fn), program.schedule.explain())
+        return jax.tree.unflatten(jax.tree.structure(shapes), out), token
+
+    def _log_change(self, signature: Signature) -> None:
+        """Say why a function is traced again."""
+        if self._seen is not None:
+            change = self._seen.change(signature)
+            log.info("%s is traced again: %s", _name(self._fn), change)
+        self._seen = signature
+
+
+class BoundDataParallel(functools.partial[Any]):
+    """A decorated method of an instance, with what a `DataParallel` has.
+
+    The schedules are those of the method, whatever the instances they were traced for.
+    """
+
+    @property
+    def _method(self) -> DataParallel:
+        return cast(DataParallel, self.func)
+
+    @property
+    def schedule(self) -> Schedule:
+        """As `DataParallel.schedule`."""
+        return self._method.schedule
+
+    @property
+    def schedules(self) -> tuple[Schedule, ...]:
+        """As `DataParallel.schedules`."""
+        return self._method.schedules
+
+    def lower(self, *args: Any, **kwargs: Any) -> Any:
+        """Lower without running, as `DataParallel.lower`."""
+        return self._method.lower(*self.args, *args, **kwargs)
+
+    def trace(self, *args: Any, **kwargs: Any) -> Any:
+        """Trace without lowering, as `DataParallel.trace`."""
+        return self._method.trace(*self.args, *args, **kwargs)
+
+    def clear_cache(self) -> None:
+        """Forget compiled programs, those for other instances too."""
+        self._method.clear_cache()
+
+
+@contextlib.contextmanager
+def _no_garbage() -> Iterator[None]:
+    """Put off garbage collection: what a pass makes lives as long as the pass.
+
+    A collection would walk all of it, and all of JAX's objects, to free nothing.
+    """
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
+
+
+@dataclasses.dataclass(frozen=True)
+class Signature:
+    """What a trace depends on, as far as a user can see it."""
+
+    leaves: tuple[tuple[str, str], ...]
+    treedef: Any
+
+    @classmethod
+    def of(cls, paths: Sequence[tuple[Any, Any]], treedef: Any) -> Signature:
+        """Describe flattened arguments."""
+
+        def show(leaf: Any) -> str:
+            if not isinstance(leaf, compat.Tracer):
+                return repr(leaf)
+            return f"{leaf.dtype}{list(leaf.shape)}"
+
+        return cls(
+            tuple((_argument_path(path), show(leaf)) for path, leaf in paths), treedef
+        )
+
+    def change(self, new: Signature) -> str:
+        """Say in one line which argument differs from the last trace's."""
+        before, after = dict(self.leaves), dict(new.leaves)
+        for path in [*before, *after]:
+            if path not in after:
+                return f"argument {path} ({before[path]}) is no more"
+            if path not in before:
+                return f"argument {path} ({after[path]}) is new"
+            if before[path] != after[path]:
+                return f"argument {path} was {before[path]} and is {after[path]}"
+        if self.treedef != new.treedef:
+            return f"the arguments' structure was {self.treedef} and is {new.treedef}"
+        return (
+            "shapes, dtypes and structure are those of the last trace; a static "
+            "argument, a weak type, a sharding or JAX's configuration differs"
+        )
+
+
+@overload
+def data_parallel(
+    fn: Callable[..., Any],
+    *,
+    axis_name: str = ...,
+    comm: Communicator | None = ...,
+    groups: Groups = ...,
+    bucket_bytes: int | None = ...,
+    wire_dtype: str | None = ...,
+    donate_argnums: int | Sequence[int] = ...,
+    static_argnums: int | Sequence[int] = ...,
+    allow_divergent: bool = ...,
+) -> DataParallel: ...
+@overload
+def data_parallel(
+    fn: None = None,
+    *,
+    axis_name: str = ...,
+    comm: Communicator | None = ...,
+    groups: Groups = ...,
+    bucket_bytes: int | None = ...,
+    wire_dtype: str | None = ...,
+    donate_argnums: int | Sequence[int] = ...,
+    static_argnums: int | Sequence[int] = ...,
+    allow_divergent: bool = ...,
+) -> Callable[[Callable[..., Any]], DataParallel]: ...
+
+
+def data_parallel(
+    fn: Callable[..., Any] | None = None,
+    *,
+    axis_name: str = "batch",
+    comm: Communicator | None = None,
+    groups: Groups = None,
+    bucket_bytes: int | None = None,
+    wire_dtype: str | None = None,
+    donate_argnums: int | Sequence[int] = (),
+    static_argnums: int | Sequence[int] = (),
+    allow_divergent: bool = False,
+) -> Any:
+    """Jit a function of one rank's data, with its collectives on a static schedule.
+
+    Code written for `jax.pmap` runs unchanged, one process per device, without the
+    leading device axis: `lax.psum`, `pmean`, `pmax`, `pmin`, `all_gather`,
+    `psum_scatter`, `all_to_all`, `ppermute` and `pbroadcast` over `axis_name` are
+    gathered into buckets, in the order in which their operands become ready, and each
+    bucket becomes one custom call; `axis_index` is the rank. jaxcomm's own collectives
+    may be used inside too.
+
+    Args:
+      fn: the function; leave it out to decorate with arguments.
+      axis_name: the name that collectives inside use.
+      comm: the ranks that take part; all by default.
+      groups: as in `all_reduce`, for the function's named-axis reductions. A group
+        whose leaves depend on each other is divided where they do.
+      bucket_bytes: as in `all_reduce`.
+      wire_dtype: as in `all_reduce`, for every float32 reduction of the function over
+        its axis, batch statistics too. To send gradients alone in 16 bits, reduce them
+        with `all_reduce(grads, wire_dtype=...)` instead.
+      donate_argnums: as in `jax.jit`.
+      static_argnums: as in `jax.jit`.
+      allow_divergent: accept a collective inside a `cond` or `while_loop` whose
+        predicate is not provably equal on all ranks. Where it then differs, ranks wait
+        for each other forever.
+
+    Returns:
+      A `DataParallel`: a callable with `.schedule`, `.schedules`, `.trace` and
+      `.lower`.
+
+    Raises:
+      InvalidOptionError: an option has an unusable value, or (when traced) a
+        collective uses another axis name, or a `ppermute` has pairs that are no
+        partial permutation.
+      UnsupportedCollectiveError: when traced: a collective that is not scheduled, or
+        that some ranks may not reach.
+      ScheduleMismatchError: at the first call: the ranks' schedules differ; raised on
+        every rank before anything is sent.
+    """
+    if not isinstance(axis_name, str):
+        raise InvalidOptionError(f"axis_name={axis_name!r}; give a string")
+    planner.check_options(groups=groups, bucket_bytes=bucket_bytes)
+    if wire_dtype is not None:
+        planner.wire_name(wire_dtype)
+    make = functools.partial(
+        DataParallel,
+        axis_name=axis_name,
+        comm=comm,
+        groups=groups,
+        bucket_bytes=bucket_bytes,
+        wire_dtype=wire_dtype,
+        donate_argnums=donate_argnums,
+        static_argnums=static_argnums,
+        allow_divergent=allow_divergent,
+    )
+    if fn is None:
+        return make
+    if not callable(fn):
+        raise InvalidOptionError(f"data_parallel: {fn!r} is not a function")
+    return make(fn)
+
+
+def _argument_path(path: Any) -> str:
+    # (args, kwargs) -> "[0].params['w']" for the first argument, "['x']" by name.
+    return jax.tree_util.keystr(path[1:])
+
+
+def _name(fn: Callable[..., Any]) -> str:
+    return getattr(fn, "__qualname__", repr(fn))

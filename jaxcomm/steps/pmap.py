@@ -1,0 +1,152 @@
+"""`jaxcomm.pmap`: jax.pmap's signature for one device per process.
+
+The module is not named `pmap`, which would hide the function in the package.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jaxcomm.errors import InvalidOptionError
+from jaxcomm.steps.data_parallel import DataParallel, data_parallel
+
+
+def pmap(
+    fn: Callable[..., Any] | None = None,
+    axis_name: str = "batch",
+    *,
+    in_axes: Any = 0,
+    out_axes: Any = 0,
+    donate_argnums: int | Sequence[int] = (),
+    static_broadcasted_argnums: int | Sequence[int] = (),
+    axis_size: int | None = None,
+    devices: Sequence[Any] | None = None,
+    **options: Any,
+) -> Any:
+    """Stand in for `jax.pmap` in a program of one process per device.
+
+    The mapped axis has length 1, the number of devices of this process. It is taken
+    away, the function runs as under `data_parallel`, and it is put back.
+
+    Args:
+      fn: the function; leave it out to decorate with arguments.
+      axis_name: the name that collectives inside use.
+      in_axes: for each argument 0 (or another axis), or None for one that has no mapped
+        axis; an int, or a tuple with an entry per argument, each also a tree of them
+        that the argument has as its prefix. Keyword arguments are mapped over axis 0.
+      out_axes: likewise for the result. Under None, this rank's value is returned.
+      donate_argnums: as in `jax.jit`.
+      static_broadcasted_argnums: arguments that are part of the program.
+      axis_size: 1 or None.
+      devices: None: which device a process drives is decided where it is launched.
+      **options: as in `data_parallel`: comm, groups, bucket_bytes, wire_dtype,
+        allow_divergent.
+
+    Returns:
+      A `DataParallel`.
+
+    Raises:
+      InvalidOptionError: an option cannot be used; or, when called, a mapped axis is
+        not of length 1.
+      UnsupportedCollectiveError, ScheduleMismatchError: as `data_parallel`.
+    """
+    if devices is not None:
+        raise InvalidOptionError(
+            "pmap(devices=...): each process drives one device; choose it where the "
+            "process is launched (jaxcomm run, CUDA_VISIBLE_DEVICES), and leave "
+            "devices out"
+        )
+    if axis_size not in (None, 1):
+        raise InvalidOptionError(
+            f"pmap(axis_size={axis_size}): each process maps over the one device it "
+            "has; the axis over all ranks is as long as there are ranks. Leave it out"
+        )
+    static = static_broadcasted_argnums
+    static = (static,) if isinstance(static, int) else tuple(static)
+
+    def make(function: Callable[..., Any]) -> DataParallel:
+        @functools.wraps(function)
+        def one(*args: Any, **kwargs: Any) -> Any:
+            args = _unmapped(args, in_axes, static)
+            kwargs = _squeeze(0, kwargs, "keyword argument")
+            return _expand(out_axes, function(*args, **kwargs))
+
+        return data_parallel(
+            one,
+            axis_name=axis_name,
+            donate_argnums=donate_argnums,
+            static_argnums=static,
+            **options,
+        )
+
+    return make if fn is None else make(fn)
+
+
+def _is_none(value: Any) -> bool:
+    return value is None
+
+
+def _unmapped(
+    args: tuple[Any, ...], in_axes: Any, static: tuple[int, ...]
+) -> tuple[Any, ...]:
+    axes = in_axes if isinstance(in_axes, tuple | list) else (in_axes,) * len(args)
+    if len(axes) != len(args):
+        raise InvalidOptionError(
+            f"pmap: in_axes has {len(axes)} entries for {len(args)} arguments; give "
+            "one each, or one for all"
+        )
+    still = {number % len(args) for number in static} if args else set()
+    return tuple(
+        arg if k in still else _squeeze(axis, arg, f"argument {k}")
+        for k, (axis, arg) in enumerate(zip(axes, args, strict=True))
+    )
+
+
+def _squeeze(axes: Any, tree: Any, what: str) -> Any:
+    def squeeze(axis: int | None, part: Any) -> Any:
+        if axis is None:
+            return part
+
+        def one(path: Any, leaf: Any) -> Any:
+            where = f"{what}{jax.tree_util.keystr(path)}"
+            shape = jnp.shape(leaf)
+            if not -len(shape) <= axis < len(shape) or shape[axis] != 1:
+                raise InvalidOptionError(
+                    f"pmap: {where} has shape {shape}, and axis {axis} should be of "
+                    "length 1: a process passes its own device's slice. Keep the axis, "
+                    "x[rank:rank + 1], or map it over None"
+                )
+            return jnp.squeeze(leaf, axis)
+
+        return jax.tree_util.tree_map_with_path(one, part)
+
+    return _over_prefix(squeeze, axes, tree, f"in_axes of {what}")
+
+
+def _expand(axes: Any, tree: Any) -> Any:
+    def expand(axis: int | None, part: Any) -> Any:
+        if axis is None:
+            return part
+        return jax.tree.map(lambda leaf: jnp.expand_dims(leaf, axis), part)
+
+    return _over_prefix(expand, axes, tree, "out_axes")
+
+
+def _over_prefix(
+    function: Callable[[int | None, Any], Any], axes: Any, tree: Any, what: str
+) -> Any:
+    """Apply a function to the parts of a tree that stand under a prefix's leaves."""
+    for axis in jax.tree.leaves(axes, is_leaf=_is_none):
+        if axis is not None and (isinstance(axis, bool) or not isinstance(axis, int)):
+            raise InvalidOptionError(f"pmap: {what}: {axis!r} is no axis; give an int")
+    try:
+        return jax.tree.map(function, axes, tree, is_leaf=_is_none)
+    except ValueError as error:
+        raise InvalidOptionError(
+            f"pmap: {what} = {axes} is no prefix of the tree it is for: {error}"
+        ) from error

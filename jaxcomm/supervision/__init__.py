@@ -1,0 +1,1 @@
+"""Beside the step: watchdog, reports, abort, timeline."""

@@ -1,0 +1,1 @@
+"""Jaxprs in, scheduled jaxprs out."""

@@ -1,0 +1,95 @@
+"""What each named-axis collective of a jaxpr is to a schedule.
+
+Internal to `rewrite`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax.numpy as jnp
+
+from jaxcomm.planning.planner import Terms
+from jaxcomm.tracing import layout
+
+_SUMS = {
+    "psum": ("sum", jnp.sum),
+    "pmax": ("max", jnp.max),
+    "pmin": ("min", jnp.min),
+}
+# axis_index is none, but is answered here as well.
+COLLECTIVES = (
+    *_SUMS,
+    "all_gather",
+    "reduce_scatter",
+    "all_to_all",
+    "ppermute",
+    "pbroadcast",
+)
+# Their results are the same on all ranks, whatever the ranks put in.
+EQUAL_RESULTS = (*_SUMS, "all_gather", "pbroadcast")
+
+
+@dataclasses.dataclass(frozen=True)
+class Meaning:
+    """One operand's collective.
+
+    Attributes:
+      op: as in `schedule.Bucket`.
+      terms: what else the bucket must know.
+      before: from the operand to what the bucket takes; None where it is the same.
+      after: from what the bucket gives to the equation's result; likewise.
+    """
+
+    op: str
+    terms: Terms
+    before: Callable[[Any], Any] | None = None
+    after: Callable[[Any], Any] | None = None
+
+
+def axes_of(eqn: Any) -> tuple[Any, ...]:
+    """Return the axes of a collective: names, and numbers that vmap has left."""
+    for key in ("axes", "axis_name"):
+        if key in eqn.params:
+            value = eqn.params[key]
+            return tuple(value) if isinstance(value, tuple | list) else (value,)
+    return ()
+
+
+def meaning_of(eqn: Any, size: int) -> Meaning:
+    """Say what a collective over one named axis of `size` ranks does."""
+    name, params = eqn.primitive.name, eqn.params
+    groups = tuple(map(tuple, params.get("axis_index_groups") or ()))
+    ranks = len(groups[0]) if groups else size
+    terms = Terms(groups=groups)
+    if name in _SUMS:
+        op, local = _SUMS[name]
+        numbers = tuple(a for a in axes_of(eqn) if isinstance(a, int))
+        before = functools.partial(local, axis=numbers) if numbers else None
+        return Meaning(op, terms, before)
+    if name == "all_gather":
+        axis, tiled = params["all_gather_dimension"], params["tiled"]
+        after = functools.partial(layout.gathered, axis=axis, tiled=tiled)
+        return Meaning("all_gather", terms, after=after)
+    if name == "reduce_scatter":
+        before = functools.partial(
+            layout.to_scatter,
+            axis=params["scatter_dimension"],
+            ranks=ranks,
+            tiled=params["tiled"],
+        )
+        return Meaning("reduce_scatter", terms, before)
+    if name == "all_to_all":
+        # The primitive divides and concatenates, whatever lax.all_to_all was told.
+        before = functools.partial(
+            layout.to_exchange, split_axis=params["split_axis"], ranks=ranks
+        )
+        after = functools.partial(layout.exchanged, concat_axis=params["concat_axis"])
+        return Meaning("all_to_all", terms, before, after)
+    if name == "pbroadcast":
+        return Meaning("broadcast", dataclasses.replace(terms, root=params["source"]))
+    pairs = tuple((int(source), int(target)) for source, target in params["perm"])
+    return Meaning("permute", Terms(permutation=pairs))

@@ -1,0 +1,1 @@
+"""What a training job keeps: checkpoints, and its end on request."""
