@@ -6,7 +6,7 @@ STAMP := $(VENV)/.jaxcomm-ready
 # Importing JAX takes 0.8 s with compiled bytecode and 2.1 without, and where
 # PYTHONDONTWRITEBYTECODE is set, as in many containers, Python never writes it.
 export UV_COMPILE_BYTECODE := 1
-NATIVE := CMakeLists.txt $(wildcard jaxcomm/native/*.cc jaxcomm/native/*.h)
+NATIVE := CMakeLists.txt $(wildcard jaxcomm/native/src/*/*)
 # What to install besides the package: the oldest JAX in one place, the newest elsewhere.
 EXTRAS ?= dev
 DEMO_ARGS := $(if $(DEMO_STEPS),--steps $(DEMO_STEPS))

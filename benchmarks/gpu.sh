@@ -43,12 +43,13 @@ by_pip() {
 # What CMakeLists.txt says, for a machine without cmake.
 by_compiler() {
   cp -r "$root/jaxcomm" "$packages/"
-  local native=$root/jaxcomm/native include flags
+  local native=$root/jaxcomm/native/src include flags folder
   include=$("$python" -c 'import importlib.util as u
 print(u.find_spec("jaxlib").submodule_search_locations[0])')/include
   # Where nothing is measured, the compiler need not take its time.
   flags=(-std=c++17 -O3 -fPIC -fvisibility=hidden)
   [[ " $arguments " == *" --dry "* ]] && flags[1]=-O0
+  for folder in core mpi node nccl; do flags+=("-I$native/$folder"); done
   local targets=(baseline)
   [[ $(uname -m) == x86_64 ]] && targets+=(avx2 avx512)
   for target in "${targets[@]}"; do
@@ -57,9 +58,9 @@ print(u.find_spec("jaxlib").submodule_search_locations[0])')/include
     [[ $target == avx512 ]] && arch=(-mavx512f -mavx512bw -mavx512vl -mavx512dq
       -mprefer-vector-width=512)
     c++ "${flags[@]}" "${arch[@]}" -ffp-contract=off -fno-math-errno -fno-trapping-math \
-      -DJAXCOMM_TARGET="$target" -c "$native/kernels.cc" -o "$work/$target.o"
+      -DJAXCOMM_TARGET="$target" -c "$native/core/kernels.cc" -o "$work/$target.o"
   done
-  find "$native" -name '*.cc' ! -name kernels.cc -print0 |
+  find "$native" -name '*.cc' ! -name kernels.cc ! -name loopback.cc -print0 |
     (cd "$work" && xargs -0 -n 1 -P "$(nproc)" c++ "${flags[@]}" -isystem "$include" -c)
   c++ -shared -o "$packages/jaxcomm/native/libjaxcomm_native.so" "$work"/*.o -ldl
 }

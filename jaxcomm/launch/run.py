@@ -216,7 +216,7 @@ def _with_preloaded(own: str | None) -> list[str]:
 
 
 def _loopback_library() -> str:
-    """Return the path of native/loopback.cc's library; "" in a bare source tree."""
+    """Return the path of mpi/loopback.cc's library; "" in a bare source tree."""
     found = importlib.util.find_spec("jaxcomm.native")  # without JAX
     folders = (found and found.submodule_search_locations) or ()
     paths = [Path(folder) / "libjaxcomm_loopback.so" for folder in folders]

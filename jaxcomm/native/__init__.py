@@ -27,7 +27,7 @@ LIBRARY_NAME = "libjaxcomm_native.so"
 # Another build of the library, such as one with sanitizers.
 LIBRARY_VARIABLE = "JAXCOMM_NATIVE_LIBRARY"
 
-# Order shared with native/types.h.
+# Order shared with core/types.h.
 DTYPES = (
     "float32",
     "float64",
@@ -46,7 +46,7 @@ DTYPES = (
     "complex128",
 )
 OPS = ("sum", "min", "max", "prod")
-# Bits of a call's bucket; above them is its site (native/callbacks.h).
+# Bits of a call's bucket; above them is its site (core/callbacks.h).
 PLACE_BITS = 32
 MOVES = ("all_gather", "reduce_scatter", "all_to_all", "permute")
 HANDLERS = (
@@ -67,11 +67,11 @@ COUNTERS = (
     "segments",
     "moved",
 )
-# Of a window of shared memory (native/node.h): flags, and three slots of at most this.
+# Of a window of shared memory (node/node.h): flags, and three slots of at most this.
 CONTROL_BYTES = 4096
 SLOTS = 3
 MAX_SLOT_BYTES = 512 << 10
-_PROGRESS_COLUMNS = 5 + 2 * 4  # of native/progress.h
+_PROGRESS_COLUMNS = 5 + 2 * 4  # of core/progress.h
 _STACKS_BYTES = 32 << 10  # of text at most
 
 # The MPI type of the same size; 16-bit floats and booleans travel as integers, under

@@ -1,6 +1,6 @@
 """Whether two ranks have made the same calls, looked at now and then, beside them.
 
-Every communicator keeps a running hash of its calls (native/progress.h). A rank tells
+Every communicator keeps a running hash of its calls (core/progress.h). A rank tells
 the next one some of its hashes, and that one compares them with its own. Internal to
 `watchdog`.
 """

@@ -49,7 +49,7 @@ class Call:
 
     @property
     def place(self) -> int:
-        """Bucket and site in one number, which ranks compare: see native/callbacks.h.
+        """Bucket and site in one number, which ranks compare: see core/callbacks.h.
 
         With the bucket alone, two calls of one schedule could be taken for each other.
         """

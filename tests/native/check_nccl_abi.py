@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Compare jaxcomm/native/nccl_abi.h with the nccl.h of NCCL's releases.
+"""Compare jaxcomm/native/src/nccl/nccl_abi.h with the nccl.h of NCCL's releases.
 
 `check_nccl_abi.py` takes the headers out of the wheels on the package index that pip is
 configured for. The wheels have hundreds of megabytes, so only the parts of interest are

@@ -32,7 +32,7 @@
 #include <sstream>
 #include <string>
 
-#include "../../jaxcomm/native/nccl_abi.h"
+#include "../../jaxcomm/native/src/nccl/nccl_abi.h"
 
 namespace jaxcomm {
 

@@ -26,7 +26,7 @@
 #include <utility>
 #include <vector>
 
-#include "../../jaxcomm/native/nccl_abi.h"
+#include "../../jaxcomm/native/src/nccl/nccl_abi.h"
 
 namespace jaxcomm {
 

@@ -8,7 +8,7 @@
 #include <type_traits>
 #include <vector>
 
-#include "../../jaxcomm/native/nccl_abi.h"
+#include "../../jaxcomm/native/src/nccl/nccl_abi.h"
 
 namespace jaxcomm {
 

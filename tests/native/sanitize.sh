@@ -5,7 +5,8 @@
 set -euo pipefail
 bin=$(cd "$1" && pwd)
 cd "$(dirname "$0")/../.."
-source=jaxcomm/native
+source=jaxcomm/native/src
+include="-I$source/core -I$source/mpi -I$source/node -I$source/nccl"
 build=build/sanitize
 rm -rf $build
 export OMPI_ALLOW_RUN_AS_ROOT=1 OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1
@@ -24,22 +25,22 @@ declare -A flags=([baseline]="" [avx2]="-mavx2"
   [avx512]="-mavx512f -mavx512bw -mavx512vl -mavx512dq")
 
 compile() {  # compile NAME SANITIZERS: the driver, and our objects
-  local out=$build/$1 common="-std=c++17 -g -O1 -fPIC -fno-omit-frame-pointer -fsanitize=$2"
+  local out=$build/$1 common="$include -std=c++17 -g -O1 -fPIC -fno-omit-frame-pointer -fsanitize=$2"
   mkdir -p "$out"
   local target
   for target in "${targets[@]}"; do
     # shellcheck disable=SC2086
     c++ $common -ffp-contract=off ${flags[$target]} -DJAXCOMM_TARGET=$target \
-      -c $source/kernels.cc -o "$out/kernels_$target.o" &
+      -c $source/core/kernels.cc -o "$out/kernels_$target.o" &
   done
   local file
-  for file in deadline mpi_binding node progress reduce ring stacks dispatch; do
+  for file in core/{deadline,progress,reduce,stacks,dispatch} mpi/{mpi_binding,ring} node/node; do
     # shellcheck disable=SC2086
-    c++ $common -c $source/$file.cc -o "$out/$file.o" &
+    c++ $common -c $source/$file.cc -o "$out/${file##*/}.o" &
   done
   wait
   # shellcheck disable=SC2086
-  "$bin/mpicxx" $common -I$source tests/native/driver.cc "$out"/*.o -ldl -pthread \
+  "$bin/mpicxx" $common tests/native/driver.cc "$out"/*.o -ldl -pthread \
     -o "$out/driver"
 }
 
@@ -55,9 +56,10 @@ done
 
 jaxlib=$("$bin/python" -c \
   "import importlib.util as u; print(u.find_spec('jaxlib').submodule_search_locations[0])")
-c++ -std=c++17 -g -O1 -fPIC -fno-omit-frame-pointer -fsanitize=address,undefined \
+# shellcheck disable=SC2086
+c++ $include -std=c++17 -g -O1 -fPIC -fno-omit-frame-pointer -fsanitize=address,undefined \
   -isystem "$jaxlib/include" -fvisibility=hidden -shared \
-  $source/{handlers,gpu,nccl,nccl_handlers}.cc \
+  $source/mpi/handlers.cc $source/nccl/{gpu,nccl,nccl_handlers}.cc \
   $build/address/{deadline,mpi_binding,node,progress,reduce,ring,stacks,dispatch,kernels_*}.o -ldl \
   -o $build/libjaxcomm_native.so
 # Of NCCL's and CUDA's interface; its own memory is not of interest.
