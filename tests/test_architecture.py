@@ -1,0 +1,63 @@
+"""The folders of jaxcomm: what the page says of them, and who knows of JAX."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+
+from conftest import ROOT
+
+import draw_architecture  # pyright: ignore
+
+WITHOUT_JAX = """
+import sys
+
+class Absent:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in ("jax", "jaxlib"):
+            raise ModuleNotFoundError(name)
+
+sys.meta_path.insert(0, Absent())
+from jaxcomm.planning import planner
+from jaxcomm.planning.schedule import LeafSpec
+from jaxcomm.simulate import experiment
+
+leaves = tuple(LeafSpec(f"['{k}']", (1000,), "bfloat16", k) for k in range(3))
+schedule = planner.make_schedule(leaves, op="mean", size=4)
+assert [bucket.leaves for bucket in schedule.buckets] == [(0, 1, 2)], schedule
+assert not {"jax", "jaxlib"} & set(sys.modules)
+"""
+
+
+def test_the_picture_is_of_the_code() -> None:
+    text = draw_architecture.PAGE.read_text()
+    assert text == draw_architecture.page(text), "python docs/draw_architecture.py"
+
+
+def test_the_page_names_every_folder() -> None:
+    text = draw_architecture.PAGE.read_text()
+    folders = {path.parent.name for path in (ROOT / "jaxcomm").glob("*/__init__.py")}
+    assert folders == set(re.findall(r"^\| `(\w+)/`", text, re.MULTILINE))
+
+
+def test_one_module_knows_the_versions_of_jax() -> None:
+    inside = re.compile(r"\bjax\._src\b|\bjax\.interpreters\b|\bjax\.extend\b")
+    found = {
+        path.relative_to(ROOT).as_posix()
+        for path in (ROOT / "jaxcomm").rglob("*.py")
+        if inside.search(path.read_text())
+    }
+    assert found == {"jaxcomm/compat.py"}
+
+
+def test_planning_and_the_simulator_work_without_jax() -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", WITHOUT_JAX],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
