@@ -51,6 +51,7 @@ def arrows() -> list[tuple[str, str]]:
 
 
 def picture() -> str:
+    """The arrows as a Mermaid block."""
     lines = [f"  {above} --> {below}" for above, below in arrows()]
     return "\n".join(["```mermaid", "flowchart TD", *lines, "```", ""])
 

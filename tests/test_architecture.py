@@ -6,9 +6,8 @@ import re
 import subprocess
 import sys
 
-from conftest import ROOT
-
 import draw_architecture  # pyright: ignore
+from conftest import ROOT
 
 WITHOUT_JAX = """
 import sys
