@@ -17,7 +17,7 @@ JOBS = [
     ("local", 1),
     pytest.param("mpi", 1, marks=pytest.mark.thorough),
     ("mpi", 2),
-    ("mpi", 4),
+    pytest.param("mpi", 4, marks=pytest.mark.thorough),
     # The ranks of a test share a host; these make the MPI calls of ranks that do not.
     pytest.param("mpi apart", 2, marks=pytest.mark.thorough),
     pytest.param("mpi apart", 4, marks=pytest.mark.thorough),
@@ -34,6 +34,7 @@ JOBS = [
 # Where two ranks, or a power of two, hide a mistake, and where transports differ.
 SOME = (
     "check_all_reduce_against_numpy",
+    "check_a_part_of_a_grouped_sum_is_no_mean",
     "check_derivatives_of_array_collectives",
     "check_permutations_differentiated_from_outside",
     "check_mean_is_one_call",
@@ -100,7 +101,8 @@ def test_conformance(
 
 @pytest.mark.timeout(LIMIT + 100)
 @pytest.mark.parametrize(
-    ("transport", "ranks"), [("mpi", 3), ("mpi apart", 3), ("mpi4jax", 2)]
+    ("transport", "ranks"),
+    [("mpi", 3), ("mpi", 4), ("mpi apart", 3), ("mpi4jax", 2)],
 )
 @pytest.mark.parametrize("check", SOME)
 def test_some_checks(

@@ -281,6 +281,7 @@ def test_stop_in_one_process(request: pytest.FixtureRequest) -> None:
     assert "main thread" in str(caught[0])
 
 
+@pytest.mark.thorough
 @pytest.mark.timeout(300)
 def test_stemdl_killed_and_asked_to_end_trains_as_without_a_break(
     tmp_path: Path,
