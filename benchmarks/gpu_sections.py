@@ -113,12 +113,6 @@ def _timed(
     return Section(name, work, ranks, seconds, times=True, call=call, **options)
 
 
-def _stream(kind: str) -> Section:
-    env = (("BENCH_STREAM", kind),)
-    name = f"overlap2 {kind}"
-    return _timed(name, "overlap", 2, 45, call=2, flags=(NO_GRAPHS,), env=env, mps=True)
-
-
 def _step(network: str, seconds: float, call: int = 1) -> Section:
     """A training step, on one rank."""
     env = (("BENCH_NETWORK", network),)
@@ -146,8 +140,6 @@ SECTIONS = (
     # The second call.
     _timed("time2 mps", "times", 2, 60, call=2, mps=True),
     _timed("overlap2", "overlap", 2, 45, call=2, flags=(NO_GRAPHS,), mps=True),
-    _stream("gpu_stream:collective"),
-    _stream("gpu_stream:1"),
     _timed("overlap2 graphs", "overlap", 2, 45, call=2, env=GRAPHS, mps=True),
     _timed("graphtime2", "times", 2, 60, call=2, env=GRAPHS, mps=True),
     Section("conformance1", "conform", 1, 100, correctness=True, call=2),

@@ -11,7 +11,6 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-import jax.experimental.compute_on
 import jax.numpy as jnp
 from jax import lax
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
@@ -228,26 +227,19 @@ def overlap(comm: Communicator) -> dict[str, Any]:
         return jnp.mean(jnp.square(y))
 
     gradient = jax.grad(loss)
-    kind = os.environ.get("BENCH_STREAM", "")
-    reduce = on_stream(kind, mean) if kind else mean
-    bare = on_stream(kind, jaxcomm.all_reduce) if kind else jaxcomm.all_reduce
     alone = jaxcomm.data_parallel(gradient)
     travel = jaxcomm.data_parallel(lambda grads: mean(scaled(grads)))
-    both = jaxcomm.data_parallel(lambda weights: reduce(gradient(weights)))
+    both = jaxcomm.data_parallel(lambda weights: mean(gradient(weights)))
+    several = jaxcomm.data_parallel(
+        lambda weights: mean(gradient(weights)), bucket_bytes=12 * MIB
+    )
     ways: dict[str, Way] = {
         "compute": lambda: alone(weights),
         "communication": lambda: travel(weights),
         "both": lambda: both(weights),
+        "both, 12 MB buckets": lambda: several(weights),
+        "both, XLA's psum": by_xla(comm, lambda w: mean(gradient(w)), weights),
     }
-    if kind:
-        jitted = jax.jit(lambda weights: bare(gradient(weights)))
-        ways["both, in a jit"] = lambda: jitted(weights)
-    else:
-        several = jaxcomm.data_parallel(
-            lambda w: mean(gradient(w)), bucket_bytes=12 * MIB
-        )
-        ways["both, 12 MB buckets"] = lambda: several(weights)
-        ways["both, XLA's psum"] = by_xla(comm, lambda w: mean(gradient(w)), weights)
     found = interleaved(comm, ways)
     ms = found["ms"]
     if {"compute", "communication"} <= set(ms):
@@ -257,21 +249,4 @@ def overlap(comm: Communicator) -> dict[str, Any]:
             for name, value in ms.items()
             if name.startswith("both")
         }
-    return found | {"stream": kind or "XLA's order", "layers": LAYERS, "width": WIDTH}
-
-
-def on_stream(kind: str, reduce: Callable[[Any], Any]) -> Callable[[Any], Any]:
-    """Ask XLA to run each leaf's reduction on another stream.
-
-    A leaf each, since what is wrapped waits for all that it reads.
-    `compute_on2` of jax 0.10.1 to 0.11.0 became `compute_on` in 0.11.1.
-    """
-    module = jax.experimental.compute_on
-    wrap: Any = getattr(module, "compute_on2", module.compute_on)
-
-    def run(tree: Any) -> Any:
-        space = jax.memory.Space.Device
-        one = wrap(reduce, compute_type=kind, out_memory_spaces=space)
-        return jax.tree.map(one, tree)
-
-    return run
+    return found | {"layers": LAYERS, "width": WIDTH}

@@ -3,7 +3,7 @@
 Writes {"ok": ..., ...} to OUT.<rank>. Variables that gpu.py sets: BENCH_TRANSPORT;
 BENCH_COORDINATOR, BENCH_RANK and BENCH_RANKS where jax.distributed is to be used;
 BENCH_SMALL=1 for small trees and few steps; BENCH_DUMP, a folder; BENCH_WHEN and
-BENCH_STREAM and BENCH_NETWORK for the sections that ask for them.
+BENCH_NETWORK for the sections that ask for them.
 """
 
 from __future__ import annotations
