@@ -276,7 +276,7 @@ def computed(nodes: list[Node], order: list[int], x: Any, size: int, call: Any) 
 def planned(nodes: list[Node], order: list[int], size: int) -> Any:
     """Plan a program whose equations stand in another, equivalent order."""
     comm = Communicator(f"{size} that are not there", "local", Settings(), Alone())
-    comm.size, comm.transport = size, "none"
+    comm.size, comm.transport, comm.alone = size, "none", False
 
     def call(kind: str, x: Any) -> Any:
         return getattr(lax, kind)(x, "batch")
