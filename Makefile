@@ -46,7 +46,7 @@ help:
 
 setup: $(STAMP)
 
-$(STAMP): pyproject.toml $(NATIVE)
+$(STAMP): pyproject.toml examples/stemdl/pyproject.toml $(NATIVE)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 	  { echo "jaxcomm needs Python 3.11 or newer; say make PYTHON=python3.12"; exit 1; }
 	@command -v c++ g++ clang++ >/dev/null || \
@@ -54,14 +54,14 @@ $(STAMP): pyproject.toml $(NATIVE)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade uv
 	$(BIN)/uv pip install --quiet --python $(BIN)/python --editable '.[$(EXTRAS)]' \
-	  --reinstall-package jaxcomm
+	  --editable examples/stemdl --reinstall-package jaxcomm
 	@touch $@
 
 demo: $(STAMP)
 	$(BIN)/jaxcomm demo $(DEMO_ARGS)
 
 stemdl: $(STAMP)
-	$(BIN)/python examples/stemdl/pipeline.py $(if $(RECIPE),--recipe $(RECIPE))
+	$(BIN)/python -m stemdl.pipeline $(if $(RECIPE),--recipe $(RECIPE))
 
 examples: $(STAMP)
 	$(BIN)/python examples/clients/compare.py
@@ -123,7 +123,7 @@ bench-safety: $(STAMP)
 
 # Beside torch where make bench-peers or make .venv-peers/bin/python has installed it.
 bench-stemdl: $(STAMP)
-	$(BIN)/python benchmarks/stemdl.py
+	$(BIN)/python benchmarks/weak_scaling.py
 
 # Peers that need torch live in an environment of their own.
 bench-peers: $(STAMP) .venv-peers/bin/python

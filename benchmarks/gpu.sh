@@ -25,6 +25,8 @@ below=$("$python" -c 'import sys; print(*(p for p in sys.path if p.endswith("-pa
 python=$work/python/bin/python
 packages=$("$python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
 echo "$below" > "$packages/below.pth"
+# As an editable installation of the example would: its network is timed.
+echo "$root/examples/stemdl" > "$packages/stemdl.pth"
 install=("$python" -m pip install --no-index --no-deps --no-warn-script-location
   --ignore-installed)
 if [[ -n ${WHEELS:-} ]]; then

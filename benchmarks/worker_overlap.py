@@ -20,9 +20,7 @@ from jax import lax
 
 import jaxcomm
 from jaxcomm.planning.costs import CostModel
-
-sys.path.append(str(Path(__file__).resolve().parent.parent / "examples" / "stemdl"))
-from network import StemNet  # pyright: ignore
+from stemdl.model.network import StemNet
 
 AXIS, WARM_UP = "batch", 2
 IMAGES, SIDE, WIDTHS, BLOCKS = 16, 32, (32, 64, 128), 8

@@ -23,13 +23,10 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import jaxcomm
 import taking_turns
+from stemdl import config
+from stemdl.training import optimizer, recipe
+from stemdl.training.backends import AXIS, Devices, Ranks
 from stemdl_sizes import SIZES
-
-sys.path.append(str(Path(__file__).resolve().parent.parent / "examples" / "stemdl"))
-import config  # pyright: ignore
-import optimizer  # pyright: ignore
-import recipe  # pyright: ignore
-from parallel import AXIS, Devices, Ranks  # pyright: ignore
 
 OURS, PMAP = "jaxcomm", "jax.pmap"
 TIMELINE_BLOCKS = 4

@@ -47,7 +47,7 @@ class DenseBlock(nn.Module):
 
 
 class StemNet(nn.Module):
-    """examples/stemdl/network.py's, in the layout with probes as channels."""
+    """stemdl/model/network.py's, in the layout with probes as channels."""
 
     def __init__(self, channels, growth, kernel, up_kernel, layers, **_):
         super().__init__()

@@ -20,14 +20,14 @@ import numpy as np
 import pytest
 from conftest import ROOT, Launch, documented
 
-import checkpoint as parameters
-import dataset
 from jaxcomm import checkpoint
 from jaxcomm.errors import InvalidOptionError
-from monitor import Predictor
-from network import NETWORKS
-from scores import nrmse
-from simulate_cache import data_config
+from stemdl.data import dataset
+from stemdl.data.cache import data_config
+from stemdl.evaluation.metrics import nrmse
+from stemdl.model.network import NETWORKS
+from stemdl.training import parameters
+from stemdl.training.monitor import Predictor
 
 FAILING = r"""
 import os, re, signal, subprocess, sys, time
@@ -294,8 +294,7 @@ def test_stemdl_killed_and_asked_to_end_trains_as_without_a_break(
     names = np.array([config.material(k) for k in range(config.samples)])
     arrays = {"amplitudes": x, "labels": y, "material": names}
     dataset.save(config, arrays, tmp_path)
-    script = ROOT / "examples" / "stemdl" / "train.py"
-    command = [script, "--network", "toy", "--data", tmp_path]
+    command = ["-m", "stemdl.training.train", "--network", "toy", "--data", tmp_path]
     command += ["--samples", 8, "--batch", 2, "--steps", 80, "--checkpoint-every", 4]
     command += ["--evaluate-every", 40, "--log-every", 10, "--tensorboard"]
     command += ["--set", "noise.least_dose=1e5"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import runpy
 import sys
@@ -294,7 +295,17 @@ def simulate(
 @click.argument("arguments", nargs=-1, type=click.UNPROCESSED)
 def demo(arguments: tuple[str, ...]) -> None:
     """Train a small STEMDL network on two ranks (run it in a checkout)."""
-    _run_script("examples/stemdl/demo.py", arguments)
+    try:
+        found = importlib.util.find_spec("stemdl.demo")
+    except ModuleNotFoundError:
+        found = None
+    if found is None:
+        raise click.ClickException(
+            "the STEMDL example is part of the repository, not of the wheel: clone it, "
+            "and say `make setup` or `pip install --editable examples/stemdl` there"
+        )
+    sys.argv = ["stemdl.demo", *arguments]
+    runpy.run_module("stemdl.demo", run_name="__main__", alter_sys=True)
 
 
 @main.command(context_settings=_PASS_THROUGH | {"help_option_names": []})

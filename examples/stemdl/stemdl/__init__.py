@@ -1,0 +1,1 @@
+"""Electron diffraction of crystals inverted by a network: an example of jaxcomm."""

@@ -1,0 +1,1 @@
+"""Data sets: simulated, stored, read, and put into batches."""
