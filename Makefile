@@ -61,7 +61,7 @@ demo: $(STAMP)
 	$(BIN)/jaxcomm demo $(DEMO_ARGS)
 
 stemdl: $(STAMP)
-	$(BIN)/python -m stemdl.pipeline $(if $(RECIPE),--recipe $(RECIPE))
+	$(BIN)/python -m stemdl pipeline $(if $(RECIPE),--recipe $(RECIPE))
 
 examples: $(STAMP)
 	$(BIN)/python examples/clients/compare.py

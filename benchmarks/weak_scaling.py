@@ -33,7 +33,6 @@ from stemdl.model.network import NETWORKS
 from stemdl_sizes import SIZES
 
 HERE = Path(__file__).resolve().parent
-TRAIN, SIMULATE = "stemdl.training.train", "stemdl.data.simulation"
 NETWORKS_TIMED = ("tiny", "small", "medium")
 # A step of medium takes as long as a hundred of tiny's: one round of it must do.
 REPEATS = {"tiny": 7, "small": 6, "medium": 2, "toy": 3}
@@ -91,14 +90,14 @@ def data_time(rounds: int) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         sources = {"shards": folder / "shards", "memory": folder / "data"}
-        _on_ranks(SIMULATE, "--samples", samples, "--out", sources["shards"])
+        _on_ranks("simulate", "--samples", samples, "--out", sources["shards"])
         for _ in range(rounds):
             for source, place in sources.items():
                 option = "--shards" if source == "shards" else "--data"
                 options = [option, place, "--out", folder / "run", "--log-every", 10]
                 for key, value in TRAINING.items():
                     options += [f"--{key}", value]
-                _on_ranks(TRAIN, *options)
+                _on_ranks("train", *options)
                 with (folder / "run/metrics.csv").open(newline="") as file:
                     rows = list(csv.DictReader(file))
                 taken[source] += [
@@ -116,8 +115,9 @@ def data_time(rounds: int) -> dict[str, Any]:
     }
 
 
-def _on_ranks(module: str, *options: object) -> None:
-    command = [sys.executable, "-m", "jaxcomm", "run", "-n", "2", "-m", module]
+def _on_ranks(name: str, *options: object) -> None:
+    command = [sys.executable, "-m", "jaxcomm", "run", "-n", "2"]
+    command += ["-m", "stemdl", name]
     command += map(str, options)
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:

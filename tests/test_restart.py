@@ -294,7 +294,7 @@ def test_stemdl_killed_and_asked_to_end_trains_as_without_a_break(
     names = np.array([config.material(k) for k in range(config.samples)])
     arrays = {"amplitudes": x, "labels": y, "material": names}
     dataset.save(config, arrays, tmp_path)
-    command = ["-m", "stemdl.training.train", "--network", "toy", "--data", tmp_path]
+    command = ["-m", "stemdl", "train", "--network", "toy", "--data", tmp_path]
     command += ["--samples", 8, "--batch", 2, "--steps", 80, "--checkpoint-every", 4]
     command += ["--evaluate-every", 40, "--log-every", 10, "--tensorboard"]
     command += ["--set", "noise.least_dose=1e5"]

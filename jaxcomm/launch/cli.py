@@ -296,7 +296,7 @@ def simulate(
 def demo(arguments: tuple[str, ...]) -> None:
     """Train a small STEMDL network on two ranks (run it in a checkout)."""
     try:
-        found = importlib.util.find_spec("stemdl.demo")
+        found = importlib.util.find_spec("stemdl.__main__")
     except ModuleNotFoundError:
         found = None
     if found is None:
@@ -304,8 +304,8 @@ def demo(arguments: tuple[str, ...]) -> None:
             "the STEMDL example is part of the repository, not of the wheel: clone it, "
             "and say `make setup` or `pip install --editable examples/stemdl` there"
         )
-    sys.argv = ["stemdl.demo", *arguments]
-    runpy.run_module("stemdl.demo", run_name="__main__", alter_sys=True)
+    sys.argv = ["stemdl", "demo", *arguments]
+    runpy.run_module("stemdl", run_name="__main__", alter_sys=True)
 
 
 @main.command(context_settings=_PASS_THROUGH | {"help_option_names": []})

@@ -87,7 +87,7 @@ def test_reconstructions_are_turned_back_before_they_are_averaged(
 
 
 def test_a_bad_cache_is_named(tmp_path: Path, samples: dataset.Arrays) -> None:
-    with pytest.raises(FileNotFoundError, match=r"simulate_cache\.py"):
+    with pytest.raises(FileNotFoundError, match=r"stemdl cache"):
         dataset.load(CONFIG, tmp_path)
     path = dataset.save(CONFIG, samples, tmp_path)
     assert len(dataset.load(CONFIG, tmp_path).test_x) == CONFIG.test

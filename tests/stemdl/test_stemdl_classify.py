@@ -24,7 +24,7 @@ from stemdl.physics.optics import Optics
 from stemdl.physics.symmetry import space_group
 from stemdl.training import parameters
 
-COMMAND = ("-m", "stemdl.classification.classify")
+COMMAND = ("-m", "stemdl", "classify")
 CONFIG = data.PatternConfig(train=16, test=8)
 TINY = ("--samples", "16", "--test-samples", "8", "--network", "toy", "--steps", "5")
 
@@ -131,9 +131,7 @@ def test_a_zone_may_be_given(zone: tuple[int, int, int], spacing: float) -> None
 
 
 def test_bad_caches_and_configurations_are_named(cache: Path, tmp_path: Path) -> None:
-    with pytest.raises(
-        FileNotFoundError, match=r"simulate it with .*train_classifier\.py"
-    ):
+    with pytest.raises(FileNotFoundError, match=r"simulate it with .*stemdl classify"):
         data.load(CONFIG, tmp_path)
     for part in range(data.PARTS):
         path = CONFIG.path(cache, part)

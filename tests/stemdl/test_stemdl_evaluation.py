@@ -256,7 +256,7 @@ def test_the_strongest_linear_map(data: tuple[dataset.Dataset, Path]) -> None:
 def untrained(
     data: tuple[dataset.Dataset, Path], tmp_path_factory: pytest.TempPathFactory
 ) -> Path:
-    """A run as `train.py` leaves it, before its first step."""
+    """A run as `stemdl train` leaves it, before its first step."""
     run = tmp_path_factory.mktemp("run")
     config = Config(network=Network(name="toy"), training=Training(samples=16))
     model = recipe.build(config.network, OPTICS.label_pixels)
@@ -315,9 +315,9 @@ def test_a_run_or_data_that_are_not_there(
             evaluate.main.main(line, standalone_mode=False)
         return caught.value.message
 
-    assert "params.npz does not exist; train.py" in refused()
+    assert "params.npz does not exist; `stemdl train`" in refused()
     shutil.copytree(untrained, run)
-    assert "simulate_cache.py" in refused("--data", str(tmp_path / "none"))
+    assert "stemdl cache" in refused("--data", str(tmp_path / "none"))
     assert "manifest.json does not exist" in refused("--shards", str(tmp_path))
     assert "--samples" in refused("--shards", str(tmp_path), "--samples", "16")
     # More to test on may be other data, but not another microscope's.

@@ -20,10 +20,10 @@ name = "toy"
 """
 
 
-def ran(folder: Path, module: str, *options: str | Path) -> str:
-    command = [sys.executable, "-m", f"stemdl.{module}", *options]
+def ran(folder: Path, command: str, *options: str | Path) -> str:
+    line = [sys.executable, "-m", "stemdl", command, *options]
     done = subprocess.run(
-        command, cwd=folder, capture_output=True, text=True, timeout=200, check=False
+        line, cwd=folder, capture_output=True, text=True, timeout=200, check=False
     )
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
     return done.stdout + done.stderr
@@ -51,7 +51,7 @@ def test_simulates_trains_and_evaluates(tmp_path: Path) -> None:
     assert trained.stat().st_mtime_ns == before and report.exists()
 
     table = tmp_path / "recipes.json"
-    said = ran(tmp_path, "evaluation.comparison", out, "--json", table)
+    said = ran(tmp_path, "compare", out, "--json", table)
     assert "`few`" in said
     assert json.loads(table.read_text())["few"]["steps"] == 20
 

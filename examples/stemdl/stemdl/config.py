@@ -5,7 +5,7 @@
     lr = 0.001
 
 Elsewhere keys are written `section.key`: in `--set optimizer.lr=0.1`, in messages, in
-the settings that a checkpoint keeps. `python examples/stemdl/config.py` prints a file
+the settings that a checkpoint keeps. `python -m stemdl config` prints a file
 of all of them with their defaults.
 """
 
@@ -19,6 +19,8 @@ import tomllib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+import click
 
 from stemdl.data.dataconfig import SAMPLES
 from stemdl.settings import Config
@@ -184,5 +186,7 @@ def _consistent(config: Config, sources: Mapping[str, str]) -> None:
         )
 
 
-if __name__ == "__main__":
-    print(Config().to_toml(), end="")
+@click.command()
+def main() -> None:
+    """Print a TOML file of all settings of a training, with their defaults."""
+    click.echo(Config().to_toml(), nl=False)

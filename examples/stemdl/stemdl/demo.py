@@ -31,17 +31,17 @@ PMAP_STEPS = 200
 COMPARE_STEPS = 20
 RUNS = ("jaxcomm", "pmap", "jaxcomm64", "pmap64")
 RESULTS = ("report.json", "reconstruction.png", "loss.png", "schedule.txt")
-TRAIN = ("-m", "stemdl.training.train")
+TRAIN = ("-m", "stemdl", "train")
 
 
 def on_ranks(out: Path, *options: str) -> dict[str, Any]:
-    """Train on MPI ranks through jaxcomm; returns what `train.py` reports."""
+    """Train on MPI ranks through jaxcomm; returns what `stemdl train` reports."""
     launch = [sys.executable, "-m", "jaxcomm", "run", "-n", str(RANKS)]
     return _train([*launch, *TRAIN, *options, "--out", str(out)], out)
 
 
 def under_pmap(out: Path, *options: str) -> dict[str, Any]:
-    """Train in one process on as many host devices; returns what `train.py` reports."""
+    """The same in one process on as many host devices."""
     devices = f"--xla_force_host_platform_device_count={RANKS}"
     flags = f"{os.environ.get('XLA_FLAGS', '')} {devices}".strip()
     command = [sys.executable, *TRAIN, "--backend", "pmap", *options]
@@ -154,7 +154,3 @@ def main(steps: int, network: str, data_dir: Path, out: Path) -> None:
     (out / "report.json").write_text(json.dumps(report, indent=1) + "\n")
     show(console, report)
     console.print(f"Report, pictures and schedule: {out}")
-
-
-if __name__ == "__main__":
-    main()

@@ -7,7 +7,7 @@
     [preparation]
     phonons = 8
 
-`python examples/stemdl/microscope.py` prints a file of all fields with their defaults;
+`python -m stemdl microscope` prints a file of all fields with their defaults;
 `physics.optics.Optics` and `physics.crystals.Preparation` say what they mean.
 """
 
@@ -83,5 +83,7 @@ def to_toml() -> str:
     return "\n".join(lines) + "\n"
 
 
-if __name__ == "__main__":
+@click.command()
+def main() -> None:
+    """Print a TOML file of the microscope and the preparation, with their defaults."""
     click.echo(to_toml(), nl=False)

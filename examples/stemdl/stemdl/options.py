@@ -31,7 +31,7 @@ _OPTIONS = (
         "--config",
         "config_path",
         type=click.Path(path_type=Path),
-        help="a TOML file; python examples/stemdl/config.py prints one with all keys",
+        help="a TOML file; python -m stemdl config prints one with all keys",
     ),
     click.option(
         "--set",

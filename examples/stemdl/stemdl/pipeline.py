@@ -87,13 +87,11 @@ def main(recipe: str, data: Path, out: Path | None) -> None:
     console.print(text, highlight=False, soft_wrap=True)
 
     launch = ("-m", "jaxcomm", "run", "-n", str(RANKS))
-    simulator = ("-m", "stemdl.data.simulation")
+    simulator = ("-m", "stemdl", "simulate")
     options = ("--samples", str(samples), "--shards", str(SHARDS), "--out", shards)
     spent = [run("1  simulate", console, *launch, *simulator, *options)]
-    trainer, each = (
-        ("-m", "stemdl.training.train"),
-        max(1, resolved.training.steps // 10),
-    )
+    trainer = ("-m", "stemdl", "train")
+    each = max(1, resolved.training.steps // 10)
     options = ("--config", path, "--shards", shards, "--out", out / "run")
     options += ("--evaluate-every", str(each), "--checkpoint-every", str(each))
     title, report = f"2  train on {RANKS} MPI ranks", out / "report.json"
@@ -109,14 +107,10 @@ def main(recipe: str, data: Path, out: Path | None) -> None:
     options = ("--run", out / "run", "--shards", shards, "--out", out)
     options += ("--strongest", "--orientations")
     title = "3  evaluate on materials the network has never seen"
-    spent.append(run(title, console, "-m", "stemdl.evaluation.evaluate", *options))
+    spent.append(run(title, console, "-m", "stemdl", "evaluate", *options))
 
     table = Table("step", "minutes", "budget")
     for k, name in enumerate(("simulation", "training", "evaluation")):
         table.add_row(name, f"{spent[k]:.1f}", f"{budget[k]:g}" if budget else "")
     console.print(table)
     console.print(f"report: {out / 'report.md'}", highlight=False, soft_wrap=True)
-
-
-if __name__ == "__main__":
-    main()

@@ -1,8 +1,8 @@
 r"""Train a ResNet to tell space groups from diffraction patterns, data-parallel.
 
-jaxcomm run -n 2 examples/stemdl/train_classifier.py --out out/classify
+jaxcomm run -n 2 -m stemdl classify --out out/classify
 XLA_FLAGS=--xla_force_host_platform_device_count=2 \
-        python examples/stemdl/train_classifier.py --backend pmap --out out/classify-2
+        python -m stemdl classify --backend pmap --out out/classify-2
 """
 
 from __future__ import annotations
@@ -219,7 +219,3 @@ def _planned(schedule: Any) -> dict[str, Any] | None:
         "buckets": len(schedule.buckets),
         "buckets_with_gradients": len(with_gradients),
     }
-
-
-if __name__ == "__main__":
-    main()

@@ -212,7 +212,7 @@ def load(config: PatternConfig, directory: Path) -> tuple[Patterns, Patterns]:
 
 def _read(config: PatternConfig, directory: Path, part: int) -> Arrays:
     path = config.path(directory, part)
-    stored, arrays = read(path, _KEYS, "train_classifier.py")
+    stored, arrays = read(path, _KEYS, "classify")
     if stored != config.describe(part):
         raise CacheError(
             f"{path} holds other samples; delete it and they are simulated again. "

@@ -1,6 +1,6 @@
 """Simulate the data set, unless it is cached.
 
-python examples/stemdl/simulate_cache.py --samples 1500 --processes 2
+python -m stemdl cache --samples 1500 --processes 2
 """
 
 from __future__ import annotations
@@ -64,7 +64,3 @@ def main(samples: int, data_dir: Path, processes: int) -> None:
     config = data_config(samples)
     simulate(config, data_dir, processes, console)
     console.print(f"{config.path(data_dir)}: {config.samples} samples")
-
-
-if __name__ == "__main__":
-    main()

@@ -218,13 +218,13 @@ def load(config: DataConfig, directory: Path) -> Dataset:
     )
 
 
-def read(path: Path, keys: Sequence[str], script: str) -> tuple[str, Arrays]:
+def read(path: Path, keys: Sequence[str], command: str) -> tuple[str, Arrays]:
     """Read what `write` has written.
 
     Args:
       path: the file.
       keys: of the arrays wanted.
-      script: simulates it, for messages.
+      command: simulates it, for messages.
 
     Returns:
       The text of its configuration, and the arrays.
@@ -239,7 +239,7 @@ def read(path: Path, keys: Sequence[str], script: str) -> tuple[str, Arrays]:
             return str(file["config"]), {key: file[key] for key in keys}
     except FileNotFoundError:
         raise FileNotFoundError(
-            f"{path} does not exist; simulate it with examples/stemdl/{script}"
+            f"{path} does not exist; simulate it with python -m stemdl {command}"
         ) from None
     except Exception as error:  # np.load raises whatever zipfile, zlib or pickle do
         raise CacheError(
@@ -249,7 +249,7 @@ def read(path: Path, keys: Sequence[str], script: str) -> tuple[str, Arrays]:
 
 
 def _read(config: DataConfig, path: Path) -> Arrays:
-    stored, arrays = read(path, _KEYS, "simulate_cache.py")
+    stored, arrays = read(path, _KEYS, "cache")
     shape = (config.samples, config.optics.probes, config.optics.probes)
     if stored != config.to_json() or arrays["amplitudes"].shape[:3] != shape:
         raise CacheError(

@@ -165,7 +165,7 @@ def read(directory: Path) -> Manifest:
     except FileNotFoundError:
         raise ShardError(
             f"{path} does not exist: simulate the data set, or let the simulation end, "
-            "with examples/stemdl/simulate_shards.py"
+            "with python -m stemdl simulate"
         ) from None
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ShardError(f"{path} is damaged, or not a manifest: {error!r}") from error

@@ -1,13 +1,13 @@
 r"""Simulate the data set into shards, each rank its own.
 
-jaxcomm run -n 2 examples/stemdl/simulate_shards.py --samples 1500 --out data/shards
+jaxcomm run -n 2 -m stemdl simulate --samples 1500 --out data/shards
 
 Started again after an interruption, it simulates what is not complete. One job at a
 time may write to a directory. Another microscope comes from a file, and other crystals
 from CIF files:
 
-python examples/stemdl/microscope.py > microscope.toml
-jaxcomm run -n 2 examples/stemdl/simulate_shards.py --out data/mine \
+python -m stemdl microscope > microscope.toml
+jaxcomm run -n 2 -m stemdl simulate --out data/mine \
         --optics microscope.toml --cif a.cif --cif b.cif --held-out-cif c.cif
 """
 
@@ -212,7 +212,7 @@ def configured(
     "--optics",
     type=click.Path(path_type=Path),
     help="a TOML file: energy, aberrations, grids, mistilt, frozen phonons, ...; "
-    "python examples/stemdl/microscope.py prints one with all fields",
+    "python -m stemdl microscope prints one with all fields",
 )
 @click.option(
     "--cif",
@@ -232,7 +232,7 @@ def configured(
     "--built-in/--no-built-in",
     default=True,
     show_default=True,
-    help="simulate the materials of simulate/crystals.py too",
+    help="simulate the materials of physics/crystals.py too",
 )
 @click.option(
     "--out", type=click.Path(path_type=Path), default="data/shards", show_default=True
@@ -254,7 +254,3 @@ def main(samples: int, count: int, out: Path, **physics: Any) -> None:
             f"{out}: {number} in {len(done.shards)} shards, {size:.0f} MB, "
             f"{seconds:.1f} s"
         )
-
-
-if __name__ == "__main__":
-    main()

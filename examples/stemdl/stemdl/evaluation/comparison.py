@@ -1,6 +1,6 @@
 """One table of several trainings, from what `make stemdl` has left of each.
 
-python examples/stemdl/compare_recipes.py out/stemdl-* --json docs/stemdl-recipes.json
+python -m stemdl compare out/stemdl-* --json docs/stemdl-recipes.json
 """
 
 from __future__ import annotations
@@ -130,7 +130,3 @@ def main(folders: Sequence[Path], target: Path | None) -> None:
     if target:
         target.write_text(json.dumps(found, indent=1) + "\n")
     click.echo(markdown(found))
-
-
-if __name__ == "__main__":
-    main()

@@ -1,6 +1,6 @@
 """Score a trained network on materials it has never seen, and draw what it sees.
 
-python examples/stemdl/evaluate.py --run out/stemdl --out out/stemdl/evaluation
+python -m stemdl evaluate --run out/stemdl --out out/stemdl/evaluation
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def reconstruct(model: StemNet, params_file: Path, patterns: np.ndarray) -> np.n
 
     Args:
       model: the network.
-      params_file: as `train.py` writes it.
+      params_file: as `stemdl train` writes it.
       patterns: (n, scan, scan, detector, detector) standardised amplitudes.
 
     Returns:
@@ -150,7 +150,7 @@ def _settings(
     type=click.Path(path_type=Path),
     default="out/stemdl",
     show_default=True,
-    help="what train.py has written",
+    help="what `stemdl train` has written",
 )
 @click.option("--samples", type=int, help="training samples  [default: the run's]")
 @data_option
@@ -158,7 +158,7 @@ def _settings(
     "--shards",
     "shards_dir",
     type=click.Path(path_type=Path),
-    help="evaluate on what simulate_shards.py has written here, instead of --data",
+    help="evaluate on what `stemdl simulate` has written here, instead of --data",
 )
 @click.option(
     "--strongest",
@@ -191,8 +191,8 @@ def main(
     for name in ("params.npz", "config.toml", "train.json"):
         if not (run / name).exists():
             raise click.UsageError(
-                f"--run {run}: {run / name} does not exist; train.py writes it when it "
-                "ends"
+                f"--run {run}: {run / name} does not exist; `stemdl train` "
+                "writes it when it ends"
             )
     if shards_dir is not None and samples is not None:
         raise click.UsageError("--samples is about --data; shards tell their number")
@@ -220,7 +220,3 @@ def main(
     for name, scored in found["methods"].items():
         console.print(f"{name}: NRMSE {scored['nrmse_mean']:.3f}", highlight=False)
     console.print(f"Report and pictures: {out / 'report.md'}", highlight=False)
-
-
-if __name__ == "__main__":
-    main()

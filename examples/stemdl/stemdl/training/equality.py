@@ -1,8 +1,8 @@
 """Is it the same training, however gradients travel?
 
-python examples/stemdl/equality.py --network tiny --steps 60 --out out/equality
+python -m stemdl equality --network tiny --steps 60 --out out/equality
 
-Trains one network on one global batch by `train.py`: on one rank, on several, with
+Trains one network on one global batch by `stemdl train`: on one rank, on several, with
 other buckets, over another transport, under `jax.pmap`; in float32 and in float64.
 Writes equality.json, equality.md and equality.png, and ends with exit code 1 where
 parameters differ that must not.
@@ -33,7 +33,7 @@ from stemdl.model.network import NETWORKS
 from stemdl.training import parameters
 from stemdl.training.telemetry import UNTIMED_STEPS
 
-TRAIN = ("-m", "stemdl.training.train")
+TRAIN = ("-m", "stemdl", "train")
 DTYPES = ("float32", "float64")
 
 TOLERANCE = 1e-10
@@ -50,7 +50,7 @@ class Run:
 
     Attributes:
       ranks: processes, or devices of `jax.pmap`.
-      options: of train.py.
+      options: of `stemdl train`.
       transport: of jaxcomm.
       pmap: in one process, on so many host devices.
     """
@@ -296,7 +296,3 @@ def main(
     console.print(f"Report, table and picture: {out}")
     if wrong:
         raise click.ClickException("\n".join(wrong))
-
-
-if __name__ == "__main__":
-    main()

@@ -1,9 +1,9 @@
 r"""Train the network, data-parallel over ranks or over devices.
 
-jaxcomm run -n 2 examples/stemdl/train.py --out out/stemdl
-jaxcomm run -n 2 examples/stemdl/train.py --config recipe.toml --set optimizer.lr=0.01
+jaxcomm run -n 2 -m stemdl train --out out/stemdl
+jaxcomm run -n 2 -m stemdl train --config recipe.toml --set optimizer.lr=0.01
 XLA_FLAGS=--xla_force_host_platform_device_count=2 \
-        python examples/stemdl/train.py --backend pmap --out out/stemdl-pmap
+        python -m stemdl train --backend pmap --out out/stemdl-pmap
 
 With --checkpoint-every it goes on where it was ended: by SIGTERM or Ctrl-C, which save
 first, or by a failure, after which `jaxcomm run --max-restarts 3` starts it again.
@@ -111,7 +111,7 @@ MOST_CACHED = 6000
     "--shards",
     "shards_dir",
     type=click.Path(path_type=Path),
-    help="train from what simulate_shards.py has written here, instead of --data",
+    help="train from what `stemdl simulate` has written here, instead of --data",
 )
 @click.option(
     "--stage",
@@ -289,7 +289,7 @@ def _simulated(
     if samples > MOST_CACHED:
         raise click.UsageError(
             f"{samples} training samples are more than one process should simulate "
-            f"({MOST_CACHED}): write shards with simulate_shards.py on all ranks, and "
+            f"({MOST_CACHED}): write shards with `stemdl simulate` on all ranks, and "
             "give --shards"
         )
     data = data_config(samples)
@@ -359,7 +359,3 @@ def _give_up(
         f"{error}; {'; '.join(parts)}. If the data are sound, lower "
         "optimizer.lr or give precision.compute a wider range."
     ) from error
-
-
-if __name__ == "__main__":
-    main()
