@@ -54,7 +54,7 @@ $(STAMP): pyproject.toml examples/stemdl/pyproject.toml $(NATIVE)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade uv
 	$(BIN)/uv pip install --quiet --python $(BIN)/python --editable '.[$(EXTRAS)]' \
-	  --editable examples/stemdl --reinstall-package jaxcomm
+	  $(if $(filter dev,$(EXTRAS)),--editable examples/stemdl) --reinstall-package jaxcomm
 	@touch $@
 
 demo: $(STAMP)
