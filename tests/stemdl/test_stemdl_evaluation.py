@@ -13,6 +13,7 @@ import pytest
 from rich.console import Console
 
 import jaxcomm
+from stemdl.config import Config, Network, Training
 from stemdl.data import dataset, simulation
 from stemdl.data.cache import data_config
 from stemdl.evaluation import (
@@ -28,7 +29,6 @@ from stemdl.evaluation.metrics import nrmse
 from stemdl.evaluation.ring_correlation import resolution, ring_correlation
 from stemdl.evaluation.similarity import ssim
 from stemdl.physics.optics import Optics
-from stemdl.settings import Config, Network, Training
 from stemdl.training import parameters, recipe
 
 SAMPLING = 0.25

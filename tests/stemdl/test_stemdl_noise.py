@@ -55,5 +55,5 @@ def test_electrons_are_counted() -> None:
 
 def test_doses_that_are_none() -> None:
     for text in ("0.5", "1e8"):
-        with pytest.raises(config.ConfigError, match=r"noise\.least_dose=.* neither"):
+        with pytest.raises(config.SettingError, match=r"noise\.least_dose=.* neither"):
             config.load(None, [f"noise.least_dose={text}"])

@@ -17,11 +17,11 @@ from conftest import ROOT, launch_ranks
 
 from jaxcomm.simulate import networks
 from stemdl import config
+from stemdl.config import Config, Network, Optimizer, Schedule
 from stemdl.data import augmentation, dataset
 from stemdl.data.cache import data_config
 from stemdl.model import losses
 from stemdl.model.network import NETWORKS, StemNet, scope_of, scopes
-from stemdl.settings import Config, Network, Optimizer, Schedule
 from stemdl.training import optimizer, recipe, train
 from stemdl.training.precision import LossScale
 
@@ -232,7 +232,7 @@ def test_what_a_file_gets_wrong_is_named(
 ) -> None:
     path = tmp_path / "recipe.toml"
     path.write_text(text)
-    with pytest.raises(config.ConfigError, match=message) as caught:
+    with pytest.raises(config.SettingError, match=message) as caught:
         config.load(path)
     assert str(caught.value).startswith(("default", str(path)))
 
@@ -248,9 +248,9 @@ def test_what_overrides_what(tmp_path: Path) -> None:
     assert resolved.network == Config().network
     path.write_text(resolved.to_toml())
     assert config.load(path) == resolved
-    with pytest.raises(config.ConfigError, match=r"--set loss=mae: loss is unknown"):
+    with pytest.raises(config.SettingError, match=r"--set loss=mae: loss is unknown"):
         config.load(None, ["loss=mae"])
-    with pytest.raises(config.ConfigError, match=r"write section\.key=value"):
+    with pytest.raises(config.SettingError, match=r"write section\.key=value"):
         config.load(None, ["loss"])
 
 

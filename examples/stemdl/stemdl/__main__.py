@@ -16,10 +16,10 @@ COMMANDS = {
     "evaluate": "stemdl.evaluation.evaluate",
     "compare": "stemdl.evaluation.comparison",
     "classify": "stemdl.classification.classify",
-    "config": "stemdl.config",
-    "microscope": "stemdl.microscope",
+    "config": "stemdl.config:print_settings",
+    "microscope": "stemdl.config:print_microscope",
 }
-"""The module of each; `main` is the command."""
+"""The module of each, and the command in it where that is not `main`."""
 
 
 class Commands(click.Group):
@@ -29,8 +29,10 @@ class Commands(click.Group):
         return list(COMMANDS)
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
-        module = COMMANDS.get(cmd_name)
-        return importlib.import_module(module).main if module else None
+        if cmd_name not in COMMANDS:
+            return None
+        module, _, name = COMMANDS[cmd_name].partition(":")
+        return getattr(importlib.import_module(module), name or "main")
 
 
 @click.group(cls=Commands)

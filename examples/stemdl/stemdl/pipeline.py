@@ -16,8 +16,7 @@ from rich.console import Console
 from rich.table import Table
 
 from stemdl import config
-from stemdl.data.dataconfig import SAMPLES
-from stemdl.settings import Config
+from stemdl.config import SAMPLES, Config
 
 RECIPES = Path(__file__).resolve().parents[1] / "recipes"
 RANKS = 2
@@ -70,7 +69,7 @@ def main(recipe: str, data: Path, out: Path | None) -> None:
     path = RECIPES / f"{recipe}.toml" if named else Path(recipe)
     try:
         resolved = config.load(path)
-    except config.ConfigError as error:
+    except config.SettingError as error:
         raise click.UsageError(str(error)) from error
     out = out or Path("out") / f"stemdl-{path.stem}"
     samples = resolved.training.samples or SAMPLES

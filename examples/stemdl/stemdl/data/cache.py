@@ -14,8 +14,8 @@ import click
 from rich.console import Console
 from rich.progress import Progress
 
+from stemdl.config import SAMPLES
 from stemdl.data import dataset
-from stemdl.data.dataconfig import SAMPLES
 
 TEST_FRACTION = 2 / 15
 

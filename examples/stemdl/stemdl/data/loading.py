@@ -15,7 +15,7 @@ import h5py
 import numpy as np
 
 import jaxcomm
-from stemdl import settings
+from stemdl import config
 from stemdl.data import augmentation, manifest, shards
 from stemdl.data.consensus import together
 from stemdl.data.dataset import Dataset
@@ -152,7 +152,7 @@ def open_source(
     batch: int,
     seed: int,
     samples: int | None = None,
-    noise: settings.Noise | None = None,
+    noise: config.Noise | None = None,
 ) -> Source:
     """Open the training shards; all ranks call it together.
 
@@ -194,7 +194,7 @@ def open_source(
         )
     order = ShardOrder(len(training), training[0].samples, batch, seed)
     slots = backend.share(np.arange(batch))
-    noisy = Noise.of(noise or settings.Noise(), seed, whole.mean, whole.std)
+    noisy = Noise.of(noise or config.Noise(), seed, whole.mean, whole.std)
 
     def source(place: Path) -> Source:
         return together(

@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 
-from stemdl.data import augmentation, dataconfig
+from stemdl.data import augmentation, dataset
 
 FORMAT = 1
 """Raise it whenever the layout of shards or manifest changes."""
@@ -91,7 +91,7 @@ class Manifest:
         return _digest(self.content())
 
 
-def plan(config: dataconfig.DataConfig, count: int) -> tuple[Shard, ...]:
+def plan(config: dataset.DataConfig, count: int) -> tuple[Shard, ...]:
     """Divide a data set into `count` equal training shards, and held-out ones.
 
     Raises:
@@ -171,7 +171,7 @@ def read(directory: Path) -> Manifest:
         raise ShardError(f"{path} is damaged, or not a manifest: {error!r}") from error
     require(path, "format", content.get("format"), FORMAT)
     require(path, "sha256", _digest(content), claimed)
-    require(path, "config.version", content["config"]["version"], dataconfig.VERSION)
+    require(path, "config.version", content["config"]["version"], dataset.VERSION)
     shards = tuple(Shard(**shard) for shard in content["shards"])
     manifest = Manifest(
         config=content["config"],

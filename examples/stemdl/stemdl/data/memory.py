@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import numpy as np
 
 from jaxcomm.data import Batches
-from stemdl import settings
+from stemdl import config
 from stemdl.data.augmentation import augment, draw
 from stemdl.data.dataset import Dataset
 from stemdl.data.noise import Noise
@@ -29,7 +29,7 @@ class Cached:
         backend: Backend,
         batch: int,
         seed: int,
-        noise: settings.Noise,
+        noise: config.Noise,
     ):
         self.example, self.pixels = dataset.train_x[0], dataset.train_y.shape[-1]
         self._dataset, self._backend = dataset, backend

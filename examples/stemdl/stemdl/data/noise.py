@@ -6,7 +6,7 @@ import dataclasses
 
 import numpy as np
 
-from stemdl import settings
+from stemdl import config
 from stemdl.physics import dose
 
 _STREAM = 1
@@ -33,7 +33,7 @@ class Noise:
 
     @classmethod
     def of(
-        cls, wanted: settings.Noise, seed: int, mean: np.ndarray, std: np.ndarray
+        cls, wanted: config.Noise, seed: int, mean: np.ndarray, std: np.ndarray
     ) -> Noise:
         """Noise as a configuration wants it, for data with these statistics."""
         return cls(wanted.least_dose, wanted.most_dose, seed, mean, std)

@@ -19,7 +19,7 @@ from typing import Any
 import h5py
 import numpy as np
 
-from stemdl.data.dataconfig import DataConfig
+from stemdl.data.dataset import DataConfig
 from stemdl.data.manifest import Shard, ShardError, require, sync
 
 Sample = Callable[[DataConfig, int], tuple[np.ndarray, np.ndarray]]

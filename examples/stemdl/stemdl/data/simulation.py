@@ -26,12 +26,11 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
 
 import jaxcomm
-from stemdl import microscope
+from stemdl.config import SAMPLES, load_microscope
 from stemdl.data import manifest, shards
 from stemdl.data.cache import data_config
 from stemdl.data.consensus import together
-from stemdl.data.dataconfig import SAMPLES, DataConfig
-from stemdl.data.dataset import simulate_sample
+from stemdl.data.dataset import DataConfig, simulate_sample
 from stemdl.data.manifest import Manifest, Shard, ShardError
 from stemdl.physics import cif
 from stemdl.physics.optics import SettingError
@@ -186,7 +185,7 @@ def configured(
         try:
             return data_config(
                 samples,
-                **microscope.load(optics),
+                **load_microscope(optics),
                 cifs=tuple(map(cif.read, cifs)),
                 held_out_cifs=tuple(map(cif.read, held_out_cifs)),
                 built_in=built_in,

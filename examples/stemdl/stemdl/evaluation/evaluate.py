@@ -16,6 +16,7 @@ import numpy as np
 from rich.console import Console
 
 from stemdl import config
+from stemdl.config import Config
 from stemdl.data import augmentation, loading, manifest
 from stemdl.data.cache import data_config, data_option
 from stemdl.data.dataset import CacheError, DataConfig, Dataset, load
@@ -23,7 +24,6 @@ from stemdl.evaluation import baselines, figures, report
 from stemdl.evaluation.baselines import Predictor
 from stemdl.evaluation.metrics import nrmse, pearson
 from stemdl.model.network import StemNet
-from stemdl.settings import Config
 from stemdl.training import monitor, parameters, recipe
 
 

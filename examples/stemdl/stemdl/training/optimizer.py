@@ -8,8 +8,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from stemdl.config import Optimizer, Schedule
 from stemdl.model.network import scope_of
-from stemdl.settings import Optimizer, Schedule
 
 HIGHEST_LR = 1.0
 """Cap on a rate that was multiplied by the number of ranks, as in STEMDL."""

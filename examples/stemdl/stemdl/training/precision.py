@@ -19,7 +19,7 @@ from typing import Any, NamedTuple, TypeVar
 import jax
 import jax.numpy as jnp
 
-from stemdl.settings import Precision
+from stemdl.config import Precision
 
 Tree = TypeVar("Tree")
 

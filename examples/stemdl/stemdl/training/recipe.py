@@ -16,9 +16,9 @@ import numpy as np
 import optax
 
 import jaxcomm
+from stemdl.config import Communication, Config, Network
 from stemdl.model import losses
 from stemdl.model.network import NETWORKS, StemNet, scope_of
-from stemdl.settings import Communication, Config, Network
 from stemdl.training import precision
 from stemdl.training.backends import AXIS, Backend
 from stemdl.training.precision import LossScale

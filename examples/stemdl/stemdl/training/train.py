@@ -26,13 +26,11 @@ from rich.console import Console
 import jaxcomm
 from jaxcomm.checkpoint import CheckpointError, Stop, clear, restore, save
 from stemdl import config
+from stemdl.config import SAMPLES, Communication, Config, config_options
 from stemdl.data import loading
 from stemdl.data.cache import data_config, data_option, simulate
-from stemdl.data.dataconfig import SAMPLES
 from stemdl.data.dataset import load
 from stemdl.data.memory import Cached
-from stemdl.options import config_options
-from stemdl.settings import Communication, Config
 from stemdl.training import nonfinite, optimizer, parameters, precision, recipe
 from stemdl.training.backends import AXIS, BACKENDS, Backend, ControlMessages
 from stemdl.training.monitor import Monitor
