@@ -122,6 +122,7 @@ def test_the_printed_file_holds_the_defaults(tmp_path: Path) -> None:
     [
         ("[optics]\ndefocus = 3", r"optics.defocus is unknown; .*has energy_ev, "),
         ("[optics]\nprobes = 4.5", r"optics.probes=4.5 is of type float; .*int"),
+        ("[lens]", r"there is no section lens; use optics, preparation"),
         ("[lens]\nc1 = 3", r"lens.c1 is in no section .*use optics, preparation"),
         ("c1 = 3", r"c1 is outside a section"),
         ("[optics", "is no readable TOML file"),

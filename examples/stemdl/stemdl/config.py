@@ -287,6 +287,10 @@ def _read(path: Path | None, kinds: Mapping[str, Any]) -> Given:
                 f"{path}: {section} is outside a section; the sections are "
                 f"{', '.join(kinds)}"
             )
+        if section not in kinds and not keys:
+            raise SettingError(
+                f"{path}: there is no section {section}; use {', '.join(kinds)}"
+            )
         given |= {f"{section}.{key}": (v, str(path)) for key, v in keys.items()}
     return given
 
