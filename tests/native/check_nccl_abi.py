@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
-OURS = ROOT / "jaxcomm" / "native" / "nccl_abi.h"
+OURS = ROOT / "jaxcomm" / "native" / "src" / "nccl" / "nccl_abi.h"
 CACHE = ROOT / "build" / "nccl-headers"
 PROJECTS = ["nvidia-nccl-cu12", "nvidia-nccl-cu13"]
 MEMBER = "nvidia/nccl/include/nccl.h"
