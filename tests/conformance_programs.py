@@ -138,9 +138,10 @@ def check_a_part_of_a_grouped_sum_is_no_mean(comm: Communicator) -> None:
     mine = next(group for group in groups if comm.rank in group)
     grouped, other, mean = step(jnp.full(3, comm.rank + 1.0))
     total = sum(rank + 1.0 for rank in ranks)
-    same(grouped, np.full(3, sum(rank + 1.0 for rank in mine) / comm.size))
+    # Thirds are rounded.
+    close(grouped, np.full(3, sum(rank + 1.0 for rank in mine) / comm.size), rtol=1e-6)
     same(other, np.full(3, total / half))
-    same(mean, np.full(3, total / comm.size))
+    close(mean, np.full(3, total / comm.size), rtol=1e-6)
     found = {(bool(b.groups), b.op) for b in step.schedule.buckets}
     assert (True, "mean") not in found and (False, "mean") in found, found
 
