@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 from conftest import ROOT
 
+import gpu
 import gpu_sections
 from gpu_sections import Machine, Section
 
@@ -134,6 +135,12 @@ def test_two_ranks_on_one_gpu_and_on_two(
         ["3", "0.30", None, None, "0"],
         ["1", "0.30", None, None, "1"],
     ]
+
+
+def test_no_path_of_a_machine_is_kept() -> None:
+    row = {"error": 'File "/any/where/step.py", line 3', "ms": [1.5, "a/b"]}
+    kept = {"error": 'File "step.py", line 3', "ms": [1.5, "a/b"]}
+    assert gpu.without_paths(row) == kept
 
 
 def test_the_script_is_one_that_bash_reads() -> None:
