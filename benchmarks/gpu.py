@@ -63,8 +63,8 @@ def ask(command: list[str]) -> list[str]:
 def find_machine(dry: bool, launch: str | None) -> Machine:
     """Look at what there is, starting neither CUDA nor MPI in this process."""
     look = (
-        "import dataclasses, json; from jaxcomm.transports import nccl; "
-        "found = nccl.find(); print(json.dumps(found and dataclasses.asdict(found)))"
+        "import dataclasses, json; from jaxcomm.transports.nccl import library; "
+        "found = library.find(); print(json.dumps(found and dataclasses.asdict(found)))"
     )
     lines = ask([sys.executable, "-c", look])
     nccl = json.loads(lines[-1]) if lines else None

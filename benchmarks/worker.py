@@ -260,7 +260,6 @@ def time_planning(shapes: trees.Shapes) -> dict[str, float]:
     """Milliseconds of tracing, planning, checking, each by itself."""
     from jaxcomm.collectives import reductions
     from jaxcomm.planning import planner
-    from jaxcomm.ranks import agreement
 
     comm, tree = jaxcomm.world(), filled(shapes)
 
@@ -287,10 +286,10 @@ def time_planning(shapes: trees.Shapes) -> dict[str, float]:
         "plan of 10,000 leaves": milliseconds(lambda: jaxcomm.plan(many)),
     }
     schedule = planner.make_schedule(specs, op="sum", size=comm.size)
-    digest = agreement.register(comm.key, schedule, comm.transport)
+    digest = comm.agreement.register(schedule)
     comm.barrier()
     result["check across ranks"] = milliseconds(
-        lambda: agreement.answer(comm.key, digest, -1, -1)
+        lambda: comm.agreement.answer(digest, -1, -1)
     )
     key = (leaves, jax.tree.structure(tree), comm, "mean", None, None, None)
     jaxcomm.all_reduce(tree)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import atexit
-import importlib
 import importlib.util
 import logging
 import os
@@ -15,27 +14,23 @@ from typing import Any
 
 import jax
 
-from jaxcomm import compat, native
+from jaxcomm import compat, native, transports
 from jaxcomm import settings as _settings
 from jaxcomm.errors import (
     BrokenCommunicatorError,
     InvalidOptionError,
     TransportUnavailableError,
 )
-from jaxcomm.ranks import agreement
 from jaxcomm.ranks import threads as _threads
-from jaxcomm.ranks.communicator import (
-    Communicator,
-    answer_partition,
-    wait_for_pending_work,
-)
+from jaxcomm.ranks.communicator import Communicator, wait_for_pending_work
 from jaxcomm.ranks.fabric import Alone, Fabric, KeyValueFabric, MpiFabric
 from jaxcomm.settings import Settings
 from jaxcomm.supervision import abort, timeline, watchdog
+from jaxcomm.transports.base import Transport
 
 log = logging.getLogger(__name__)
 
-TRANSPORTS = ("auto", "local", "mpi", "mpi4jax", "nccl")
+TRANSPORTS = ("auto", *transports.names())
 
 _LEAST_PATIENCE = 30.0  # seconds
 
@@ -181,11 +176,11 @@ def _start(
 ) -> Communicator:
     launched = launched_ranks()
     if transport == "auto":
-        transport = _automatic(launched, settings)
-    else:
-        _threads.prepare(transport)
-    if transport == "local":
-        return Communicator("world", "local", settings, Alone())
+        transport = _automatic(launched)
+    backend = transports.find(transport)()
+    _threads.prepare(waits_in_pool=backend.waits_in_pool)
+    if not backend.connects:
+        return Communicator("world", backend, settings, Alone())
     # Many ranks that start from one file system differ by more than steps do.
     patience = max(limits[1], _LEAST_PATIENCE) if limits[1] else 0.0
     late = (
@@ -195,30 +190,29 @@ def _start(
         "sets the time.\n"
     )
     with native.deadline(patience, late, watchdog.STALLED):
-        return _connect(transport, launched, settings, limits)
+        return _connect(backend, launched, settings, limits)
 
 
 def _connect(
-    transport: str, launched: int, settings: Settings, limits: tuple[float, float]
+    backend: Transport, launched: int, settings: Settings, limits: tuple[float, float]
 ) -> Communicator:
-    fabric = _fabric(transport, launched, settings)
-    native.set_agree(agreement.answer, agreement.differ)
-    native.set_partition(answer_partition)
-    if transport == "nccl":
-        nccl = importlib.import_module("jaxcomm.transports.nccl")
-        nccl.prepare(fabric, limits[1])
-        atexit.register(nccl.close)
-        _at_exit.append(nccl.close)
-    else:
-        native.bind_mpi(sys.modules["mpi4py.MPI"])
-    comm = Communicator("world", transport, settings, fabric)
+    fabric = _fabric(backend, launched, settings)
+    backend.open(fabric, limits[1])
+    atexit.register(backend.close)
+    _at_exit.append(backend.close)
+    comm = Communicator("world", backend, settings, fabric)
+    native.set_agree(comm.registry.agree, comm.registry.differ)
+    native.set_partition(comm.registry.partition)
     if comm.size > 1:
         abort.install_excepthook()
     if timeline.wanted():
         native.timeline_start()
         atexit.register(_write_timeline, comm)
-    if isinstance(fabric, MpiFabric) and _watched(comm, limits):
-        watch = watchdog.Watchdog(fabric.duplicate(), fabric.host, *limits)
+    watched = comm.size > 1 and backend.counts_every_call and any(limits)
+    if isinstance(fabric, MpiFabric) and watched:
+        watch = watchdog.Watchdog(
+            fabric.duplicate(), fabric.host, comm.registry.describe, *limits
+        )
         atexit.register(watch.stop)
         _at_exit.append(watch.stop)
         if limits[1]:
@@ -234,15 +228,6 @@ def _connect(
     return comm
 
 
-def _watched(comm: Communicator, limits: tuple[float, float]) -> bool:
-    if comm.transport == "nccl":
-        # A CUDA graph replays calls that nobody counts, on each rank as XLA sees fit.
-        nccl = importlib.import_module("jaxcomm.transports.nccl")
-        if nccl.in_graphs():
-            return False
-    return comm.size > 1 and any(limits)
-
-
 def _leave_to_parent() -> None:
     """In a forked process: neither MPI nor XLA's threads are its own."""
     global _world, _forked
@@ -251,28 +236,29 @@ def _leave_to_parent() -> None:
         atexit.unregister(call)
 
 
-def _automatic(launched: int, settings: Settings) -> str:
-    """Choose a transport: NCCL on GPUs, MPI elsewhere, none for one rank."""
+def _automatic(launched: int) -> str:
+    """Choose a transport: for one rank none, else what suits JAX's backend."""
     mpi_ready = "mpi4py.MPI" in sys.modules and _mpi_size() > 1
+    by_mpi = launched > 1 or mpi_ready
     distributed = compat.distributed_client()
-    several = launched > 1 or mpi_ready
-    several |= distributed is not None and distributed.num_processes > 1
-    if several:
-        _threads.prepare("auto")  # before JAX is asked for anything
-    if several and jax.default_backend() == "gpu":
-        return "nccl"
-    return "mpi" if launched > 1 or mpi_ready else "local"
+    several = by_mpi or (distributed is not None and distributed.num_processes > 1)
+    if not several:
+        return "local"
+    # Asking for the backend makes JAX's client of the CPU, so that comes first.
+    _threads.prepare(waits_in_pool=True)
+    name = transports.automatic(jax.default_backend())
+    return "local" if transports.find(name).needs_mpi and not by_mpi else name
 
 
-def _fabric(transport: str, launched: int, settings: Settings) -> Fabric:
-    """Connect the processes: over MPI, or for NCCL also by jax.distributed or alone."""
-    if transport == "nccl":
+def _fabric(backend: Transport, launched: int, settings: Settings) -> Fabric:
+    """Connect the processes: by jax.distributed or alone where that will do, or MPI."""
+    if not backend.needs_mpi:
         fabric = KeyValueFabric.world(settings.timeout)
         if fabric is not None:
             return fabric
         if launched == 1 and "mpi4py.MPI" not in sys.modules:
             return Alone()
-    mpi = _import_mpi(transport, launched)
+    mpi = _import_mpi(backend, launched)
     if launched > 1 and mpi.COMM_WORLD.Get_size() == 1:
         raise TransportUnavailableError(
             f"the launcher started {launched} ranks, but each of them is alone in its "
@@ -284,12 +270,12 @@ def _fabric(transport: str, launched: int, settings: Settings) -> Fabric:
     return MpiFabric(mpi.COMM_WORLD, settings.timeout)
 
 
-def _import_mpi(transport: str, launched: int) -> Any:
+def _import_mpi(backend: Transport, launched: int) -> Any:
     remedy = (
         "Install it with `pip install 'jaxcomm[mpi]'`, or mpi4py against your "
         "cluster's MPI; `jaxcomm doctor` shows what is found."
     )
-    why = f"transport {transport!r}"
+    why = f"transport {backend.name!r}"
     if launched > 1:
         why += f" (this process is one of {launched} ranks)"
     if importlib.util.find_spec("mpi4py") is None:
@@ -308,7 +294,7 @@ def _import_mpi(transport: str, launched: int) -> Any:
             "automatic initialisation on, or call MPI.Init_thread() before jaxcomm"
         )
     least, name = MPI.THREAD_SERIALIZED, "MPI_THREAD_SERIALIZED"
-    if transport == "mpi4jax":  # its calls cannot take turns
+    if backend.concurrent_mpi_calls:
         least, name = MPI.THREAD_MULTIPLE, "MPI_THREAD_MULTIPLE"
     if MPI.Query_thread() < least:
         raise TransportUnavailableError(
@@ -333,4 +319,4 @@ def _write_timeline(comm: Communicator) -> None:
         log.warning("no timeline is written: %s", error)
         return
     if comm.rank == 0:
-        timeline.write(events)
+        timeline.write(events, comm.registry.schedule_of)

@@ -255,9 +255,9 @@ def test_what_cannot_be_used_says_why(
 
 OF_SLURM = f"""{RANK}
 import jaxcomm
-from jaxcomm.transports import nccl
+from jaxcomm.transports.nccl import library
 # As jax.distributed under Slurm: every process sees all GPUs, and has the rank's.
-nccl._ordinal = lambda: rank
+library.ordinal = lambda: rank
 os.environ["FAKE_NCCL_WANTS_DEVICE"] = str(rank)
 comm = jaxcomm.init("nccl")
 assert comm.subgroup([1, 0]).size == 2

@@ -12,7 +12,7 @@ import pytest
 from jaxcomm.errors import StallError
 from jaxcomm.ranks import deadline
 from jaxcomm.simulate import control
-from jaxcomm.transports import nccl
+from jaxcomm.transports.nccl import library
 
 REFUSED = """
 import jaxcomm
@@ -69,7 +69,7 @@ def test_transports_that_cannot_be_had_say_so(name: str, says: str) -> None:
 
 
 def test_nccl_version() -> None:
-    assert nccl.version_text(22703) == "2.27.3"
+    assert library.version_text(22703) == "2.27.3"
 
 
 def test_control_traffic() -> None:

@@ -24,6 +24,7 @@ from jaxcomm.ranks.communicator import Communicator
 from jaxcomm.ranks.fabric import Alone
 from jaxcomm.settings import Settings
 from jaxcomm.tracing import rewrite
+from jaxcomm.transports.local import Local
 
 Job = Callable[..., "subprocess.CompletedProcess[str]"]
 
@@ -275,8 +276,8 @@ def computed(nodes: list[Node], order: list[int], x: Any, size: int, call: Any) 
 
 def planned(nodes: list[Node], order: list[int], size: int) -> Any:
     """Plan a program whose equations stand in another, equivalent order."""
-    comm = Communicator(f"{size} that are not there", "local", Settings(), Alone())
-    comm.size, comm.transport, comm.alone = size, "none", False
+    comm = Communicator(f"{size} that are not there", Local(), Settings(), Alone())
+    comm.size, comm.alone = size, False
 
     def call(kind: str, x: Any) -> Any:
         return getattr(lax, kind)(x, "batch")

@@ -31,7 +31,7 @@ import errno, mmap, os, sys, types
 from mpi4py import MPI
 import jaxcomm
 from jaxcomm import native
-from jaxcomm.ranks import shared_window
+from jaxcomm.transports import shared_window
 
 if sys.argv[1] == "sched_getaffinity":  # others ask for it too
     os = shared_window.os = types.SimpleNamespace(**vars(os))
@@ -105,7 +105,7 @@ def test_subgroups_share_no_memory_either_where_it_is_off(job: Launch) -> None:
 VICTIM = """
 import os, sys
 from mpi4py import MPI
-from jaxcomm.ranks import shared_window
+from jaxcomm.transports import shared_window
 world = MPI.COMM_WORLD
 NUMBER = 500
 pids = world.allgather(os.getpid())

@@ -175,7 +175,7 @@ def _move(
     comm = comm or world()
     paths, leaves, treedef = flatten(tree)
     for path, leaf in zip(paths, leaves, strict=True):
-        comm.lowering.check(op, str(leaf.dtype), path)
+        comm.backend.check(op, str(leaf.dtype), path)
         check(leaf, f"leaf {path}: ", comm.size)
     sent = [before(x, "", comm.size) for x in leaves]
     schedule = planner.make_schedule(

@@ -101,7 +101,7 @@ def all_reduce(
         paths, leaves, treedef = flatten(tree)
         specs = leaf_specs(paths, leaves)
         for spec in specs:
-            comm.lowering.check(op, spec.dtype, spec.path)
+            comm.backend.check(op, spec.dtype, spec.path)
         schedule = planner.make_schedule(
             specs,
             op=op,
@@ -154,7 +154,7 @@ def broadcast(tree: Tree, *, root: int = 0, comm: Communicator | None = None) ->
     ]
     specs = leaf_specs(paths, data)
     for spec in specs:
-        comm.lowering.check("broadcast", spec.dtype, spec.path)
+        comm.backend.check("broadcast", spec.dtype, spec.path)
     schedule = planner.make_schedule(
         specs, op="broadcast", size=comm.size, terms=Terms(root=root), costs=comm.costs
     )
@@ -196,7 +196,7 @@ def plan(
     paths, leaves, _ = flatten(tree, abstract=True)
     specs = leaf_specs(paths, leaves)
     for spec in specs:
-        world().lowering.check(op, spec.dtype, spec.path)
+        world().backend.check(op, spec.dtype, spec.path)
     return planner.make_schedule(
         specs,
         op=op,

@@ -22,8 +22,8 @@ print(json.dumps({}))
 # Loads what the transport would, then asks the kernel and the linker what there is.
 _LOOK_AT_NCCL = """
 import ctypes, dataclasses, importlib.metadata, json, os, pathlib, subprocess
-from jaxcomm.transports import nccl
-found = nccl.find()
+from jaxcomm.transports.nccl import library
+found = library.find()
 maps = pathlib.Path("/proc/self/maps").read_text().splitlines()
 loaded = {p for line in maps if "libnccl.so" in (p := line.rpartition(" ")[2])}
 def linked():

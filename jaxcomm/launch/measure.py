@@ -57,10 +57,10 @@ def measure(
             "tuning measures communication between ranks, and this is a job of one: "
             "say `jaxcomm tune -n 2`, or run it under mpiexec or srun"
         )
-    if comm.transport == "nccl":
+    if not comm.backend.measured:
         raise TransportUnavailableError(
-            "tuning measures MPI and shared memory; over NCCL set bucket_bytes, or use "
-            "transport='mpi'"
+            f"tuning measures MPI and shared memory; over {comm.transport!r} set "
+            "bucket_bytes, or use transport='mpi'"
         )
     report = progress or (lambda phrase, done: None)
     buffer = np.zeros(_LARGE_BYTES // 4, np.float32)

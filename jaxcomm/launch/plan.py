@@ -99,7 +99,7 @@ def make(
     paths, leaves, _ = reductions.flatten(tree, abstract=True)
     specs = reductions.leaf_specs(paths, leaves)
     for spec in specs:
-        reductions.world().lowering.check(options["op"], spec.dtype, spec.path)
+        reductions.world().backend.check(options["op"], spec.dtype, spec.path)
     return planner.make_schedule(specs, size=ranks, costs=costs, **options), costs
 
 

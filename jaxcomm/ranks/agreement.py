@@ -67,30 +67,104 @@ class _Entry:
         return hashlib.sha256(text.encode()).digest()
 
 
-@dataclasses.dataclass(frozen=True)
-class _Channel:
-    host: Channel
-    timeout: float
-    whole: int  # key of the communicator; of a partition, that which is divided
+class Agreement:
+    """The schedules of one communicator, and how its ranks compare them."""
 
+    def __init__(self, key: int, host: Channel, timeout: float, transport: str):
+        """Compare nothing yet.
 
-_entries: dict[tuple[int, int], _Entry] = {}
-_channels: dict[int, _Channel] = {}
-_lock = threading.Lock()
+        Args:
+          key: of the communicator.
+          host: the channel over which checks run.
+          timeout: seconds that a check may take.
+          transport: name of the communicator's.
+        """
+        self._key = key
+        self._host = host
+        self._timeout = timeout
+        self._terms = f"{versions()}, transport {transport}"
+        # By digest: everything that was lowered in this process.
+        self._entries: dict[int, _Entry] = {}
+        # Several threads may lower at a time.
+        self._lock = threading.Lock()
 
+    def register(self, schedule: Schedule) -> int:
+        """Make a schedule known for the check; return the digest that names it."""
+        entry = _Entry(schedule, self._terms)
+        # 63 bits, as an HLO attribute; 0 means that no check is wanted.
+        digest = int.from_bytes(entry.hash[:8], "big") >> 1 or 1
+        with self._lock:
+            self._entries[digest] = entry
+        return digest
 
-def connect(
-    key: int, host: Channel, timeout: float, *, whole: int | None = None
-) -> None:
-    """Set the channel over which checks of communicator `key` run.
+    def schedule_of(self, digest: int) -> Schedule | None:
+        """Return a schedule that was traced in this process."""
+        entry = self._entries.get(digest)
+        return entry.schedule if entry else None
 
-    Args:
-      key: of a communicator, or of a partition of one.
-      host: the channel.
-      timeout: seconds that a check may take.
-      whole: of a partition, the key of the communicator that it divides.
-    """
-    _channels[key] = _Channel(host, timeout, key if whole is None else whole)
+    def describe(self, digest: int, place: int) -> str:
+        """Say in words what a call reduces."""
+        return describe(self.schedule_of(digest), place)
+
+    def differ(self, own: tuple[int, int], rank: int, other: tuple[int, int]) -> str:
+        """Return the error of ranks that met in a call, each in another bucket.
+
+        Args:
+          own: digest and bucket of this rank's call.
+          rank: the other rank.
+          other: digest and bucket of its call.
+        """
+        error = ScheduleMismatchError(
+            "the ranks came to the same call from different places of their programs; "
+            f"nothing was reduced.\n  this rank: {self.describe(*own)}\n"
+            f"  rank {rank}: {self.describe(*other)}\n"
+            f"{_REMEDY} JAXCOMM_CHECK=every finds the first call that differs."
+        )
+        self._host.fault.set(error)
+        return told(error)
+
+    def answer(self, digest: int, bucket: int, number: int) -> str | None:
+        """Compare a schedule across ranks; the custom calls ask this on XLA's thread.
+
+        Args:
+          digest: of the schedule.
+          bucket: where every call is checked, the bucket; else -1.
+          number: likewise the call's number on its communicator.
+
+        Returns:
+          None when all ranks agree, else the error's text.
+        """
+        try:
+            self._compare(digest, (bucket, number) if bucket >= 0 else None)
+        except JaxcommError as error:
+            return told(error)
+        except BaseException as error:  # nothing may escape into C
+            return f"the schedule check failed: {type(error).__name__}: {error}"
+        return None
+
+    def _compare(self, digest: int, call: tuple[int, int] | None) -> None:
+        entry = self._entries.get(digest)
+        # A program from a cache may run without having been traced in this process;
+        # then the digest in its HLO is all there is to compare.
+        own = entry.hash if entry else digest.to_bytes(32, "big")
+        compared = hashlib.sha256(own + repr(call).encode()).digest() if call else own
+        mine = np.frombuffer(compared, np.uint8)
+        # Minimum and maximum in one reduction: the maximum is the inverted minimum of
+        # the inverse. Every rank sees the same result, so all decide alike.
+        send = np.concatenate([mine, ~mine])
+        what = entry.schedule.summary() if entry else "of a cached program"
+        receive = self._host.reduce_min(
+            send, self._timeout, f"check a schedule ({what})"
+        )
+        low, high = receive[:32], ~receive[32:]
+        if np.array_equal(low, high):
+            return
+        if call is not None:
+            what = self.describe(digest, call[0])
+            found = self._host.all_gather((own, *call, what))
+            if len({schedule for schedule, *_ in found}) == 1:
+                raise ScheduleMismatchError(_explain_calls([row[1:] for row in found]))
+        raise ScheduleMismatchError(_explain(self._host, own, entry))
 
 
 @functools.cache
@@ -103,26 +177,8 @@ def versions() -> str:
     return f"jaxcomm {own}, jax {jax.__version__}"
 
 
-def register(key: int, schedule: Schedule, transport: str) -> int:
-    """Make a schedule known for the check; return the digest that names it."""
-    entry = _Entry(schedule, f"{versions()}, transport {transport}")
-    # 63 bits, as an HLO attribute; 0 means that no check is wanted.
-    digest = int.from_bytes(entry.hash[:8], "big") >> 1 or 1
-    with _lock:
-        _entries[key, digest] = entry
-    return digest
-
-
-def schedule_of(key: int, digest: int) -> Schedule | None:
-    """Return a schedule that was traced in this process."""
-    channel = _channels.get(key)
-    entry = _entries.get((channel.whole if channel else key, digest))
-    return entry.schedule if entry else None
-
-
-def describe(key: int, digest: int, place: int) -> str:
-    """Say in words what a call reduces."""
-    schedule = schedule_of(key, digest)
+def describe(schedule: Schedule | None, place: int) -> str:
+    """Say in words what a call of a schedule reduces."""
     bucket = native.bucket_of(place)
     which = f"call {(place >> native.PLACE_BITS) + 1} of its program"
     if schedule is None or not 0 <= bucket < len(schedule.buckets):
@@ -139,48 +195,6 @@ def describe(key: int, digest: int, place: int) -> str:
     )
 
 
-def differ(key: int, own: tuple[int, int], rank: int, other: tuple[int, int]) -> str:
-    """Return the error of a rank that met another in a call, each in another bucket.
-
-    Args:
-      key: of the communicator.
-      own: digest and bucket of this rank's call.
-      rank: the other rank.
-      other: digest and bucket of its call.
-    """
-    error = ScheduleMismatchError(
-        "the ranks came to the same call from different places of their programs; "
-        f"nothing was reduced.\n  this rank: {describe(key, *own)}\n"
-        f"  rank {rank}: {describe(key, *other)}\n"
-        f"{_REMEDY} JAXCOMM_CHECK=every finds the first call that differs."
-    )
-    if channel := _channels.get(key):
-        channel.host.fault.set(error)
-    return told(error)
-
-
-def answer(key: int, digest: int, bucket: int, number: int) -> str | None:
-    """Compare a schedule across ranks; the custom calls ask this on XLA's thread.
-
-    Args:
-      key: of the communicator.
-      digest: of the schedule.
-      bucket: where every call is checked, the bucket; else -1.
-      number: likewise the call's number on its communicator.
-
-    Returns:
-      None when all ranks agree, else the error's text.
-    """
-    try:
-        call = (bucket, number) if bucket >= 0 else None
-        _compare(_channels[key], key, digest, call)
-    except JaxcommError as error:
-        return told(error)
-    except BaseException as error:  # nothing may escape into C
-        return f"the schedule check failed: {type(error).__name__}: {error}"
-    return None
-
-
 def raise_failure(error: Exception) -> None:
     """Raise the refused call behind XLA's error, if that is what it is.
 
@@ -195,32 +209,6 @@ def raise_failure(error: Exception) -> None:
 def told(error: JaxcommError) -> str:
     """Return an error's text as `raise_failure` reads it."""
     return f"{type(error).__name__}: {error}"
-
-
-def _compare(
-    channel: _Channel, key: int, digest: int, call: tuple[int, int] | None
-) -> None:
-    entry = _entries.get((key, digest))
-    # A program from a cache may run without having been traced in this process;
-    # then the digest in its HLO is all there is to compare.
-    own = entry.hash if entry else digest.to_bytes(32, "big")
-    compared = hashlib.sha256(own + repr(call).encode()).digest() if call else own
-    mine = np.frombuffer(compared, np.uint8)
-    # Minimum and maximum in one reduction: the maximum is the inverted minimum of
-    # the inverse. Every rank sees the same result, so all decide alike.
-    send = np.concatenate([mine, ~mine])
-    what = entry.schedule.summary() if entry else "of a cached program"
-    receive = channel.host.reduce_min(
-        send, channel.timeout, f"check a schedule ({what})"
-    )
-    low, high = receive[:32], ~receive[32:]
-    if np.array_equal(low, high):
-        return
-    if call is not None:
-        found = channel.host.all_gather((own, *call, describe(key, digest, call[0])))
-        if len({schedule for schedule, *_ in found}) == 1:
-            raise ScheduleMismatchError(_explain_calls([row[1:] for row in found]))
-    raise ScheduleMismatchError(_explain(channel.host, own, entry))
 
 
 def _explain_calls(found: list[tuple[int, int, str]]) -> str:

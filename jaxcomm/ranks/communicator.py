@@ -22,16 +22,13 @@ from jaxcomm.errors import BrokenCommunicatorError, InvalidOptionError
 from jaxcomm.planning import costs as costmodel
 from jaxcomm.planning.costs import CostModel
 from jaxcomm.ranks import agreement
-from jaxcomm.ranks import threads as _threads
-from jaxcomm.ranks.fabric import Fabric, MpiFabric
-from jaxcomm.ranks.shared_window import SharedWindow
+from jaxcomm.ranks.agreement import Agreement
+from jaxcomm.ranks.fabric import Fabric
+from jaxcomm.ranks.registry import Registry
 from jaxcomm.settings import Settings
-from jaxcomm.transports.base import Transport
-from jaxcomm.transports.local import Local
+from jaxcomm.transports.base import Group, Transport
 
 log = logging.getLogger(__name__)
-
-_connected: dict[int, Communicator] = {}
 
 Groups = Sequence[Sequence[int]]
 
@@ -45,87 +42,94 @@ class Communicator:
       local_rank: number among the ranks on this host.
       local_size: number of ranks on this host.
       transport: "local", "mpi", "mpi4jax" or "nccl".
+      backend: the transport itself.
       alone: whether its collectives are left out, because one rank needs none.
       timeout: seconds that the schedule check waits for the other ranks.
       staging_bytes: size of the buffer that small leaves share.
       topology: what a profile of `jaxcomm tune` holds for; "" without MPI.
       costs: the cost model that plans are made with.
-      shared_memory: whether the ranks share memory, which is equal on all of them:
-        where they are on one host, see each other's processes, and
-        JAXCOMM_SHARED_MEMORY is not "off" on rank 0. Reductions go through it;
-        mpi4jax's do not, but ranks meet there before each of its calls.
+      agreement: the schedules of its calls, and how ranks compare them.
+      registry: finds it, and its relatives, by their keys.
+      checked: fingerprints of schedules that ran outside jit.
     """
 
     def __init__(
-        self, lineage: str, transport: str, settings: Settings, fabric: Fabric
+        self,
+        lineage: str,
+        backend: Transport,
+        settings: Settings,
+        fabric: Fabric,
+        registry: Registry | None = None,
     ):
-        self.transport = transport
+        """Connect the ranks of a fabric; they all call it together.
+
+        Args:
+          lineage: "world", or which ranks of which communicator these are; the same on
+            every rank.
+          backend: opened, and not connected yet.
+          settings: of `init`.
+          fabric: the ranks.
+          registry: of the communicator from which this one is made.
+        """
+        self.backend = backend
+        self.transport = backend.name
         self.timeout = settings.timeout
         self.staging_bytes = settings.staging_bytes
         self.topology = ""
         self.costs = settings.costs
-        self.shared_memory = False
         self.lineage = lineage
         # The key stands in compiled programs, so it must be equal on all ranks.
-        digest = hashlib.sha256(lineage.encode()).digest()
-        self.key = int.from_bytes(digest[:8], "big") >> 1
+        self.key = _key(lineage)
         self.rank, self.size = fabric.rank, fabric.size
         self.local_rank, self.local_size = fabric.local_rank, fabric.local_size
+        self.alone = self.size == 1 and not backend.calls_when_alone
+        self.registry = Registry() if registry is None else registry
+        self.agreement = Agreement(self.key, fabric.check, self.timeout, self.transport)
+        # Fingerprints of schedules that have run outside jit, and so were compared.
+        self.checked: set[str] = set()
         self._fabric = fabric
+        # By members: what `subgroup` has returned.
         self._subgroups: dict[tuple[int, ...], Communicator | None] = {}
-        self._others: list[Any] = []
-        self._windows: list[Any] = []
-        self._may_share = settings.shared_memory
-        self._own_thread = self._ring = False
-        # XLA leaves out its own collectives of one device too. (Over MPI one rank does
-        # make its calls, which is how their cost is known.)
-        self.alone = transport == "local" or (transport == "nccl" and self.size == 1)
-        self.lowering: Transport = Local()
-        if transport != "local":
+        self._duplicates = 0  # how many there are: their keys differ by it
+        self._may_share_memory = settings.shared_memory
+        if backend.connects:
             self._connect()
 
     def _connect(self) -> None:
-        if self.lineage == "world":
+        whole = self.lineage == "world"
+        if whole:
             self._find_settings()
-        if self.transport == "nccl":
-            from jaxcomm.transports import nccl
-
-            nccl.join(self.key, self._fabric, self.timeout)
-            self.lowering = nccl.Nccl()
-        else:
-            # Where calls wait for a network, XLA's threads have better things to do.
-            default = "off" if self.size == self.local_size else "on"
-            self._ring = os.environ.get(_settings.OWN_THREAD_VARIABLE, default) == "on"
-            # Else see `ranks.threads`.
-            self._own_thread = self._ring or (
-                self.lineage != "world" and _threads.run_programs()
+        self.backend.connect(
+            Group(
+                key=self.key,
+                fabric=self._fabric,
+                whole=whole,
+                timeout=self.timeout,
+                staging_bytes=self.staging_bytes,
+                segment_bytes=self.costs.segment_bytes,
+                may_share_memory=self._may_share_memory,
             )
-            self.shared_memory = self._create_native(
-                self.key, self._mpi.data, self.costs.segment_bytes
+        )
+        self._fabric.fault.listen(
+            lambda text: self.backend.refuse(
+                agreement.told(BrokenCommunicatorError(text))
             )
-            self.lowering = _lowering(self.transport, self._mpi.data)
-        agreement.connect(self.key, self._fabric.check, self.timeout)
-        self._fabric.fault.listen(self._refuse)
-        _connected[self.key] = self
+        )
+        self.registry.add(self.key, self)
 
-    def _refuse(self, text: str) -> None:
-        """Let every custom call fail from now on."""
-        text = agreement.told(BrokenCommunicatorError(text))
-        if self.transport == "nccl":
-            from jaxcomm.native import nccl
+    @property
+    def shared_memory(self) -> bool:
+        """Whether the ranks share memory, which is equal on all of them.
 
-            nccl.refuse(self.key, text)
-        else:
-            native.refuse(self.key, text)
+        They do where they are on one host, see each other's processes, and
+        JAXCOMM_SHARED_MEMORY is not "off" on rank 0. Reductions go through it;
+        mpi4jax's do not, but ranks meet there before each of its calls.
+        """
+        return self.backend.shared_memory
 
     def check_usable(self) -> None:
         """Raise BrokenCommunicatorError if the ranks have lost each other before."""
         self._fabric.fault.check()
-
-    @property
-    def _mpi(self) -> MpiFabric:
-        assert isinstance(self._fabric, MpiFabric)
-        return self._fabric
 
     def _find_settings(self) -> None:
         """Read the profile on rank 0 and give it to all, so that all plan alike."""
@@ -133,11 +137,7 @@ class Communicator:
         self.topology = costmodel.topology(
             self.transport, self._fabric.name, local_sizes
         )
-        default = costmodel.DEFAULT
-        if self.transport == "nccl":
-            default = costmodel.OVER_NCCL
-        elif self.size != self.local_size:
-            default = costmodel.BETWEEN_HOSTS
+        default = self.backend.default_costs(one_host=self.size == self.local_size)
         found: tuple[Any, ...] = ()
         if self.rank == 0:
             try:
@@ -147,7 +147,7 @@ class Communicator:
                 found = (costs.to_json(), self.staging_bytes, shared, every, "")
             except InvalidOptionError as error:
                 found = (None, None, None, None, str(error))
-        costs, self.staging_bytes, self._may_share, every, failure = (
+        costs, self.staging_bytes, self._may_share_memory, every, failure = (
             self.broadcast_object(found)
         )
         if failure:
@@ -202,9 +202,11 @@ class Communicator:
         wait_for_pending_work()
         fabric = self._fabric.subgroup(members, lineage)
         settings = Settings(
-            self.timeout, self.staging_bytes, self.costs, self._may_share
+            self.timeout, self.staging_bytes, self.costs, self._may_share_memory
         )
-        return Communicator(lineage, self.transport, settings, fabric)
+        return Communicator(
+            lineage, self.backend.for_subgroup(), settings, fabric, self.registry
+        )
 
     def partition(self, groups: Groups) -> int:
         """Return the key of this rank's subgroup in a division of all ranks.
@@ -212,23 +214,14 @@ class Communicator:
         The same on every rank. Nothing is created: the native library asks for that
         when a collective first needs it, and then all ranks are there.
         """
-        text = f"{self.lineage}|{json.dumps(groups)}"
-        return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1
+        return _key(f"{self.lineage}|{json.dumps(groups)}")
 
     def create_partition(self, key: int, groups: Sequence[Sequence[int]]) -> None:
         """Create the native communicator of this rank's subgroup; on XLA's thread."""
-        number = next(k for k, group in enumerate(groups) if self.rank in group)
-        members = groups[number]
-        agreement.connect(key, self._fabric.check, self.timeout, whole=self.key)
-        if self.transport == "nccl":
-            from jaxcomm.native import nccl
-
-            place = members.index(self.rank)
-            nccl.split(self.key, key, number, place, len(members), self.timeout)
-            return
-        part = self._mpi.part(members)
-        self._others.append(part)
-        self._create_native(key, part, self.costs.segment_bytes)
+        color = next(k for k, group in enumerate(groups) if self.rank in group)
+        members = groups[color]
+        self.registry.add(key, self)
+        self.backend.split(key, members, color, members.index(self.rank))
 
     def barrier(self) -> None:
         """Wait until every rank is here (host side; not for use inside jit)."""
@@ -253,40 +246,10 @@ class Communicator:
 
         It differs in how large leaves are divided. All ranks call it together.
         """
-        number = len(self._others)
-        digest = hashlib.sha256(f"{self.lineage}#{number}".encode()).digest()
-        key = int.from_bytes(digest[:8], "big") >> 1
-        data = self._mpi.duplicate()
-        self._others.append(data)
-        self._create_native(key, data, segment_bytes)
+        self._duplicates += 1
+        key = _key(f"{self.lineage}#{self._duplicates}")
+        self.backend.duplicate(key, segment_bytes)
         return key
-
-    def _create_native(self, key: int, comm: Any, segment_bytes: int) -> bool:
-        """Make some ranks known to the native library; tell if they share memory."""
-        native.create_communicator(
-            key,
-            comm,
-            staging_bytes=self.staging_bytes,
-            segment_bytes=segment_bytes,
-            own_thread=self._own_thread,
-            ring=self._ring,
-        )
-        one_host = self.size == self.local_size
-        if not (self._may_share and one_host and comm.Get_size() > 1):
-            return False
-
-        def attach(window: SharedWindow) -> None:
-            native.share_memory(
-                key, window.addresses, window.nbytes, crowded=window.crowded
-            )
-
-        window = SharedWindow(comm, min(self.staging_bytes, 3 * segment_bytes), attach)
-        if window.failure:
-            native.share_memory(key, [], 0, crowded=False)
-            log.info("reductions go through MPI: %s", window.failure)
-            return False
-        self._windows.append(window)
-        return True
 
     def counters(self) -> dict[str, int]:
         """Return what the native library counted on this communicator.
@@ -298,13 +261,7 @@ class Communicator:
         `agreements` the schedule checks: the only control messages there are. Over
         NCCL, `nccl_collectives` are its calls. Empty for one rank alone.
         """
-        if self.transport == "local":
-            return {}
-        if self.transport == "nccl":
-            from jaxcomm.native import nccl
-
-            return nccl.counters(self.key)
-        return native.counters(self.key)
+        return self.backend.counters()
 
     def __eq__(self, other: object) -> bool:
         return (
@@ -323,23 +280,9 @@ class Communicator:
         )
 
 
-def _lowering(transport: str, data: Any) -> Transport:
-    if transport == "mpi4jax":
-        from jaxcomm.transports.mpi4jax import Mpi4jax
-
-        return Mpi4jax(data)
-    from jaxcomm.transports.mpi import Mpi
-
-    return Mpi()
-
-
-def answer_partition(key: int, partition: int, groups: list[list[int]]) -> str | None:
-    """Create a partition that a custom call needs; return why not, or None."""
-    try:
-        _connected[key].create_partition(partition, groups)
-    except Exception as error:  # nothing may escape into C
-        return f"the subgroups {groups} could not be created: {error}"
-    return None
+def _key(text: str) -> int:
+    """Return 63 bits that name what a text says, as an HLO attribute."""
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1
 
 
 def wait_for_pending_work() -> None:

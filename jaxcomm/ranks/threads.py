@@ -25,6 +25,7 @@ import jax
 
 from jaxcomm import compat
 from jaxcomm.errors import InvalidOptionError
+from jaxcomm.transports.base import Transport
 
 if TYPE_CHECKING:
     from jaxcomm.ranks.communicator import Communicator
@@ -35,18 +36,20 @@ _first = 0  # of the one that called `init`
 _pool = 1
 
 
-def prepare(transport: str) -> None:
+def prepare(*, waits_in_pool: bool) -> None:
     """Let the thread that calls a program run it, where XLA's pool has but one.
 
     Before the first use of JAX only: its client for the CPU is made once. One thread on
     one core computes no faster than the other.
+
+    Args:
+      waits_in_pool: whether calls will wait for other ranks on threads of that pool.
     """
     global _pool, _first
     _first = threading.get_ident()
     reserved = os.environ.get("NPROC", "")  # XLA asks it before the system
     cores = len(os.sched_getaffinity(0))
     _pool = int(reserved) if reserved.isdigit() and int(reserved) > 0 else cores
-    waits_in_pool = transport in ("auto", "mpi")
     if _pool == 1 and waits_in_pool and not compat.backends_initialized():
         compat.set_async_dispatch(False)
 
@@ -68,13 +71,13 @@ def enter(comm: Communicator, arguments: Any = ()) -> None:
     """
     ident = threading.get_ident()
     if ident not in _known and comm.size > 1:
-        _admit(ident, comm.transport)
+        _admit(ident, comm.backend)
     if len(_known) > 1 and run_programs():
         # A program whose arguments are not there yet would go to the pool.
         jax.block_until_ready(arguments)
 
 
-def _admit(ident: int, transport: str) -> None:
+def _admit(ident: int, transport: Transport) -> None:
     threading.current_thread()  # one that Python did not start is known from now on
     most = _most(transport)
     with _lock:
@@ -85,15 +88,8 @@ def _admit(ident: int, transport: str) -> None:
         if ident == _first or (most > 1 and others < most):
             _known.add(ident)
             return
-    if transport == "mpi4jax":
-        remedy = "whose calls hold XLA's threads. Use transport 'mpi'."
-    elif transport == "nccl":
-        remedy = (
-            "whose calls share the GPU's stream: ranks could have them there in "
-            "different orders, and wait for each other for ever. Make all calls from "
-            "the thread that called jaxcomm.init()."
-        )
-    else:
+    remedy = transport.one_thread
+    if not remedy:
         remedy = (
             f"where XLA's pool runs {most} program{'s' * (most > 1)} at a time: ranks "
             "could wait for each other in different programs for ever. Give each rank "
@@ -104,11 +100,11 @@ def _admit(ident: int, transport: str) -> None:
         )
     raise InvalidOptionError(
         f"{threading.current_thread().name} is one Python thread too many that uses "
-        f"communicators over {transport!r}, {remedy}"
+        f"communicators over {transport.name!r}, {remedy}"
     )
 
 
-def _most(transport: str) -> float:
-    if transport in ("mpi4jax", "nccl"):
+def _most(transport: Transport) -> float:
+    if transport.one_thread:
         return 1
-    return math.inf if transport != "mpi" or run_programs() else _pool
+    return _pool if transport.waits_in_pool and not run_programs() else math.inf

@@ -14,11 +14,10 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from jaxcomm import native
-from jaxcomm.ranks import agreement
 from jaxcomm.ranks.deadline import rank_names
 from jaxcomm.ranks.hosts import mpi_library
 from jaxcomm.ranks.hosts.mpi import HostChannel
@@ -28,10 +27,12 @@ _FRAMES = 12
 _NATIVE_RANKS = 4  # of those whose native stacks a report holds, of each kind
 _REMEMBERED = 256
 
+Describe = Callable[[int, int, int], str]
+
 
 @dataclasses.dataclass(frozen=True)
 class Call:
-    """A collective: of which communicator, the how manieth, and what it reduces.
+    """A collective: of which communicator, which of its calls, and what it reduces.
 
     Attributes:
       comm: key of the communicator.
@@ -110,8 +111,14 @@ def _began(number: int) -> str:
     return stat.rpartition(")")[2].split()[19]
 
 
-def look(channel: HostChannel, *, stacks: bool = False) -> State:
-    """Return this rank's state; `channel` is where its objects are exchanged."""
+def look(channel: HostChannel, describe: Describe, *, stacks: bool = False) -> State:
+    """Return this rank's state.
+
+    Args:
+      channel: where its objects are exchanged.
+      describe: says what a call reduces; see `Registry.describe`.
+      stacks: whether to look where its threads are.
+    """
     now = time.monotonic_ns()
     entered = channel.entered
     host = Call(
@@ -121,7 +128,7 @@ def look(channel: HostChannel, *, stacks: bool = False) -> State:
         f"the host-side {channel.what}",
         1e-9 * (now - entered) if entered else None,
     )
-    calls = (host, *(_call(row, now) for row in native.progress()))
+    calls = (host, *(_call(row, now, describe) for row in native.progress()))
     if not stacks:
         return State(socket.gethostname(), calls)
     return State(
@@ -133,9 +140,9 @@ def look(channel: HostChannel, *, stacks: bool = False) -> State:
     )
 
 
-def _call(row: native.Progress, now: int) -> Call:
+def _call(row: native.Progress, now: int, describe: Describe) -> Call:
     seconds = 1e-9 * (now - row.entered) if row.entered else None
-    what = agreement.describe(row.key, row.schedule, row.bucket)
+    what = describe(row.key, row.schedule, row.bucket)
     return Call(row.key, row.calls, (row.schedule, row.bucket), what, seconds)
 
 

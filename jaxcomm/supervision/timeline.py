@@ -12,15 +12,17 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from jaxcomm import native
-from jaxcomm.ranks import agreement
+from jaxcomm.planning.schedule import Schedule
 
 VARIABLE = "JAXCOMM_TIMELINE"
 _READY, _COLLECTIVE = 0, 1
+
+ScheduleOf = Callable[[int, int], Schedule | None]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,7 +51,7 @@ def wanted() -> bool:
     return bool(os.environ.get(VARIABLE))
 
 
-def spans(events: Sequence[tuple[int, ...]]) -> list[Span]:
+def spans(events: Sequence[tuple[int, ...]], schedule_of: ScheduleOf) -> list[Span]:
     """Pair a rank's events: the operands of a bucket, and its collective."""
     ready: dict[tuple[int, ...], int] = {}
     found = []
@@ -59,7 +61,7 @@ def spans(events: Sequence[tuple[int, ...]]) -> list[Span]:
             ready[comm, digest, bucket] = start
             continue
         name, nbytes = f"bucket {bucket}", 0
-        if schedule := agreement.schedule_of(comm, digest):
+        if schedule := schedule_of(comm, digest):
             leaves = schedule.buckets[bucket].leaves
             first = schedule.leaves[leaves[0]].path if leaves else "(empty)"
             more = f" +{len(leaves) - 1}" if len(leaves) > 1 else ""
@@ -70,8 +72,13 @@ def spans(events: Sequence[tuple[int, ...]]) -> list[Span]:
     return found
 
 
-def write(ranks: Sequence[Sequence[tuple[int, ...]]]) -> None:
-    """Write all ranks' events to the file that the environment names."""
+def write(ranks: Sequence[Sequence[tuple[int, ...]]], schedule_of: ScheduleOf) -> None:
+    """Write all ranks' events to the file that the environment names.
+
+    Args:
+      ranks: the events of each.
+      schedule_of: gives the schedule of a communicator's key and a digest.
+    """
     entries: list[dict[str, Any]] = []
     for rank, events in enumerate(ranks):
         about = {"ph": "M", "pid": rank}
@@ -80,7 +87,7 @@ def write(ranks: Sequence[Sequence[tuple[int, ...]]]) -> None:
             about | {"name": "thread_name", "tid": 0, "args": {"name": "ready"}},
             about | {"name": "thread_name", "tid": 1, "args": {"name": "collective"}},
         ]
-        for span in spans(events):
+        for span in spans(events, schedule_of):
             common = {"ph": "X", "pid": rank, "name": span.name}
             common["args"] = {"bucket": span.bucket, "bytes": span.nbytes}
             for tid, start, end in (

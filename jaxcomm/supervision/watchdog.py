@@ -18,8 +18,7 @@ from typing import Any
 
 from jaxcomm.ranks.deadline import rank_names
 from jaxcomm.ranks.hosts import mpi_library
-from jaxcomm.supervision import abort
-from jaxcomm.supervision import reports as _stall
+from jaxcomm.supervision import abort, reports
 from jaxcomm.supervision.call_history import History
 
 log = logging.getLogger(__name__)
@@ -40,7 +39,15 @@ class Watchdog:
     runs code that holds the interpreter.
     """
 
-    def __init__(self, comm: Any, channel: Any, warn_after: float, abort_after: float):
+    def __init__(
+        self,
+        comm: Any,
+        channel: Any,
+        describe: reports.Describe,
+        warn_after: float,
+        abort_after: float,
+    ):
+        self._describe = describe
         self._comm, self._channel, self._turn = comm, channel, channel.turn
         self._rank, self._size = comm.Get_rank(), comm.Get_size()
         self._warn_after, self._abort_after = warn_after, abort_after
@@ -49,10 +56,10 @@ class Watchdog:
         self._answer_seconds = min(_ANSWER_SECONDS, max(abort_after / 3, 3.0))
         mpi_library.describe()  # while MPI answers; it remembers
         # Of all ranks: who does not answer is asked by a signal where it waits.
-        self._processes = comm.allgather(_stall.Process.own(self._rank, self._size))
+        self._processes = comm.allgather(reports.Process.own(self._rank, self._size))
         self._warned: tuple[int, int] | None = None
         self._told: tuple[int, int] | None = None
-        self._ledger = _stall.Ledger()  # rank 0's
+        self._ledger = reports.Ledger()  # rank 0's
         self._history = History()
         self._before = 0
         self._held = 0.0  # until when this rank does not report
@@ -113,8 +120,8 @@ class Watchdog:
             )
         return silent
 
-    def _calls(self) -> tuple[_stall.Call, ...]:
-        return _stall.look(self._channel).calls
+    def _calls(self) -> tuple[reports.Call, ...]:
+        return reports.look(self._channel, self._describe).calls
 
     def _tell(self, tag: int, what: Any) -> None:
         """Let rank 0 know."""
@@ -144,7 +151,7 @@ class Watchdog:
         parted = self._history.difference()
         if parted is not None:
             pair = sorted([self._before, self._rank])
-            self._refuse(_stall.refusal(f"{rank_names(pair)} part {parted}", []))
+            self._refuse(reports.refusal(f"{rank_names(pair)} part {parted}", []))
         if self._rank == 0:
             self._compare_waits()
 
@@ -195,7 +202,7 @@ class Watchdog:
         if 0 < self._abort_after < late and time.monotonic() > self._held:
             self._end(call)
 
-    def _end(self, call: _stall.Call) -> None:
+    def _end(self, call: reports.Call) -> None:
         """Ask all ranks where they are, twice; if nothing moves, report and end."""
         states = self._ask()
         if self._stop.wait(min(max(self._abort_after / 10, 0.5), 10.0)):
@@ -213,16 +220,16 @@ class Watchdog:
                 *(self._rank, self._size, call.number, call.what, rank_names(moving)),
             )
             return
-        text = _stall.report(self._rank, self._size, call, states)
+        text = reports.report(self._rank, self._size, call, states)
         self._refuse(text, set(range(self._size)) - set(states))
 
-    def _ask(self) -> dict[int, _stall.State]:
+    def _ask(self) -> dict[int, reports.State]:
         """Return the states of all ranks that answer."""
         others = [rank for rank in range(self._size) if rank != self._rank]
         with self._turn():
             # Some are perhaps never received; then the job ends.
             self._asked += [self._comm.isend(None, rank, _ASK) for rank in others]
-        states = {self._rank: _stall.look(self._channel, stacks=True)}
+        states = {self._rank: reports.look(self._channel, self._describe, stacks=True)}
         end = time.monotonic() + self._answer_seconds
         while len(states) < self._size and time.monotonic() < end:
             for rank, state in self._receive(_ANSWER):
@@ -235,7 +242,7 @@ class Watchdog:
         for rank, _ in self._receive(_ASK):
             # It reports for all, and needs a moment.
             self._held = time.monotonic() + 2 * _ANSWER_SECONDS
-            state = _stall.look(self._channel, stacks=True)
+            state = reports.look(self._channel, self._describe, stacks=True)
             with self._turn():
                 request = self._comm.isend(state, rank, _ANSWER)
             end = time.monotonic() + self._answer_seconds
@@ -260,7 +267,7 @@ class Watchdog:
                 found.append((source, self._comm.recv(source=source, tag=tag)))
 
 
-def _calls(state: _stall.State) -> list[tuple[int, int]]:
+def _calls(state: reports.State) -> list[tuple[int, int]]:
     return [(call.comm, call.number) for call in state.calls]
 
 

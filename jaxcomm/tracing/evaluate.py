@@ -62,7 +62,8 @@ class Evaluator:
         if self.comm.alone:
             bucket = self.schedule.buckets[index]
             return [local_result(bucket, value) for value in values], token
-        if timeline.wanted() and token is not None and self.comm.transport != "nccl":
+        marks = timeline.wanted() and self.comm.backend.marks_operands
+        if marks and token is not None:
             token = mark(values, token, self.comm, self.schedule, index)
         return bind_bucket(values, token, self.comm, self.schedule, index)
 

@@ -70,19 +70,16 @@ def _run_now(
 ) -> list[Any]:
     comm.check_usable()
     threads.enter(comm, leaves)
-    first = (comm.key, schedule.fingerprint) not in _checked
+    first = schedule.fingerprint not in comm.checked
     try:
         out, token = _compiled(tuple(leaves), comm, schedule, tuple(buckets))
         if first:
             jax.block_until_ready(token)
-            _checked.add((comm.key, schedule.fingerprint))
+            comm.checked.add(schedule.fingerprint)
     except compat.CALL_ERRORS as error:
         agreement.raise_failure(error)
         raise
     return out
-
-
-_checked: set[tuple[int, str]] = set()
 
 
 @functools.partial(jax.jit, static_argnums=(1, 2, 3))
@@ -116,7 +113,6 @@ def _bind_buckets(
 def cache_clear() -> None:
     """Forget the programs of collectives that were called outside `jit`."""
     _compiled.clear_cache()  # pyright: ignore[reportAttributeAccessIssue]
-    _checked.clear()
 
 
 def bind_bucket(
@@ -197,10 +193,12 @@ def moved_shape(bucket: Bucket, shape: tuple[int, ...], size: int) -> tuple[int,
 
 
 def _call(ctx: Any, comm: Communicator, schedule: Schedule, index: int) -> Call:
-    if "cuda" in ctx.module_context.platforms and comm.transport != "nccl":
+    if strange := set(ctx.module_context.platforms) - comm.backend.platforms:
         raise TransportUnavailableError(
-            f"transport {comm.transport!r} moves arrays of the CPU, and this program "
-            "is for a GPU: use jaxcomm.init('nccl'), or set JAX_PLATFORMS=cpu"
+            f"transport {comm.transport!r} moves arrays of "
+            f"{', '.join(sorted(comm.backend.platforms))}, and this program is for "
+            f"{', '.join(sorted(strange))}: over GPUs use jaxcomm.init('nccl'), or set "
+            "JAX_PLATFORMS=cpu"
         )
     threads.enter(comm)
     bucket = schedule.buckets[index]
@@ -209,7 +207,7 @@ def _call(ctx: Any, comm: Communicator, schedule: Schedule, index: int) -> Call:
         comm=comm.key,
         size=len(groups[0]) if groups else comm.size,
         op=bucket.op,
-        digest=agreement.register(comm.key, schedule, comm.transport),
+        digest=comm.agreement.register(schedule),
         bucket=index,
         site=compat.count_in_module(ctx, f"jaxcomm calls of {comm.key}"),
         pack_bytes=bucket.pack_bytes,
@@ -224,7 +222,7 @@ def _call(ctx: Any, comm: Communicator, schedule: Schedule, index: int) -> Call:
 def _chained_lowering(
     ctx: Any, *values: Any, comm: Communicator, schedule: Schedule, index: int
 ) -> Sequence[Any]:
-    return comm.lowering.lower(ctx, _call(ctx, comm, schedule, index), values)
+    return comm.backend.lower(ctx, _call(ctx, comm, schedule, index), values)
 
 
 def _bucket_lowering(
@@ -233,7 +231,7 @@ def _bucket_lowering(
     token = ctx.tokens_in.get(order_effect)
     avals_in = (*ctx.avals_in, compat.abstract_token)
     avals_out = (*ctx.avals_out, compat.abstract_token)
-    *out, token = comm.lowering.lower(
+    *out, token = comm.backend.lower(
         ctx.replace(avals_in=avals_in, avals_out=avals_out),
         _call(ctx, comm, schedule, index),
         (*values, token),
@@ -354,8 +352,7 @@ def _rank_lowering(ctx: Any, *, comm: Communicator) -> Sequence[Any]:
     if comm.alone:
         rule = compat.mlir.lower_fun(lambda: jnp.int32(0), multiple_results=False)
         return rule(ctx)
-    target = "jaxcomm_nccl_rank" if comm.transport == "nccl" else "jaxcomm_rank"
-    rule = jax.ffi.ffi_lowering(target)
+    rule = jax.ffi.ffi_lowering(comm.backend.rank_target)
     return rule(ctx, comm=np.int64(comm.key))
 
 
@@ -378,7 +375,7 @@ def _mark_lowering(
     ctx: Any, *values: Any, comm: Communicator, schedule: Schedule, index: int
 ) -> Sequence[Any]:
     rule = jax.ffi.ffi_lowering("jaxcomm_mark", has_side_effect=True)
-    digest = agreement.register(comm.key, schedule, comm.transport)
+    digest = comm.agreement.register(schedule)
     numbers = {"comm": comm.key, "schedule": digest, "bucket": index}
     return rule(ctx, *values, **{k: np.int64(v) for k, v in numbers.items()})
 

@@ -295,7 +295,7 @@ class _Planner:
         op = meaning_of(eqn, self.options.comm.size).op
         where = f"({compat.source_line(eqn)})"
         for var in eqn.invars:
-            self.options.comm.lowering.check(op, str(var.aval.dtype), where)
+            self.options.comm.backend.check(op, str(var.aval.dtype), where)
 
     def _check_pairs(self, eqn: Any) -> None:
         """Refuse pairs that are no partial permutation: no rank would know of it."""

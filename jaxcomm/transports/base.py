@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import abc
 import dataclasses
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +13,11 @@ import numpy as np
 
 from jaxcomm import compat, native
 from jaxcomm.errors import UnsupportedDtypeError
+from jaxcomm.planning import costs
+from jaxcomm.planning.costs import CostModel
+
+if TYPE_CHECKING:
+    from jaxcomm.ranks.fabric import Fabric
 
 
 @dataclasses.dataclass(frozen=True)
@@ -115,15 +121,130 @@ def local_result(call: Any, leaf: Any) -> Any:
 MOVES = ("broadcast", "all_gather", "all_to_all", "permute")
 
 
-class Transport(Protocol):
-    """Lowers buckets. A transport knows arrays and ranks, but no pytrees."""
+@dataclasses.dataclass(frozen=True)
+class Group:
+    """The ranks of a communicator, and what was said about how they reduce.
 
-    name: str
+    Attributes:
+      key: of the communicator; the same on every rank.
+      fabric: who they are and how they talk on the host.
+      whole: whether these are all ranks of the job.
+      timeout: seconds that connecting may take.
+      staging_bytes: size of the buffer that small leaves share.
+      segment_bytes: how large leaves are divided.
+      may_share_memory: whether ranks on one host may share memory.
+    """
+
+    key: int
+    fabric: Fabric
+    whole: bool
+    timeout: float
+    staging_bytes: int
+    segment_bytes: int
+    may_share_memory: bool
+
+
+class Transport(abc.ABC):
+    """How the buckets of one communicator move. It knows ranks and arrays, no pytrees.
+
+    A transport is a subclass in this folder, named in `transports.find`. There is one
+    object for each communicator: that of all ranks is opened and connected, and those
+    of subgroups are made from it by `for_subgroup` and connected.
+
+    Attributes:
+      name: what `jaxcomm.init` calls it.
+      platforms: of XLA, of the programs in which its calls may stand.
+      automatic_for: backends of JAX for which several ranks use it unless told.
+      connects: whether it connects processes at all.
+      needs_mpi: whether the processes must have found each other by MPI.
+      concurrent_mpi_calls: whether MPI must run at MPI_THREAD_MULTIPLE.
+      calls_when_alone: whether one rank makes its calls too.
+      waits_in_pool: whether its calls wait for other ranks on threads of XLA's.
+      one_thread: why one Python thread must make all calls, and what to do instead;
+        "" where several may.
+      marks_operands: whether a timeline can record when a bucket's operands are there.
+      measured: whether `jaxcomm tune` can measure it.
+      rank_target: custom call that gives the rank.
+      shared_memory: whether the connected ranks reduce through memory they share.
+    """
+
+    name: ClassVar[str]
+    platforms: ClassVar[frozenset[str]] = frozenset({"cpu"})
+    automatic_for: ClassVar[frozenset[str]] = frozenset()
+    connects: ClassVar[bool] = True
+    needs_mpi: ClassVar[bool] = True
+    concurrent_mpi_calls: ClassVar[bool] = False
+    calls_when_alone: ClassVar[bool] = True
+    waits_in_pool: ClassVar[bool] = False
+    one_thread: ClassVar[str] = ""
+    marks_operands: ClassVar[bool] = True
+    measured: ClassVar[bool] = False
+    rank_target: ClassVar[str] = "jaxcomm_rank"
+    shared_memory: bool = False
+
+    def default_costs(self, *, one_host: bool) -> CostModel:
+        """Return the cost model of ranks that no profile was measured for."""
+        return costs.DEFAULT if one_host else costs.BETWEEN_HOSTS
+
+    @property
+    def counts_every_call(self) -> bool:
+        """Whether calls are counted when they are made, as the watchdog needs."""
+        return True
+
+    def open(self, fabric: Fabric, abort_after: float) -> None:  # noqa: B027
+        """Find and load what all communicators need; all ranks call it, once.
+
+        Args:
+          fabric: of all ranks.
+          abort_after: seconds that a collective may last; 0 for no limit.
+
+        Raises:
+          TransportUnavailableError: on every rank, with the cause and the remedy.
+        """
+
+    def close(self) -> None:  # noqa: B027
+        """Finish what is under way, at the end of the process."""
+
+    def for_subgroup(self) -> Transport:
+        """Return the transport of a communicator of some of the ranks."""
+        return type(self)()
+
+    @abc.abstractmethod
+    def connect(self, group: Group) -> None:
+        """Connect a communicator's ranks; they call it together."""
+
+    @abc.abstractmethod
+    def split(self, key: int, members: Sequence[int], color: int, place: int) -> None:
+        """Make the native communicator of a part of the ranks; on XLA's thread.
+
+        Args:
+          key: of the new communicator.
+          members: its ranks, numbered as here.
+          color: the number of the part, of those into which all ranks are divided.
+          place: this rank's number in the part.
+        """
+
+    def duplicate(self, key: int, segment_bytes: int) -> None:
+        """Make another native communicator of the same ranks, for measuring.
+
+        Args:
+          key: of the new one.
+          segment_bytes: how it divides large leaves.
+        """
+        raise NotImplementedError(f"transport {self.name!r} is not measured")
+
+    def refuse(self, text: str) -> None:  # noqa: B027
+        """Let every custom call fail from now on, with a text."""
+
+    def counters(self) -> dict[str, int]:
+        """Return what the native library counted."""
+        return {}
 
     def check(self, op: str, dtype: str, path: str) -> None:
         """Raise UnsupportedDtypeError if a leaf cannot be reduced this way."""
-        ...
+        check_dtype(self.name, op, dtype, path)
 
+    @abc.abstractmethod
     def lower(self, ctx: Any, call: Call, values: Sequence[Any]) -> Sequence[Any]:
         """Emit the bucket's custom calls.
 
@@ -136,7 +257,6 @@ class Transport(Protocol):
         Returns:
           As many IR values, in the same order.
         """
-        ...
 
 
 _NUMBERS = {

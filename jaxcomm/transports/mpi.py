@@ -2,23 +2,121 @@
 
 from __future__ import annotations
 
+import logging
+import os
+import sys
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 
-from jaxcomm import native
-from jaxcomm.transports.base import Call, call_attributes, check_dtype, emit, numbers
+from jaxcomm import compat, native, settings
+from jaxcomm.transports.base import (
+    Call,
+    Group,
+    Transport,
+    call_attributes,
+    emit,
+    numbers,
+)
+from jaxcomm.transports.shared_window import SharedWindow
+
+if TYPE_CHECKING:
+    from jaxcomm.ranks.fabric import Fabric, MpiFabric
 
 
-class Mpi:
+log = logging.getLogger(__name__)
+
+
+class Mpi(Transport):
     """MPI through jaxcomm's own custom call."""
 
     name = "mpi"
+    waits_in_pool = True
+    measured = True
 
-    def check(self, op: str, dtype: str, path: str) -> None:
-        """Raise UnsupportedDtypeError for a reduction that has no meaning."""
-        check_dtype(self.name, op, dtype, path)
+    def __init__(self) -> None:
+        # MPI communicators and shared memory that the native library uses: they live
+        # as long as this does.
+        self._communicators: list[Any] = []
+        self._windows: list[SharedWindow] = []
+        self._group: Group | None = None
+        self._own_thread = self._ring = False
+
+    @property
+    def group(self) -> Group:
+        """The ranks that `connect` was given."""
+        assert self._group is not None
+        return self._group
+
+    @property
+    def fabric(self) -> MpiFabric:
+        """What connects them."""
+        return cast("MpiFabric", self.group.fabric)
+
+    def open(self, fabric: Fabric, abort_after: float) -> None:
+        """Bind the MPI that mpi4py has loaded."""
+        native.bind_mpi(sys.modules["mpi4py.MPI"])
+
+    def connect(self, group: Group) -> None:
+        """Make the communicator known to the native library."""
+        self._group = group
+        one_host = group.fabric.size == group.fabric.local_size
+        # Where calls wait for a network, XLA's threads have better things to do.
+        default = "off" if one_host else "on"
+        self._ring = os.environ.get(settings.OWN_THREAD_VARIABLE, default) == "on"
+        # Where the calling thread runs a program, see `ranks.threads`.
+        self._own_thread = self._ring or (
+            not group.whole and not compat.async_dispatch()
+        )
+        self.shared_memory = self._create(
+            group.key, self.fabric.data, group.segment_bytes
+        )
+
+    def split(self, key: int, members: Sequence[int], color: int, place: int) -> None:
+        """Make an MPI communicator of a part, and the native one."""
+        self._create(key, self.fabric.part(members), self.group.segment_bytes)
+
+    def duplicate(self, key: int, segment_bytes: int) -> None:
+        """Make a native communicator with other segments."""
+        self._create(key, self.fabric.duplicate(), segment_bytes)
+
+    def _create(self, key: int, comm: Any, segment_bytes: int) -> bool:
+        """Make some ranks known to the native library; tell if they share memory."""
+        self._communicators.append(comm)
+        native.create_communicator(
+            key,
+            comm,
+            staging_bytes=self.group.staging_bytes,
+            segment_bytes=segment_bytes,
+            own_thread=self._own_thread,
+            ring=self._ring,
+        )
+        one_host = self.fabric.size == self.fabric.local_size
+        if not (self.group.may_share_memory and one_host and comm.Get_size() > 1):
+            return False
+
+        def attach(window: SharedWindow) -> None:
+            native.share_memory(
+                key, window.addresses, window.nbytes, crowded=window.crowded
+            )
+
+        budget = min(self.group.staging_bytes, 3 * segment_bytes)
+        window = SharedWindow(comm, budget, attach)
+        if window.failure:
+            native.share_memory(key, [], 0, crowded=False)
+            log.info("reductions go through MPI: %s", window.failure)
+            return False
+        self._windows.append(window)
+        return True
+
+    def refuse(self, text: str) -> None:
+        """Let the native library refuse every call."""
+        native.refuse(self.group.key, text)
+
+    def counters(self) -> dict[str, int]:
+        """Return the native communicator's counters."""
+        return native.counters(self.group.key)
 
     def lower(self, ctx: Any, call: Call, values: Sequence[Any]) -> Sequence[Any]:
         """Emit one custom call; where shapes allow, results alias operands."""

@@ -16,7 +16,7 @@ import functools
 import importlib
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
@@ -27,23 +27,31 @@ from jaxcomm import compat, native
 from jaxcomm.errors import InvalidOptionError, TransportUnavailableError
 from jaxcomm.planning.planner import WIRE_DTYPES
 from jaxcomm.planning.schedule import leaf_bytes
-from jaxcomm.transports.base import Call, check_dtype, map_values
+from jaxcomm.transports.base import Call, map_values
 from jaxcomm.transports.mpi import Mpi, in_place_call
+
+if TYPE_CHECKING:
+    from jaxcomm.ranks.fabric import Fabric
 
 _MAX_COUNT = 2**31 - 1
 
 
-class Mpi4jax:
-    """MPI through mpi4jax.
-
-    Raises:
-      TransportUnavailableError: mpi4jax cannot be imported, or is a version whose
-        custom calls this module does not know.
-    """
+class Mpi4jax(Mpi):
+    """MPI through mpi4jax."""
 
     name = "mpi4jax"
+    concurrent_mpi_calls = True  # they cannot take turns
+    waits_in_pool = False
+    one_thread = "whose calls hold XLA's threads. Use transport 'mpi'."
 
-    def __init__(self, comm: Any):
+    def open(self, fabric: Fabric, abort_after: float) -> None:
+        """Import mpi4jax.
+
+        Raises:
+          TransportUnavailableError: it cannot be imported, or is a version whose
+            custom calls this module does not know.
+        """
+        super().open(fabric, abort_after)
         try:
             # Imported for its side effect: it registers the custom call targets.
             importlib.import_module("mpi4jax")
@@ -52,18 +60,13 @@ class Mpi4jax:
                 f"transport 'mpi4jax': importing mpi4jax failed: {error}. Install it "
                 "against the same MPI as mpi4py, or use transport='mpi'."
             ) from error
-        self._comm = comm
-
-    def check(self, op: str, dtype: str, path: str) -> None:
-        """Raise UnsupportedDtypeError for a reduction that has no meaning."""
-        check_dtype(self.name, op, dtype, path)
 
     def lower(self, ctx: Any, call: Call, values: Sequence[Any]) -> Sequence[Any]:
         """Emit gate, mpi4jax's call, gate, for every array of the bucket."""
         if call.op in native.MOVES or call.partition:
             # mpi4jax writes MPI handles into the program, and a subgroup's does not
             # exist while tracing. Gathers and the like are our own calls as well.
-            return Mpi().lower(ctx, call, values)
+            return super().lower(ctx, call, values)
         *leaves, token = values
         *avals, token_aval = ctx.avals_in
         small = [
@@ -73,7 +76,7 @@ class Mpi4jax:
         out: list[Any] = [None] * len(leaves)
         for part in [*single, *([small] if small else [])]:
             shapes = [avals[i].shape for i in part]
-            before = functools.partial(_encode, call=call, rank=self._comm.Get_rank())
+            before = functools.partial(_encode, call=call, rank=self.fabric.rank)
             after = functools.partial(_decode, call=call, like=[avals[i] for i in part])
             dtype = avals[part[0]].dtype
             count = sum(math.prod(shape) for shape in shapes) * _pieces(call, dtype)
@@ -140,7 +143,7 @@ class Mpi4jax:
             compat.create_token(),
             nitems=np.int64(count),
             op=handle,
-            comm=_handle(self._comm),
+            comm=_handle(self.fabric.data),
             dtype=_handle(getattr(MPI, native.MPI_TYPES[dtype])),
         )
         return out

@@ -1,37 +1,22 @@
-"""Transport `nccl`: one custom call per bucket, on XLA's stream."""
+"""Find a NCCL for this process, load it, and see that the ranks' go together."""
 
 from __future__ import annotations
 
 import ctypes
 import dataclasses
-import functools
 import importlib.util
 import os
 import re
 import socket
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import jax
-import jax.numpy as jnp
-import numpy as np
-from jax import lax
 
-from jaxcomm import compat, settings
-from jaxcomm.errors import (
-    InvalidOptionError,
-    TransportUnavailableError,
-    UnsupportedDtypeError,
-)
-from jaxcomm.transports.base import (
-    Call,
-    call_attributes,
-    check_dtype,
-    emit,
-    map_values,
-    numbers,
-)
+from jaxcomm import settings
+from jaxcomm.errors import InvalidOptionError, TransportUnavailableError
+from jaxcomm.native import nccl
 
 if TYPE_CHECKING:
     from jaxcomm.ranks.fabric import Fabric
@@ -53,9 +38,6 @@ GRAPHS_VARIABLE = "JAXCOMM_NCCL_GRAPHS"
 # them, and no first connecting. Sends and receives connect when first used, and groups
 # of ranks are divided then, so neither is recorded.
 FOR_GRAPHS = {"NCCL_GRAPH_REGISTER": "0", "NCCL_RUNTIME_CONNECT": "0"}
-CLOSE_SECONDS = 10.0
-
-_in_graphs = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -116,7 +98,7 @@ def version_text(number: int) -> str:
     return f"{number // 10000}.{number // 100 % 100}.{number % 100}"
 
 
-def prepare(fabric: Fabric, abort_after: float) -> None:
+def open_everywhere(fabric: Fabric, abort_after: float) -> None:
     """Load NCCL and see that the ranks' libraries and devices go together.
 
     Args:
@@ -130,11 +112,11 @@ def prepare(fabric: Fabric, abort_after: float) -> None:
     problem, version, device = "", 0, ""
     try:
         version = _open(abort_after)
-        device = _uuid(_ordinal())
+        device = _uuid(ordinal())
     except (TransportUnavailableError, InvalidOptionError) as error:
         problem = str(error)
     # All ranks hear of one rank's trouble, or they would wait for it.
-    mine = [problem, version, [socket.gethostname(), device], in_graphs()]
+    mine = [problem, version, [socket.gethostname(), device], graphs_allowed()]
     found = fabric.host.all_gather(mine)
     problems = {rank: text for rank, (text, *_) in enumerate(found) if text}
     if problems:
@@ -163,13 +145,9 @@ def prepare(fabric: Fabric, abort_after: float) -> None:
 
 
 def _open(abort_after: float) -> int:
-    from jaxcomm.native import nccl
-
     if not _on_host():
         _check_backend()
-    global _in_graphs
-    _in_graphs = os.environ.get(GRAPHS_VARIABLE) == "1"
-    if _in_graphs:
+    if graphs_allowed():
         if settings.check_every():
             raise InvalidOptionError(
                 f"{settings.CHECK_VARIABLE}=every compares every call, and with "
@@ -197,7 +175,7 @@ def _open(abort_after: float) -> int:
     # A library that reduces host memory brings its own driver.
     driver = library.path if _on_host() else DRIVER
     version = nccl.open_library(
-        library.path, driver, _ordinal(), abort_after, host_memory=_on_host()
+        library.path, driver, ordinal(), abort_after, host_memory=_on_host()
     )
     if version < OLDEST:
         raise TransportUnavailableError(
@@ -229,12 +207,12 @@ def _on_host() -> bool:
     return os.environ.get(HOST_MEMORY_VARIABLE) == "1"
 
 
-def in_graphs() -> bool:
-    """Tell whether XLA may record the calls into CUDA graphs, as said in `init`."""
-    return _in_graphs
+def graphs_allowed() -> bool:
+    """Tell whether the environment lets XLA record the calls into CUDA graphs."""
+    return os.environ.get(GRAPHS_VARIABLE) == "1"
 
 
-def _ordinal() -> int:
+def ordinal() -> int:
     """Return the number of this process's device among those that CUDA shows it."""
     return 0 if _on_host() else jax.local_devices()[0].local_hardware_id
 
@@ -288,204 +266,3 @@ def _check_devices(places: Sequence[tuple[Any, ...]], version: int) -> None:
             f"{text}allows that only with {MULTI_RANK_VARIABLE}=1. Start as many ranks "
             "as GPUs, or set it on every rank"
         )
-
-
-def close() -> None:
-    """Let NCCL finish what it sends, at the end of the process."""
-    from jaxcomm.native import nccl
-
-    nccl.close(CLOSE_SECONDS)
-
-
-def join(key: int, fabric: Fabric, timeout: float) -> None:
-    """Make the NCCL communicator of a fabric's ranks and use it once.
-
-    The first use connects the ranks and takes memory, which must not happen while a
-    CUDA graph is recorded or beside a collective of another communicator.
-    """
-    from jaxcomm.native import nccl
-
-    unique = nccl.unique_id() if fabric.rank == 0 else b""
-    nccl.join(key, fabric.host.broadcast(unique, 0), fabric.rank, fabric.size, timeout)
-    call = Call(
-        key, fabric.size, "sum", digest=0, bucket=0, site=0, pack_bytes=0, root=-1
-    )
-    jax.block_until_ready(jax.jit(functools.partial(_warm_up, call=call))())
-
-
-def _warm_up(call: Call) -> Any:
-    attributes = {**call_attributes(call), "op": np.int64(0)}
-    leaf, token = jnp.zeros(1, np.float32), jnp.zeros((), np.uint32)
-    kinds = [jax.typeof(leaf), jax.typeof(token)]
-    run = jax.ffi.ffi_call("jaxcomm_nccl_all_reduce", kinds, has_side_effect=True)
-    return run(leaf, token, **attributes)
-
-
-_NARROW = {"int16": "int32", "uint16": "uint32"}
-
-
-class Nccl:
-    """NCCL through jaxcomm's own custom call."""
-
-    name = "nccl"
-
-    def check(self, op: str, dtype: str, path: str) -> None:
-        """Raise UnsupportedDtypeError for a reduction that has no meaning."""
-        check_dtype(self.name, op, dtype, path)
-        if op == "prod" and dtype.startswith("complex"):
-            raise UnsupportedDtypeError(
-                f"leaf {path}: NCCL multiplies no complex numbers; reduce the sum of "
-                "their logarithms, or use transport='mpi'"
-            )
-
-    def lower(self, ctx: Any, call: Call, values: Sequence[Any]) -> Sequence[Any]:
-        """Emit the custom call, between conversions to and from what NCCL knows."""
-        attributes = call_attributes(call)
-        ranks = call.size
-        if call.op in ("broadcast", "all_gather", "all_to_all", "permute"):
-            if call.op == "broadcast":
-                attributes["root"] = np.int64(call.root)
-                target, aliased = "broadcast", range(len(values))
-            else:
-                _describe_move(attributes, call)
-                target, aliased = "move", [len(values) - 1]
-            return emit(_target(target, call), ctx, values, attributes, aliased)
-
-        if call.op == "reduce_scatter":
-            _describe_move(attributes, call)
-            return self._reduce(ctx, call, values, "move", attributes, pack_bytes=0)
-        average = call.op == "mean" and _averages(_travelling(ctx, call), ranks)
-        op = "avg" if average else {"mean": "sum"}.get(call.op, call.op)
-        attributes["op"] = np.int64(_op_number(op))
-        divide = call.op == "mean" and not average
-        return self._reduce(
-            ctx,
-            call,
-            values,
-            "all_reduce",
-            attributes,
-            pack_bytes=call.pack_bytes,
-            divide=divide,
-        )
-
-    def _reduce(
-        self,
-        ctx: Any,
-        call: Call,
-        values: Sequence[Any],
-        target: str,
-        attributes: dict[str, Any],
-        *,
-        pack_bytes: int,
-        divide: bool = False,
-    ) -> Sequence[Any]:
-        """Emit a reduction between what XLA does before and after it.
-
-        Small leaves are written one after the other, all are converted to what travels,
-        and back again; the mean's division is XLA's where it is not NCCL's.
-        """
-        *leaves, token = ctx.avals_in
-        *results, _ = ctx.avals_out
-        travels = _travelling(ctx, call)
-        kind = np.dtype(travels) if travels != "bfloat16" else np.dtype(jnp.bfloat16)
-        small = [
-            i
-            for i, leaf in enumerate(leaves)
-            if leaf.size and leaf.size * kind.itemsize <= pack_bytes
-        ]
-        small = small if len(small) > 1 else []
-        alone = [i for i in range(len(leaves)) if i not in small]
-        if not small and not divide and leaves and leaves[0].dtype == kind:
-            return emit(
-                _target(target, call),
-                ctx,
-                values,
-                attributes,
-                [len(leaves)] if target == "move" else range(len(values)),
-            )
-
-        def before(*xs: Any) -> list[Any]:
-            xs = tuple(x.astype(kind) for x in xs)
-            packed = [jnp.concatenate([xs[i].ravel() for i in small])] if small else []
-            return [*packed, *(xs[i] for i in alone)]
-
-        def finish(x: Any, like: Any) -> Any:
-            x = x.reshape(like.shape).astype(like.dtype)
-            if not divide:
-                return x
-            by = jnp.asarray(call.size, like.dtype)
-            # Integers are rounded toward zero.
-            return lax.div(x, by) if jnp.issubdtype(x.dtype, jnp.integer) else x / by
-
-        def after(*xs: Any) -> list[Any]:
-            parts: dict[int, Any] = {}
-            if small:
-                ends = np.cumsum([leaves[i].size for i in small])[:-1]
-                parts = dict(zip(small, jnp.split(xs[0], ends), strict=True))
-                xs = xs[1:]
-            parts |= dict(zip(alone, xs, strict=True))
-            return [finish(parts[i], like) for i, like in enumerate(results)]
-
-        arrays = _abstract(before, leaves)
-        reduced = (
-            [compat.shaped_array(leaf.shape, kind) for leaf in results]
-            if not small
-            else arrays
-        )
-        operands = map_values(before, ctx, leaves, arrays, values[:-1])
-        inner = ctx.replace(avals_in=[*arrays, token], avals_out=[*reduced, token])
-        *out, ordered = emit(
-            _target(target, call),
-            inner,
-            [*operands, values[-1]],
-            attributes,
-            [len(arrays)] if target == "move" else range(len(arrays) + 1),
-        )
-        return [*map_values(after, ctx, reduced, results, out), ordered]
-
-
-def _travelling(ctx: Any, call: Call) -> str:
-    """The dtype that NCCL gets of a bucket's leaves, which have one dtype."""
-    leaves = ctx.avals_in[:-1]
-    dtype = str(leaves[0].dtype) if leaves else "float32"
-    return call.wire or _NARROW.get(dtype, dtype)
-
-
-def _abstract(function: Callable[..., Any], avals: Sequence[Any]) -> list[Any]:
-    kinds = jax.eval_shape(
-        function, *(jax.ShapeDtypeStruct(a.shape, a.dtype) for a in avals)
-    )
-    return [compat.shaped_array(kind.shape, kind.dtype) for kind in kinds]
-
-
-def _target(collective: str, call: Call) -> str:
-    from jaxcomm.native import nccl
-
-    recorded = in_graphs() and collective in nccl.RECORDED and not call.partition
-    return f"jaxcomm_nccl_{'graph_' if recorded else ''}{collective}"
-
-
-def _averages(dtype: str, ranks: int) -> bool:
-    """Tell whether NCCL's own average is the sum divided by the number of ranks.
-
-    It multiplies by the inverse, rounded to the dtype: exact for powers of two. Sums of
-    float16 might be infinite where their mean is not, so there it is taken anyway.
-    """
-    if dtype == "float16":
-        return True
-    power = ranks & (ranks - 1) == 0
-    return power and dtype in ("bfloat16", "float32", "float64")
-
-
-def _op_number(op: str) -> int:
-    from jaxcomm.native import nccl
-
-    return nccl.OPS[op]
-
-
-def _describe_move(attributes: dict[str, Any], call: Call) -> None:
-    from jaxcomm import native
-
-    attributes["move"] = np.int64(native.MOVES.index(call.op))
-    attributes["ranks"] = np.int64(call.size)
-    attributes["permutation"] = numbers(call.permutation)
