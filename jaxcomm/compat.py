@@ -7,7 +7,7 @@ import math
 import os.path
 import traceback
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 
@@ -23,36 +23,59 @@ from jax.extend.core import Literal, Primitive
 from jax.interpreters import ad, batching, mlir
 
 __all__ = [
+    "AXIS_INDEX",
+    "CALLS",
     "CALL_ERRORS",
+    "CHECKPOINTS",
+    "COND",
+    "SCAN",
+    "WHILE",
+    "Checkpoint",
     "DistributedClient",
     "Effect",
     "Literal",
     "Primitive",
+    "Scan",
     "Tracer",
+    "While",
     "abstract_token",
     "ad",
     "async_dispatch",
+    "axes",
+    "axis_groups",
     "backends_initialized",
     "batching",
+    "branches",
+    "broadcast_root",
+    "called",
+    "checkpoint",
+    "closed",
     "count_in_module",
     "create_token",
     "distributed_client",
     "eval_eqn",
+    "exchange_layout",
     "failing_call",
+    "gather_layout",
     "inner_eqns",
     "instantiate_zeros",
     "is_drop_var",
     "keeps_its_place",
     "literal",
     "mlir",
+    "named",
     "outside_trace",
+    "parameters",
+    "permutation",
     "register_ordered_effect",
-    "scan_counts",
+    "scan",
+    "scatter_layout",
     "set_async_dispatch",
     "shaped_array",
     "source_line",
     "sub_jaxprs",
     "trace_with_axis",
+    "while_loop",
     "zero_tangent",
 ]
 
@@ -195,12 +218,135 @@ def inner_eqns(eqn: Any) -> Iterator[Any]:
         yield from jaxpr.eqns
 
 
-def scan_counts(params: Any) -> tuple[int, int]:
-    """Return how many of a scan's operands are constants and how many are carried."""
-    if "num_consts" in params:  # up to jax 0.11
-        return params["num_consts"], params["num_carry"]
-    consts, carry, _ = params["ft_in"].unpack()
-    return len(list(consts)), len(list(carry))
+# Equations, by the names of their primitives, and what their parameters say.
+
+SCAN, WHILE, COND = "scan", "while", "cond"
+CHECKPOINTS = frozenset({"checkpoint", "remat", "remat2"})
+# Their bodies' equations may simply stand in place of the call.
+CALLS = frozenset(
+    {
+        *("jit", "pjit", "closed_call", "core_call", "custom_jvp_call"),
+        *("custom_vjp_call", "custom_vjp_call_jaxpr", "custom_lin"),
+    }
+)
+AXIS_INDEX = "axis_index"
+
+
+class Scan(NamedTuple):
+    """A `lax.scan`; its operands are constants, a state, and what is scanned."""
+
+    body: Any
+    consts: int
+    carry: int
+    length: int
+    reverse: bool
+    unroll: int
+
+
+class While(NamedTuple):
+    """A `lax.while_loop`: its operands are constants of both bodies, and the state."""
+
+    test: Any
+    step: Any
+    test_consts: int
+    step_consts: int
+
+
+class Checkpoint(NamedTuple):
+    """A `jax.checkpoint`."""
+
+    body: Any
+    prevent_cse: bool
+    policy: Any
+
+
+def scan(eqn: Any) -> Scan:
+    """Read the equation of a `lax.scan`."""
+    found = eqn.params
+    if "num_consts" in found:  # up to jax 0.11
+        consts, carry = found["num_consts"], found["num_carry"]
+    else:
+        consts, carry, _ = (len(list(part)) for part in found["ft_in"].unpack())
+    keys = ("length", "reverse", "unroll")
+    return Scan(found["jaxpr"], consts, carry, *(found[key] for key in keys))
+
+
+def while_loop(eqn: Any) -> While:
+    """Read the equation of a `lax.while_loop`."""
+    keys = ("cond_jaxpr", "body_jaxpr", "cond_nconsts", "body_nconsts")
+    return While(*(eqn.params[key] for key in keys))
+
+
+def branches(eqn: Any) -> list[Any]:
+    """Return the bodies of a `lax.cond` or `lax.switch`."""
+    return list(eqn.params["branches"])
+
+
+def checkpoint(eqn: Any) -> Checkpoint:
+    """Read the equation of a `jax.checkpoint`."""
+    found = eqn.params
+    return Checkpoint(found["jaxpr"], found["prevent_cse"], found["policy"])
+
+
+def called(eqn: Any) -> Any:
+    """Return the body of a call, open or closed; None where it cannot be read."""
+    keys = ("jaxpr", "call_jaxpr", "fun_jaxpr")
+    return next((eqn.params[key] for key in keys if key in eqn.params), None)
+
+
+def closed(eqn: Any, body: Any) -> Any:
+    """Return the closed form of an equation's only body, where it has constants."""
+    values = eqn.params.values()
+    return next((v for v in values if getattr(v, "jaxpr", None) is body), body)
+
+
+def named(eqn: Any) -> str | None:
+    """Return what `checkpoint_name` was given; None for all other equations."""
+    return eqn.params["name"] if eqn.primitive.name == "name" else None
+
+
+def parameters(eqn: Any) -> str:
+    """Return an equation's parameters as text, the same for equal equations."""
+    return str(sorted(eqn.params.items(), key=lambda pair: pair[0]))
+
+
+def axes(eqn: Any) -> tuple[Any, ...]:
+    """Return the axes of a collective: names, and numbers that vmap has left."""
+    value = eqn.params.get("axes", eqn.params.get("axis_name", ()))
+    return tuple(value) if isinstance(value, tuple | list) else (value,)
+
+
+def axis_groups(eqn: Any) -> tuple[tuple[int, ...], ...]:
+    """Return the `axis_index_groups` of a collective; () where it has none."""
+    return tuple(map(tuple, eqn.params.get("axis_index_groups") or ()))
+
+
+def gather_layout(eqn: Any) -> tuple[int, bool]:
+    """Return the dimension of an `all_gather`, and whether it is tiled."""
+    return eqn.params["all_gather_dimension"], eqn.params["tiled"]
+
+
+def scatter_layout(eqn: Any) -> tuple[int, bool]:
+    """Return the dimension of a `psum_scatter`, and whether it is tiled."""
+    return eqn.params["scatter_dimension"], eqn.params["tiled"]
+
+
+def exchange_layout(eqn: Any) -> tuple[int, int]:
+    """Return the axis that an `all_to_all` divides, and that which it concatenates.
+
+    The primitive always does, whatever lax.all_to_all was told.
+    """
+    return eqn.params["split_axis"], eqn.params["concat_axis"]
+
+
+def broadcast_root(eqn: Any) -> int:
+    """Return the rank whose values a `pbroadcast` sends."""
+    return eqn.params["source"]
+
+
+def permutation(eqn: Any) -> tuple[tuple[int, int], ...]:
+    """Return the (source, target) pairs of a `ppermute`."""
+    return tuple((int(source), int(target)) for source, target in eqn.params["perm"])
 
 
 def failing_call(error: BaseException) -> str:

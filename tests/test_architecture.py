@@ -50,6 +50,35 @@ def test_one_module_knows_the_versions_of_jax() -> None:
     assert found == {"jaxcomm/compat.py"}
 
 
+def test_one_module_reads_the_parameters_of_equations() -> None:
+    """Others pass them on whole, as `**eqn.params` of jaxcomm's own primitives."""
+    read = re.compile(r"(?<!\*\*)(?<!\*\*unit\.)\b(eqn|last)\.params\b")
+    keys = re.compile(
+        r"cond_jaxpr|body_jaxpr|call_jaxpr|num_consts|num_carry|_nconsts|ft_in|"
+        r"axis_index_groups\"|all_gather_dimension|scatter_dimension|\"perm\"|"
+        r"prevent_cse\"|\"(scan|while|cond|remat2?|pjit|axis_index)\""
+    )
+    found = {
+        path.relative_to(ROOT).as_posix()
+        for path in (ROOT / "jaxcomm").rglob("*.py")
+        if read.search(path.read_text()) or keys.search(path.read_text())
+    }
+    assert found == {"jaxcomm/compat.py"}
+
+
+def test_transports_are_named_in_their_folder_alone() -> None:
+    compared = re.compile(r"transport(?:\.name|_name)? (?:==|!=|in|not in) [\"({\[]")
+    found = [
+        f"{path.relative_to(ROOT)}: {line.strip()}"
+        for path in (ROOT / "jaxcomm").rglob("*.py")
+        if "transports" not in path.parts
+        for line in path.read_text().splitlines()
+        if compared.search(line)
+    ]
+    # What the user may say instead of a name.
+    assert [line for line in found if '"auto"' not in line] == []
+
+
 def test_planning_and_the_simulator_work_without_jax() -> None:
     done = subprocess.run(
         [sys.executable, "-c", WITHOUT_JAX],

@@ -70,20 +70,19 @@ class Evaluator:
     def _threaded(
         self, unit: Unit, values: Sequence[Any], token: Any
     ) -> tuple[list[Any], Any]:
-        name, params = unit.eqn.primitive.name, unit.eqn.params
-        if name == "scan":
-            return self._scan(unit.bodies[0], params, values, token)
-        if name == "while":
-            return self._while(unit.bodies, params, values, token)
-        if name == "cond":
+        name = unit.eqn.primitive.name
+        if name == compat.SCAN:
+            return self._scan(unit, values, token)
+        if name == compat.WHILE:
+            return self._while(unit, values, token)
+        if name == compat.COND:
             index, *operands = values
             branches = [self._caller(body) for body in unit.bodies]
             token, results = lax.switch(index, branches, token, operands)
             return list(results), token
+        _, prevent_cse, policy = compat.checkpoint(unit.eqn)
         run = jax.checkpoint(
-            self._caller(unit.bodies[0]),
-            prevent_cse=params["prevent_cse"],
-            policy=params["policy"],
+            self._caller(unit.bodies[0]), prevent_cse=prevent_cse, policy=policy
         )
         token, results = run(token, list(values))
         return list(results), token
@@ -96,9 +95,10 @@ class Evaluator:
         return call
 
     def _scan(
-        self, body: Body, params: Any, values: Sequence[Any], token: Any
+        self, unit: Unit, values: Sequence[Any], token: Any
     ) -> tuple[list[Any], Any]:
-        n_consts, n_carry = compat.scan_counts(params)
+        (body,) = unit.bodies
+        _, n_consts, n_carry, length, reverse, unroll = compat.scan(unit.eqn)
         consts = list(values[:n_consts])
         init = list(values[n_consts : n_consts + n_carry])
 
@@ -111,20 +111,20 @@ class Evaluator:
             step,
             (token, init),
             list(values[n_consts + n_carry :]),
-            length=params["length"],
-            reverse=params["reverse"],
-            unroll=params["unroll"],
+            length=length,
+            reverse=reverse,
+            unroll=unroll,
         )
         return [*carry, *ys], token
 
     def _while(
-        self, bodies: Sequence[Body], params: Any, values: Sequence[Any], token: Any
+        self, unit: Unit, values: Sequence[Any], token: Any
     ) -> tuple[list[Any], Any]:
-        n_cond, n_body = params["cond_nconsts"], params["body_nconsts"]
+        _, _, n_cond, n_body = compat.while_loop(unit.eqn)
         cond_consts = list(values[:n_cond])
         body_consts = list(values[n_cond : n_cond + n_body])
         init = list(values[n_cond + n_body :])
-        test, step = bodies
+        test, step = unit.bodies
         if any(unit.kind in ("bucket", "foreign", "body") for unit in test.units):
             raise UnsupportedCollectiveError(
                 "a collective in the condition of a while_loop is not scheduled; "

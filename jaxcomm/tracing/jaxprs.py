@@ -14,10 +14,6 @@ import numpy as np
 from jaxcomm import compat
 from jaxcomm.errors import UnsupportedCollectiveError
 
-# Bodies whose equations may simply stand in place of the call.
-_INLINED = {"jit", "pjit", "closed_call", "core_call", "custom_jvp_call"}
-_INLINED |= {"custom_vjp_call", "custom_vjp_call_jaxpr", "custom_lin"}
-
 
 @dataclasses.dataclass(slots=True)
 class Unit:
@@ -52,14 +48,11 @@ class Body:
 
 
 def bodies_of(eqn: Any) -> list[Any]:
-    params = eqn.params
     name = eqn.primitive.name
-    if name == "scan":
-        return [params["jaxpr"]]
-    if name == "while":
-        return [params["cond_jaxpr"], params["body_jaxpr"]]
-    if name == "cond":
-        return list(params["branches"])
+    if name == compat.WHILE:
+        return list(compat.while_loop(eqn)[:2])
+    if name == compat.COND:
+        return compat.branches(eqn)
     return [_called(eqn)]
 
 
@@ -76,7 +69,7 @@ def flatten(
     def visit(jaxpr: Any, names: dict[Any, Any]) -> None:
         for eqn in jaxpr.eqns:
             invars = [names.get(v, v) if is_var(v) else v for v in eqn.invars]
-            if eqn.primitive.name in _INLINED and has_collective(eqn):
+            if eqn.primitive.name in compat.CALLS and has_collective(eqn):
                 closed = _called(eqn)
                 inner = getattr(closed, "jaxpr", closed)
                 local: dict[Any, Any] = dict(zip(inner.invars, invars, strict=True))
@@ -125,9 +118,8 @@ EFFECT = Var(None)
 
 
 def _called(eqn: Any) -> Any:
-    for key in ("jaxpr", "call_jaxpr", "fun_jaxpr"):
-        if key in eqn.params:
-            return eqn.params[key]
+    if (body := compat.called(eqn)) is not None:
+        return body
     raise UnsupportedCollectiveError(
         f"{eqn.primitive.name} at {compat.source_line(eqn)} contains a collective and "
         "its body cannot be read"
@@ -156,8 +148,7 @@ def means_of(
     for eqn, _, outvars in eqns:
         if eqn.primitive.name != "psum":
             continue
-        grouped = eqn.params.get("axis_index_groups") is not None
-        if grouped or tuple(eqn.params.get("axes", ())) != (axis_name,):
+        if compat.axis_groups(eqn) or compat.axes(eqn) != (axis_name,):
             continue
         for var in outvars:
             users = uses.get(var, [])

@@ -12,6 +12,7 @@ from typing import Any
 
 import jax.numpy as jnp
 
+from jaxcomm import compat
 from jaxcomm.planning.planner import Terms
 from jaxcomm.tracing import layout
 
@@ -50,46 +51,32 @@ class Meaning:
     after: Callable[[Any], Any] | None = None
 
 
-def axes_of(eqn: Any) -> tuple[Any, ...]:
-    """Return the axes of a collective: names, and numbers that vmap has left."""
-    for key in ("axes", "axis_name"):
-        if key in eqn.params:
-            value = eqn.params[key]
-            return tuple(value) if isinstance(value, tuple | list) else (value,)
-    return ()
-
-
 def meaning_of(eqn: Any, size: int) -> Meaning:
     """Say what a collective over one named axis of `size` ranks does."""
-    name, params = eqn.primitive.name, eqn.params
-    groups = tuple(map(tuple, params.get("axis_index_groups") or ()))
+    name, groups = eqn.primitive.name, compat.axis_groups(eqn)
     ranks = len(groups[0]) if groups else size
     terms = Terms(groups=groups)
     if name in _SUMS:
         op, local = _SUMS[name]
-        numbers = tuple(a for a in axes_of(eqn) if isinstance(a, int))
+        numbers = tuple(a for a in compat.axes(eqn) if isinstance(a, int))
         before = functools.partial(local, axis=numbers) if numbers else None
         return Meaning(op, terms, before)
     if name == "all_gather":
-        axis, tiled = params["all_gather_dimension"], params["tiled"]
+        axis, tiled = compat.gather_layout(eqn)
         after = functools.partial(layout.gathered, axis=axis, tiled=tiled)
         return Meaning("all_gather", terms, after=after)
     if name == "reduce_scatter":
+        axis, tiled = compat.scatter_layout(eqn)
         before = functools.partial(
-            layout.to_scatter,
-            axis=params["scatter_dimension"],
-            ranks=ranks,
-            tiled=params["tiled"],
+            layout.to_scatter, axis=axis, ranks=ranks, tiled=tiled
         )
         return Meaning("reduce_scatter", terms, before)
     if name == "all_to_all":
-        # The primitive divides and concatenates, whatever lax.all_to_all was told.
-        before = functools.partial(
-            layout.to_exchange, split_axis=params["split_axis"], ranks=ranks
-        )
-        after = functools.partial(layout.exchanged, concat_axis=params["concat_axis"])
+        split, concat = compat.exchange_layout(eqn)
+        before = functools.partial(layout.to_exchange, split_axis=split, ranks=ranks)
+        after = functools.partial(layout.exchanged, concat_axis=concat)
         return Meaning("all_to_all", terms, before, after)
     if name == "pbroadcast":
-        return Meaning("broadcast", dataclasses.replace(terms, root=params["source"]))
-    pairs = tuple((int(source), int(target)) for source, target in params["perm"])
-    return Meaning("permute", Terms(permutation=pairs))
+        root = compat.broadcast_root(eqn)
+        return Meaning("broadcast", dataclasses.replace(terms, root=root))
+    return Meaning("permute", Terms(permutation=compat.permutation(eqn)))

@@ -26,7 +26,7 @@ from jaxcomm import compat
 from jaxcomm.ranks.communicator import Communicator
 from jaxcomm.tracing.jaxprs import is_var
 from jaxcomm.tracing.named_axis import EQUAL_RESULTS
-from jaxcomm.tracing.primitives import bucket_p, mark_of
+from jaxcomm.tracing.primitives import BoundBucket, bucket_p, mark_of
 
 # A digest of how a value that is the same on all ranks came about; None: unknown.
 Origin = str | None
@@ -82,17 +82,17 @@ class Checker:
                 where = f"{made} at {compat.source_line(eqn)}"
                 return [_hash(where, str(k)) for k in range(count)]
             return [None] * count
-        if name == "name" and eqn.params["name"] == mark_of(self._comm):
+        if compat.named(eqn) == mark_of(self._comm):
             return [_hash(f"one rank at {compat.source_line(eqn)}")]
-        if name == "cond":
+        if name == compat.COND:
             return self._cond(eqn, inputs)
-        if name == "while":
+        if name == compat.WHILE:
             return self._while(eqn, inputs)
-        if name == "scan":
+        if name == compat.SCAN:
             return self._scan(eqn, inputs)
         bodies = compat.sub_jaxprs(eqn)
         if len(bodies) == 1 and len(bodies[0].invars) == len(inputs):
-            outs = self.body(_closed(eqn, bodies[0]), inputs)
+            outs = self.body(compat.closed(eqn, bodies[0]), inputs)
             if len(outs) == count:
                 return outs
         for body in bodies:
@@ -100,22 +100,20 @@ class Checker:
                 self.body(body, [None] * len(body.invars))
         if bodies or None in inputs or eqn.effects or "callback" in name:
             return [None] * count
-        params = _ADDRESS.sub("", str(sorted(eqn.params.items(), key=lambda kv: kv[0])))
+        params = _ADDRESS.sub("", compat.parameters(eqn))
         made = _hash(name, params, *[x or "" for x in inputs])
         return [_hash(made, str(k)) for k in range(count)]
 
     def _made_equal(self, eqn: Any) -> str:
         """Name a collective whose results are the same on all ranks; else ""."""
         if eqn.primitive is not bucket_p:
-            grouped = eqn.params.get("axis_index_groups") is not None
-            name = eqn.primitive.name
+            name, grouped = eqn.primitive.name, compat.axis_groups(eqn)
             return name if name in EQUAL_RESULTS and not grouped else ""
-        schedule, index = eqn.params["schedule"], eqn.params["index"]
-        bucket = schedule.buckets[index]
+        call = BoundBucket(**eqn.params)
         # What a subgroup has agreed on, another may not have.
-        if not bucket.makes_equal or eqn.params["comm"] != self._comm:
+        if not call.bucket.makes_equal or call.comm != self._comm:
             return ""
-        return f"{bucket.op} of {schedule.fingerprint}, bucket {index},"
+        return f"{call.bucket.op} of {call.schedule.fingerprint}, bucket {call.index},"
 
     def _decide(self, eqn: Any, predicate: Origin, what: str) -> None:
         if predicate is None:
@@ -124,20 +122,19 @@ class Checker:
 
     def _cond(self, eqn: Any, inputs: list[Origin]) -> list[Origin]:
         predicate, *operands = inputs
-        branches = eqn.params["branches"]
+        branches = compat.branches(eqn)
         if self._has_collective(eqn):
             self._decide(eqn, predicate, "the predicate")
         outs = [self.body(branch, operands) for branch in branches]
         if predicate is None:
             return [None] * len(eqn.outvars)
         return [
-            None if None in each else _hash("cond", predicate, *map(str, each))
+            None if None in each else _hash(compat.COND, predicate, *map(str, each))
             for each in zip(*outs, strict=True)
         ]
 
     def _while(self, eqn: Any, inputs: list[Origin]) -> list[Origin]:
-        n_cond, n_body = eqn.params["cond_nconsts"], eqn.params["body_nconsts"]
-        test, step = eqn.params["cond_jaxpr"], eqn.params["body_jaxpr"]
+        test, step, n_cond, n_body = compat.while_loop(eqn)
         of_test, of_step = inputs[:n_cond], inputs[n_cond : n_cond + n_body]
         carry = self._steady(
             inputs[n_cond + n_body :], lambda state: self.body(step, [*of_step, *state])
@@ -148,8 +145,7 @@ class Checker:
         return carry if predicate is not None else [None] * len(carry)
 
     def _scan(self, eqn: Any, inputs: list[Origin]) -> list[Origin]:
-        n_consts, n_carry = compat.scan_counts(eqn.params)
-        body = eqn.params["jaxpr"]
+        body, n_consts, n_carry, *_ = compat.scan(eqn)
         consts = inputs[:n_consts]
         xs = inputs[n_consts + n_carry :]
         carry = self._steady(
@@ -177,14 +173,6 @@ class Checker:
                     for a, b in zip(after, carry, strict=True)
                 ]
             carry = [None if gone else b for gone, b in zip(lost, carry, strict=True)]
-
-
-def _closed(eqn: Any, body: Any) -> Any:
-    """The closed form of an equation's only body, where it has constants."""
-    for value in eqn.params.values():
-        if getattr(value, "jaxpr", None) is body:
-            return value
-    return body
 
 
 def _constant(value: Any) -> Origin:

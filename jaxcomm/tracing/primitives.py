@@ -20,7 +20,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -158,6 +158,18 @@ class _CollectiveOrder(compat.Effect):
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, _CollectiveOrder)
+
+
+class BoundBucket(NamedTuple):
+    """The parameters of a bucket's equation."""
+
+    comm: Communicator
+    schedule: Schedule
+    index: int
+
+    @property
+    def bucket(self) -> Bucket:
+        return self.schedule.buckets[self.index]
 
 
 order_effect = _CollectiveOrder()

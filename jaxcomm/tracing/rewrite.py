@@ -55,11 +55,17 @@ from jaxcomm.tracing.jaxprs import (
     means_of,
 )
 from jaxcomm.tracing.leaf_names import Reduction, name_leaves
-from jaxcomm.tracing.named_axis import COLLECTIVES, Meaning, axes_of, meaning_of
+from jaxcomm.tracing.named_axis import COLLECTIVES, Meaning, meaning_of
 from jaxcomm.tracing.predicates import Checker
-from jaxcomm.tracing.primitives import bucket_p, moved_shape, order_effect, rank_p
+from jaxcomm.tracing.primitives import (
+    BoundBucket,
+    bucket_p,
+    moved_shape,
+    order_effect,
+    rank_p,
+)
 
-_THREADED = {"scan", "while", "cond", "checkpoint", "remat", "remat2"}
+_THREADED = {compat.SCAN, compat.WHILE, compat.COND, *compat.CHECKPOINTS}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -243,7 +249,7 @@ class _Planner:
         if eqn.primitive is bucket_p:
             return "bucket" if self._is_own(eqn) else "foreign"
         if self._uses_axis(eqn):
-            if name == "axis_index":
+            if name == compat.AXIS_INDEX:
                 return "rank"
             if name in COLLECTIVES:
                 self._check(eqn)
@@ -257,7 +263,7 @@ class _Planner:
 
     def _is_own(self, eqn: Any) -> bool:
         """Tell whether a jaxcomm collective is one of this function's communicator."""
-        return eqn.params["comm"] == self.options.comm
+        return BoundBucket(**eqn.params).comm == self.options.comm
 
     def _is_stage(self, kind: str | None, eqn: Any) -> bool:
         """Tell whether what depends on an equation is of a later stage."""
@@ -271,7 +277,7 @@ class _Planner:
         return self._uses_axis(eqn) or any(map(self._has_own, compat.inner_eqns(eqn)))
 
     def _uses_axis(self, eqn: Any) -> bool:
-        return self.options.axis_name in axes_of(eqn)
+        return self.options.axis_name in compat.axes(eqn)
 
     def _has_collective(self, eqn: Any) -> bool:
         if eqn.primitive is bucket_p or self._uses_axis(eqn):
@@ -279,16 +285,15 @@ class _Planner:
         return any(map(self._has_collective, compat.inner_eqns(eqn)))
 
     def _check(self, eqn: Any) -> None:
-        names = [a for a in axes_of(eqn) if not isinstance(a, int)]
+        names = [a for a in compat.axes(eqn) if not isinstance(a, int)]
         if names != [self.options.axis_name]:
             raise self._unsupported(eqn, f"over axes {names} at once is not scheduled")
-        groups = eqn.params.get("axis_index_groups")
-        if groups is not None:
+        if groups := compat.axis_groups(eqn):
             ranks = sorted(rank for group in groups for rank in group)
             if ranks != list(range(self.options.comm.size)):
+                shown = list(map(list, groups))
                 raise self._unsupported(
-                    eqn,
-                    f"has axis_index_groups {groups}, which do not divide the ranks",
+                    eqn, f"has axis_index_groups {shown}, which do not divide the ranks"
                 )
         if eqn.primitive.name == "ppermute":
             self._check_pairs(eqn)
@@ -300,7 +305,7 @@ class _Planner:
     def _check_pairs(self, eqn: Any) -> None:
         """Refuse pairs that are no partial permutation: no rank would know of it."""
         size, sources, targets = self.options.comm.size, set(), set()
-        for source, target in eqn.params["perm"]:
+        for source, target in compat.permutation(eqn):
             if not (0 <= source < size and 0 <= target < size):
                 why = f"ranks go from 0 to {size - 1}"
             elif source in sources:
@@ -340,7 +345,10 @@ class _Planner:
     def _branches(self, jaxpr: Any) -> bool:
         """Tell whether a collective lies inside a cond or while_loop."""
         return any(
-            (eqn.primitive.name in ("cond", "while") and self._communicates(eqn))
+            (
+                eqn.primitive.name in (compat.COND, compat.WHILE)
+                and self._communicates(eqn)
+            )
             or any(map(self._branches, compat.sub_jaxprs(eqn)))
             for eqn in jaxpr.eqns
         )
@@ -350,7 +358,7 @@ class _Planner:
         if eqn.primitive is bucket_p:
             return True
         if self._uses_axis(eqn):
-            return eqn.primitive.name != "axis_index"
+            return eqn.primitive.name != compat.AXIS_INDEX
         return any(map(self._communicates, compat.inner_eqns(eqn)))
 
     def _divergent(self, eqn: Any, what: str) -> UnsupportedCollectiveError:
@@ -387,12 +395,13 @@ class _Planner:
 
     def _adopt(self, eqn: Any, stage: int) -> int:
         """Take over a bucket that a jaxcomm collective has planned itself."""
-        theirs: Schedule = eqn.params["schedule"]
-        bucket = theirs.buckets[eqn.params["index"]]
+        call = BoundBucket(**eqn.params)
         start = len(self.leaves)
-        self.leaves += [theirs.leaves[i] for i in bucket.leaves]
+        self.leaves += [call.schedule.leaves[i] for i in call.bucket.leaves]
         indices = tuple(range(start, len(self.leaves)))
-        self.buckets.append(dataclasses.replace(bucket, leaves=indices, stage=stage))
+        self.buckets.append(
+            dataclasses.replace(call.bucket, leaves=indices, stage=stage)
+        )
         return len(self.buckets) - 1
 
     def _chain(
@@ -515,11 +524,8 @@ def _is_same_call(last: Any, eqn: Any) -> bool:
     """
     if last is None or not last.primitive is eqn.primitive is bucket_p:
         return False
-    one, two = last.params, eqn.params
-    return (one["comm"], one["schedule"], one["index"] + 1) == (
-        *(two["comm"], two["schedule"]),
-        two["index"],
-    )
+    call = BoundBucket(**last.params)
+    return BoundBucket(**eqn.params) == call._replace(index=call.index + 1)
 
 
 def _function(
