@@ -225,8 +225,14 @@ CHECKPOINTS = frozenset({"checkpoint", "remat", "remat2"})
 # Their bodies' equations may simply stand in place of the call.
 CALLS = frozenset(
     {
-        *("jit", "pjit", "closed_call", "core_call", "custom_jvp_call"),
-        *("custom_vjp_call", "custom_vjp_call_jaxpr", "custom_lin"),
+        "jit",
+        "pjit",
+        "closed_call",
+        "core_call",
+        "custom_jvp_call",
+        "custom_vjp_call",
+        "custom_vjp_call_jaxpr",
+        "custom_lin",
     }
 )
 AXIS_INDEX = "axis_index"

@@ -73,4 +73,4 @@ def test_hashes_are_compared_where_both_have_been(
     assert history.difference() is None
     row = row._replace(calls=4)
     own[4] = 45
-    assert history.difference() == "after call 2 and by call 4"
+    assert history.difference() == "between call 3 and call 4"

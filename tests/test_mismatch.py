@@ -87,8 +87,8 @@ REPORTS = {
     "skip": "ended without a call",
     "lower": "ended without a call",
     "order": "came to the same call from different places of their programs",
-    "same size": " part after call 0 and by call ",
-    "branch": " part after call ",
+    "same size": " made different calls, the first between call 1 and call ",
+    "branch": " made different calls, the first between call ",
 }
 
 

@@ -86,7 +86,8 @@ def all_reduce(
         from jaxcomm.collectives import weighted
 
         return weighted.mean(
-            *(tree, weight),
+            tree,
+            weight,
             op=op,
             comm=comm,
             groups=groups,

@@ -34,13 +34,24 @@ MALLOC = {
 _ONE_HOST = {"OMPI_MCA_btl": "self,sm", "OMPI_MCA_pml": "ob1"}
 # With any of these the user says how ranks are connected, or where they run.
 _CONNECTIONS = (
-    *("OMPI_MCA_btl", "OMPI_MCA_pml", "OMPI_MCA_mtl", "PRTE_MCA_oob", "PRTE_MCA_if"),
-    *("PRTE_MCA_prte_if", "PRTE_MCA_prte_default_hostfile", "PRTE_MCA_ras"),
+    "OMPI_MCA_btl",
+    "OMPI_MCA_pml",
+    "OMPI_MCA_mtl",
+    "PRTE_MCA_oob",
+    "PRTE_MCA_if",
+    "PRTE_MCA_prte_if",
+    "PRTE_MCA_prte_default_hostfile",
+    "PRTE_MCA_ras",
 )
 # Where a batch system has given us nodes, mpiexec starts ranks on all of them.
 _ALLOCATIONS = (
-    *("SLURM_JOB_ID", "SLURM_JOBID", "PBS_JOBID", "LSB_JOBID", "PE_HOSTFILE"),
-    *("COBALT_JOBID", "FLUX_JOB_ID"),
+    "SLURM_JOB_ID",
+    "SLURM_JOBID",
+    "PBS_JOBID",
+    "LSB_JOBID",
+    "PE_HOSTFILE",
+    "COBALT_JOBID",
+    "FLUX_JOB_ID",
 )
 
 

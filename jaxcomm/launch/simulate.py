@@ -39,7 +39,9 @@ def main(
     with Progress(console=Console(stderr=True), transient=True) as bar:
         task = bar.add_task("simulating", total=1.0)
         found = report.make(
-            *(where, what, sizes),
+            where,
+            what,
+            sizes,
             steps=steps,
             samples=samples,
             seed=seed,

@@ -167,9 +167,16 @@ class Schedule:
             "leaves": [[x.path, list(x.shape), x.dtype, x.order] for x in self.leaves],
             "buckets": [
                 [
-                    *(b.op, b.dtype, list(b.leaves), b.pack_bytes),
-                    *(b.label, b.stage, b.root, b.wire),
-                    *(b.permutation, b.groups),
+                    b.op,
+                    b.dtype,
+                    list(b.leaves),
+                    b.pack_bytes,
+                    b.label,
+                    b.stage,
+                    b.root,
+                    b.wire,
+                    b.permutation,
+                    b.groups,
                 ]
                 for b in self.buckets
             ],
@@ -196,12 +203,26 @@ class Schedule:
             )
             buckets = tuple(
                 Bucket(
-                    *(str(op), str(dtype), tuple(map(int, ix)), int(pack)),
-                    *(str(label), int(stage), int(root), str(wire)),
-                    *(_pairs(permutation), _pairs(groups)),
+                    str(op),
+                    str(dtype),
+                    tuple(map(int, ix)),
+                    int(pack),
+                    str(label),
+                    int(stage),
+                    int(root),
+                    str(wire),
+                    _pairs(permutation),
+                    _pairs(groups),
                 )
                 for (
-                    *(op, dtype, ix, pack, label, stage, root, wire),
+                    op,
+                    dtype,
+                    ix,
+                    pack,
+                    label,
+                    stage,
+                    root,
+                    wire,
                     permutation,
                     groups,
                 ) in tree["buckets"]
@@ -310,10 +331,21 @@ _ITEM_BYTES = {
     "bfloat16": 2,
     **dict.fromkeys(
         (
-            *("int2", "int4", "uint2", "uint4", "float4_e2m1fn"),
-            *("float6_e2m3fn", "float6_e3m2fn", "float8_e3m4", "float8_e4m3"),
-            *("float8_e4m3b11fnuz", "float8_e4m3fn", "float8_e4m3fnuz"),
-            *("float8_e5m2", "float8_e5m2fnuz", "float8_e8m0fnu"),
+            "int2",
+            "int4",
+            "uint2",
+            "uint4",
+            "float4_e2m1fn",
+            "float6_e2m3fn",
+            "float6_e3m2fn",
+            "float8_e3m4",
+            "float8_e4m3",
+            "float8_e4m3b11fnuz",
+            "float8_e4m3fn",
+            "float8_e4m3fnuz",
+            "float8_e5m2",
+            "float8_e5m2fnuz",
+            "float8_e8m0fnu",
         ),
         1,
     ),

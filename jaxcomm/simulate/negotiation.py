@@ -35,9 +35,12 @@ class Negotiation:
         m = self.machine
         # Memory is what bounds a message inside a node.
         return Hosts(
-            *(self.ranks, m.ranks_per_node),
-            *(m["control_latency"], m["control_node_latency"]),
-            *(m["control_bandwidth"], m["response_bandwidth"]),
+            self.ranks,
+            m.ranks_per_node,
+            m["control_latency"],
+            m["control_node_latency"],
+            m["control_bandwidth"],
+            m["response_bandwidth"],
             m["root_message"],
         )
 

@@ -57,12 +57,14 @@ def make(
     for size in ranks:
         meter.begin(f"{size:,} ranks", size)
         found = experiment.simulate(
-            *(machine, workload, size), steps=steps, seed=seed, progress=meter.step
+            machine, workload, size, steps=steps, seed=seed, progress=meter.step
         )
         spread = {}
         if samples:
             spread = uncertainty.ranges(
-                *(machine, workload, size),
+                machine,
+                workload,
+                size,
                 samples=samples,
                 steps=RANGE_STEPS,
                 seed=seed,

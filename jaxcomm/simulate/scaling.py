@@ -50,7 +50,7 @@ def collect(bar: Progress) -> dict[str, Any]:
     found: dict[str, Any] = {"efficiency": {}, "elsewhere": []}
     for name in workloads.names():
         found["efficiency"][name] = report.make(
-            *(summit, workloads.load(name), SIZES), steps=40, samples=12
+            summit, workloads.load(name), SIZES, steps=40, samples=12
         )
         # The same in all three.
         found["validation"] = found["efficiency"][name].pop("validation")
@@ -58,7 +58,7 @@ def collect(bar: Progress) -> dict[str, Any]:
     found["tornado"] = []
     for design in ("coordinator", "static"):
         nominal, swings = uncertainty.tornado(
-            *(summit, workloads.load("stemdl"), LARGEST, design)
+            summit, workloads.load("stemdl"), LARGEST, design
         )
         rows = [dataclasses.asdict(swing) for swing in swings]
         panel = {"design": design, "nominal": nominal, "swings": rows}
@@ -73,7 +73,7 @@ def collect(bar: Progress) -> dict[str, Any]:
     for name, ranks in ELSEWHERE:
         for workload in ("stemdl", "resnet50", "gpt2"):
             rows = experiment.simulate(
-                *(machines.load(name), workloads.load(workload), ranks), steps=8
+                machines.load(name), workloads.load(workload), ranks, steps=8
             )
             found["elsewhere"].append(
                 {
@@ -93,7 +93,9 @@ def _control(machine: machines.Machine, ranks: int) -> dict[str, Any]:
     nbytes = int(stemdl.leaf_bytes.sum())
     for tensors in (8, 16, 32, 64, 128, 256, 512, 1024):
         results = experiment.simulate(
-            *(machine, workloads.uniform(tensors, nbytes, stemdl), ranks),
+            machine,
+            workloads.uniform(tensors, nbytes, stemdl),
+            ranks,
             steps=3,
             designs=experiment.DESIGNS[:3],
         )
@@ -137,7 +139,7 @@ def _order(machine: machines.Machine) -> list[dict[str, Any]]:
             exposed: dict[str, float] = {}
             for seed in range(8):
                 for result in experiment.simulate(
-                    *(moved, workloads.load(workload), 384), steps=3, seed=seed
+                    moved, workloads.load(workload), 384, steps=3, seed=seed
                 ):
                     value = result.exposed_comm_ms / 8
                     exposed[result.design] = exposed.get(result.design, 0.0) + value

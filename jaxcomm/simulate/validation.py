@@ -94,7 +94,9 @@ def check(
     ) -> list[list[experiment.Result]]:
         """The nominal run, and those of the samples."""
         nominal = experiment.simulate(
-            *(summit, workload, ranks),
+            summit,
+            workload,
+            ranks,
             steps=steps,
             seed=seed,
             designs=designs,
@@ -122,7 +124,9 @@ def check(
         rows.append(
             _row(
                 f"NSDI'22: 2x over the original at 6,000 GPUs [{workload.name}]",
-                *(2.0, twice, None),
+                2.0,
+                twice,
+                None,
                 "the abstract does not name the workload: the gain depends on the "
                 "number of tensors and the length of a step",
             )
@@ -138,7 +142,9 @@ def check(
         _row(
             "NSDI'22: comparable to DDP up to 1,536 GPUs, step time over DDP's "
             "[resnet50]",
-            *(1.0, speedups(play(resnet, 1536, ours, "ddp")), None),
+            1.0,
+            speedups(play(resnet, 1536, ours, "ddp")),
+            None,
             "'comparable' is taken as 1",
         )
     )
@@ -146,7 +152,9 @@ def check(
     rows.append(
         _row(
             "SC'18: 0.907 at 27,360 GPUs [DeepLabv3+]",
-            *(0.907, tree, None),
+            0.907,
+            tree,
+            None,
             "its leaves, its step of 1 s and the tree's radix of 4 are assumed",
         )
     )
@@ -155,7 +163,9 @@ def check(
     rows.append(
         _row(
             "NSDI'22: 1.54 EF/s at 27,600 GPUs [stemdl]",
-            *(1.54, sustained, "utilisation of stemdl"),
+            1.54,
+            sustained,
+            "utilisation of stemdl",
             "agrees by construction",
         )
     )

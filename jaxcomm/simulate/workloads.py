@@ -137,8 +137,17 @@ def _make(
     names, shapes, groups, ready = zip(*leaves, strict=True)
     flops = 3 * total * samples
     return Workload(
-        *(name, title, names, shapes, groups, ready, flops),
-        *(operand, utilisation, wire, buffers),
+        name,
+        title,
+        names,
+        shapes,
+        groups,
+        ready,
+        flops,
+        operand,
+        utilisation,
+        wire,
+        buffers,
     )
 
 
@@ -150,7 +159,9 @@ def _stemdl() -> Workload:
         samples=1,
         operand="float16",
         utilisation=Parameter(
-            *(0.48, 0.35, 0.6),
+            0.48,
+            0.35,
+            0.6,
             "1.54 EF/s sustained by 27,600 ranks at 0.93 (Romero et al., NSDI'22) are "
             "60 TFLOP/s a rank, 0.48 of a V100's peak; batch 1 and 16-bit messages as "
             "in the run scripts of nlaanait/stemdl; range assumed",
@@ -169,7 +180,9 @@ def _resnet50() -> Workload:
         samples=64,
         operand="float16",
         utilisation=Parameter(
-            *(0.16, 0.08, 0.25),
+            0.16,
+            0.08,
+            0.25,
             "assumed: 64 images a rank at 0.16 of peak, about 800 images/s on a V100",
         ),
         wire="float32",
@@ -185,7 +198,9 @@ def _gpt2() -> Workload:
         samples=8,
         operand="float16",
         utilisation=Parameter(
-            *(0.35, 0.2, 0.5),
+            0.35,
+            0.2,
+            0.5,
             "assumed: 8 sequences of 1,024 tokens a rank at 0.35 of peak",
         ),
         wire="bfloat16",

@@ -40,7 +40,7 @@ class History:
             del self._pending[next(iter(self._pending))]
 
     def difference(self) -> str | None:
-        """Compare what was heard; say after which call the ranks part, if they do."""
+        """Compare what was heard; say where the first that differs is, if one does."""
         made = {row.key: row.calls for row in native.progress()}
         for (key, number), value in list(self._pending.items()):
             if number > made.get(key, number):
@@ -50,5 +50,6 @@ class History:
             if own == value:
                 self._agreed[key] = max(number, self._agreed.get(key, 0))
             elif own is not None:
-                return f"after call {self._agreed.get(key, 0)} and by call {number}"
+                first = self._agreed.get(key, 0) + 1
+                return f"between call {first} and call {number}"
         return None

@@ -148,10 +148,15 @@ class Watchdog:
             self._send(_MARKS, (self._rank + 1) % self._size, news)
         for before, marks in self._receive(_MARKS):
             self._hear(before, marks)
-        parted = self._history.difference()
-        if parted is not None:
+        different = self._history.difference()
+        if different is not None:
             pair = sorted([self._before, self._rank])
-            self._refuse(reports.refusal(f"{rank_names(pair)} part {parted}", []))
+            self._refuse(
+                reports.refusal(
+                    f"{rank_names(pair)} made different calls, the first {different}",
+                    [],
+                )
+            )
         if self._rank == 0:
             self._compare_waits()
 
@@ -195,7 +200,11 @@ class Watchdog:
             self._warned = (call.comm, call.number)
             log.warning(
                 "rank %d of %d has waited %.0f s for the other ranks in call %d: %s",
-                *(self._rank, self._size, seconds, call.number, call.what),
+                self._rank,
+                self._size,
+                seconds,
+                call.number,
+                call.what,
             )
         # Ranks that wait alike would all report; the first one does it for them.
         late = seconds - min(0.3 * self._rank, 5.0)
@@ -217,7 +226,11 @@ class Watchdog:
             self._held = time.monotonic() + self._abort_after
             log.warning(
                 "rank %d of %d still waits in call %d: %s; %s makes other calls",
-                *(self._rank, self._size, call.number, call.what, rank_names(moving)),
+                self._rank,
+                self._size,
+                call.number,
+                call.what,
+                rank_names(moving),
             )
             return
         text = reports.report(self._rank, self._size, call, states)

@@ -260,7 +260,10 @@ class Transport(abc.ABC):
 
 
 _NUMBERS = {
-    *("float32", "float64", "bfloat16", "float16"),
+    "float32",
+    "float64",
+    "bfloat16",
+    "float16",
     *(f"{kind}{bits}" for kind in ("int", "uint") for bits in (8, 16, 32, 64)),
 }
 _COMPLEX = {"complex64", "complex128"}

@@ -1,6 +1,6 @@
 """Python objects between ranks over jax.distributed, where there is no MPI.
 
-The store is a TCP port of process 0 that asks nobody who he is, so nothing that is read
+The store is a TCP port of process 0 without authentication, so nothing that is read
 from it is unpickled (see `_encoding`). Who can write there can still stop or mislead
 the job; jax.distributed itself has the same weakness.
 """

@@ -27,7 +27,10 @@ _FRAMEWORKS = {
 # mpiexec sets more of Open MPI's, which say nothing of how messages travel.
 _SETTINGS = (
     *(f"OMPI_MCA_{framework}" for framework in (*_FRAMEWORKS, "bml", "coll")),
-    *("MPIR_CVAR_", "MPICH_", "UCX_", "FI_"),
+    "MPIR_CVAR_",
+    "MPICH_",
+    "UCX_",
+    "FI_",
 )
 
 
