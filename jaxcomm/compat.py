@@ -33,6 +33,7 @@ __all__ = [
     "Checkpoint",
     "DistributedClient",
     "Effect",
+    "JaxRuntimeError",
     "Literal",
     "Primitive",
     "Scan",
@@ -82,7 +83,8 @@ __all__ = [
 Tracer = _core.Tracer
 # What a compiled function raises for an error of one of its calls: the second where JAX
 # dispatches without Python.
-CALL_ERRORS = (jax.errors.JaxRuntimeError, ValueError)
+JaxRuntimeError: type[Exception] = jax.errors.JaxRuntimeError
+CALL_ERRORS = (JaxRuntimeError, ValueError)
 shaped_array = _core.ShapedArray
 abstract_token = _core.abstract_token
 Effect = _effects.Effect
@@ -412,7 +414,7 @@ class DistributedClient:
         milliseconds = math.ceil(1e3 * min(max(seconds, 1e-3), 1e6))
         try:
             return self._client.blocking_key_value_get_bytes(key, milliseconds)
-        except jax.errors.JaxRuntimeError as error:
+        except JaxRuntimeError as error:
             if str(error).startswith("DEADLINE_EXCEEDED"):
                 return None
             raise

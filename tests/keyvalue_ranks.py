@@ -232,7 +232,7 @@ def no_growth() -> None:
         else:
             assert channel.broadcast(k, k % RANKS) == k
         if k % 20 == 19:
-            most = max(most, len(client.list(channel._base)))
+            most = max(most, len(client.list(channel.base)))
     # Per round: one key for each rank and the answer. A slow rank still deletes those
     # of the round before last while a fast one writes the next round's.
     assert RANKS < most <= 3 * (RANKS + 1), most
@@ -263,7 +263,7 @@ def damaged() -> None:
     channel.barrier()
     for number, value in enumerate([b"", b"\n0\n\x80\x04.", b"\n0\n" + bytes(9)], 2):
         if RANK == 1:
-            client.set(f"{channel._base}/{number}/out", value)
+            client.set(f"{channel.base}/{number}/out", value)
         time.sleep(0.2)
         if RANK == 1:
             text = raised(lambda: channel.broadcast(1, 0), JaxcommError)

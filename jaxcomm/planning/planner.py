@@ -6,7 +6,7 @@ import dataclasses
 import functools
 import re
 from collections.abc import Callable, Hashable, Sequence
-from typing import TypeAlias
+from typing import NamedTuple, TypeAlias
 
 from jaxcomm.errors import InvalidOptionError
 from jaxcomm.planning import costs as costmodel
@@ -89,9 +89,18 @@ def make_schedule(
     )
 
 
-def cache_info() -> functools._CacheInfo:
+class CacheInfo(NamedTuple):
+    """How a cache was used: as `functools.lru_cache` says."""
+
+    hits: int
+    misses: int
+    maxsize: int | None
+    currsize: int
+
+
+def cache_info() -> CacheInfo:
     """Return hits, misses, maximum and current size of the schedule cache."""
-    return _plan.cache_info()
+    return CacheInfo(*_plan.cache_info())
 
 
 def cache_clear() -> None:
@@ -131,7 +140,8 @@ def check_options(
         raise InvalidOptionError(f"op={op!r}; use one of {', '.join(OPS)}")
     if bucket_bytes is not None and (
         isinstance(bucket_bytes, bool)
-        or not isinstance(bucket_bytes, int)
+        # Users' code is not checked.
+        or not isinstance(bucket_bytes, int)  # pyright: ignore[reportUnnecessaryIsInstance]
         or bucket_bytes <= 0
     ):
         raise InvalidOptionError(

@@ -4,6 +4,8 @@ What connects the processes on the host is a *fabric* (`ranks.fabric`); what mov
 arrays is a transport.
 """
 
+# pyright: strict, reportUnknownMemberType=false
+# JAX types its own functions in part.
 from __future__ import annotations
 
 import hashlib
@@ -16,7 +18,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxcomm import native
+from jaxcomm import compat, native
 from jaxcomm import settings as _settings
 from jaxcomm.errors import BrokenCommunicatorError, InvalidOptionError
 from jaxcomm.planning import costs as costmodel
@@ -291,7 +293,7 @@ def wait_for_pending_work() -> None:
     # in the order of their dispatch, so when a new one is done, all are.
     try:
         jax.effects_barrier()
-    except jax.errors.JaxRuntimeError as error:
+    except compat.JaxRuntimeError as error:
         # It failed in another call, which has raised it or will.
         log.debug("a program has failed: %s", error)
     jax.block_until_ready(jnp.zeros(()) + 1)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 
 from jaxcomm.errors import BrokenCommunicatorError, JaxcommError, StallError
 
@@ -44,7 +44,7 @@ class Fault:
             raise BrokenCommunicatorError(self._text)
 
     @contextlib.contextmanager
-    def guard(self) -> Iterator[None]:
+    def guard(self) -> Generator[None]:
         """Check first, and let the end of a wait be the failure."""
         self.check()
         try:

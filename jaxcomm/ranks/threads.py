@@ -14,6 +14,8 @@ may lie there in one order on one rank and in the other on another, and NCCL's k
 then wait for each other for ever. So over NCCL one thread makes all calls.
 """
 
+# pyright: strict, reportUnknownMemberType=false
+# JAX types its own functions in part.
 from __future__ import annotations
 
 import math

@@ -1,5 +1,7 @@
 """What a transport is: how the buckets of a schedule become custom calls."""
 
+# pyright: strict, reportUnknownMemberType=false, reportUnknownVariableType=false
+# JAX types its own functions in part.
 from __future__ import annotations
 
 import abc
@@ -88,7 +90,7 @@ def emit(
     """Emit a custom call, with the results of some numbers in their operands' place."""
     # A token has no buffer to alias.
     arrays = [i for i in aliased if hasattr(ctx.avals_in[i], "shape")]
-    rule = jax.ffi.ffi_lowering(
+    rule: Any = jax.ffi.ffi_lowering(
         target, has_side_effect=True, operand_output_aliases={i: i for i in arrays}
     )
     return rule(ctx, *values, **attributes)
@@ -102,7 +104,7 @@ def map_values(
     values: Sequence[Any],
 ) -> Sequence[Any]:
     """Emit a function of arrays into the program, on IR values."""
-    rule = compat.mlir.lower_fun(function, multiple_results=True)
+    rule: Any = compat.mlir.lower_fun(function, multiple_results=True)
     return rule(ctx.replace(avals_in=avals_in, avals_out=avals_out), *values)
 
 

@@ -10,6 +10,8 @@ concatenated first), counts cast to C int, MPI handles written into the HLO, and
 go through it.
 """
 
+# pyright: strict, reportUnknownMemberType=false, reportUnknownVariableType=false
+# JAX types its own functions in part.
 from __future__ import annotations
 
 import functools
@@ -136,7 +138,7 @@ class Mpi4jax(Mpi):
             dtype = str(aval.dtype)
         handle = np.uint64(native.op_handle(dtype, op)).view(np.int64)
         avals = (aval, compat.abstract_token)
-        rule = jax.ffi.ffi_lowering("mpi_allreduce_ffi", has_side_effect=True)
+        rule: Any = jax.ffi.ffi_lowering("mpi_allreduce_ffi", has_side_effect=True)
         out, _ = rule(
             ctx.replace(avals_in=avals, avals_out=avals),
             value,
@@ -152,7 +154,9 @@ class Mpi4jax(Mpi):
 def _handle(thing: Any) -> np.int64:
     from mpi4py import MPI
 
-    return np.uint64(MPI._handleof(thing) & (2**64 - 1)).view(np.int64)
+    # The same function in all versions of mpi4py from 4.0.
+    handle: int = MPI._handleof(thing)  # pyright: ignore[reportPrivateUsage]
+    return np.uint64(handle & (2**64 - 1)).view(np.int64)
 
 
 def _carrier(call: Call, dtype: Any) -> np.dtype:
@@ -200,7 +204,8 @@ def _encode(*leaves: Any, call: Call, rank: int) -> list[Any]:
 def _decode(flat: Any, *, call: Call, like: list[Any]) -> list[Any]:
     if call.op != "broadcast":
         flat = _scaled(flat, call, like[0].dtype)
-    out, start = [], 0
+    out: list[Any] = []
+    start = 0
     for aval in like:
         stop = start + math.prod(aval.shape) * _pieces(call, aval.dtype)
         part = lax.slice(flat, (start,), (stop,))

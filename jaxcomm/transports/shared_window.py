@@ -46,8 +46,8 @@ class SharedWindow:
         self.crowded, self.failure = False, ""
         self._file = -1
         try:
-            cores = self._together(lambda: os.sched_getaffinity(0))
-            self.crowded = len(set().union(*cores)) < self._size
+            cores: list[set[int]] = self._together(lambda: os.sched_getaffinity(0))
+            self.crowded = len(set[int]().union(*cores)) < self._size
             made = self._together(self._create)[0]
             self._together(lambda: self._map(*made))
             self._together(lambda: attach(self))

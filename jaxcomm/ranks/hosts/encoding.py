@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import math
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
@@ -59,7 +59,7 @@ def decode(data: bytes) -> Any:
 def _plain(obj: Any, path: str, blobs: list[bytes]) -> Any:
     # By exact type: of a subclass, as a named tuple or an enum, only the base would
     # come back.
-    kind = type(obj)
+    kind = cast("type[Any]", type(obj))
     if kind in _SCALARS:
         return obj
     if kind is bytes:
@@ -77,11 +77,12 @@ def _plain(obj: Any, path: str, blobs: list[bytes]) -> Any:
     if kind is CostModel:
         return ["CostModel", obj.to_json()]
     if kind is np.ndarray or isinstance(obj, np.generic):
-        name = _dtype_name(obj.dtype)
+        array = cast("Any", obj)
+        name = _dtype_name(array.dtype)
         if name is not None:
-            blobs.append(obj.tobytes())
+            blobs.append(array.tobytes())
             form = "array" if kind is np.ndarray else "scalar"
-            return [form, name, list(obj.shape)]
+            return [form, name, list(array.shape)]
     raise InvalidTreeError(
         f"{path} is a {kind.__module__}.{kind.__qualname__}, which cannot be sent: "
         "without MPI, objects travel over a network port that is open to others and "
@@ -121,12 +122,14 @@ class _Reader:
                 return dict(zip(every[::2], every[1::2], strict=True))
             case ["bytes", int(length)]:
                 return self._take(length)
-            case ["array", str(name), list(shape)]:
-                return self._array(name, shape)
+            case ["array", str(name), list()]:
+                return self._array(name, tree[2])
             case ["scalar", str(name), []]:
                 return self._array(name, [])[()]
             case ["CostModel", str(text)]:
                 return CostModel.from_json(text)
+            case _:
+                pass
         raise ValueError(f"unknown form {str(tree[:1])[:40]}")
 
     def _array(self, name: str, shape: list[int]) -> np.ndarray:

@@ -16,7 +16,6 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import jax
 import numpy as np
 
 from jaxcomm import compat
@@ -101,9 +100,9 @@ class KeyValueChannel:
                 f"({client.process_id}) among them"
             )
         self.rank, self.size = everyone.index(client.process_id), len(everyone)
-        self._client, self._timeout = client, timeout
+        self.client, self._timeout = client, timeout
         self.fault = fault or Fault()
-        self._who = f"rank {self.rank} of {self.size}"
+        self.who = f"rank {self.rank} of {self.size}"
         self._lock, self._number = threading.Lock(), 0
         # An earlier channel of this name has left the keys of its last round.
         text = json.dumps([name, everyone])
@@ -112,7 +111,7 @@ class KeyValueChannel:
         # A digest, because a name may have a "/", which would put its keys below
         # another channel's.
         digest = hashlib.sha256(f"{text} {count}".encode()).hexdigest()[:24]
-        self._base = f"jaxcomm/{digest}"
+        self.base = f"jaxcomm/{digest}"
 
     def barrier(self) -> None:
         """Wait until every rank is here.
@@ -170,10 +169,10 @@ class KeyValueChannel:
             turn = _Round(self, call, self._number, timeout, what)
             try:
                 return turn.lead(mine, combine) if self.rank == 0 else turn.follow(mine)
-            except jax.errors.JaxRuntimeError as error:
+            except compat.JaxRuntimeError as error:
                 reason = str(error).partition("\n")[0]
                 raise JaxcommError(
-                    f"{self._who} could not {what}: jax.distributed's store failed "
+                    f"{self.who} could not {what}: jax.distributed's store failed "
                     f"({reason}). Process 0, where the store is, has ended, or another "
                     "program writes there: read that process's output first."
                 ) from error
@@ -194,10 +193,10 @@ class _Round:
         timeout: float,
         what: str,
     ):
-        self._client, self._size = channel._client, channel.size
-        self._rank, self._who = channel.rank, channel._who
-        self._here = f"{channel._base}/{number}"
-        self._previous = f"{channel._base}/{number - 1}"
+        self._client, self._size = channel.client, channel.size
+        self._rank, self._who = channel.rank, channel.who
+        self._here = f"{channel.base}/{number}"
+        self._previous = f"{channel.base}/{number - 1}"
         self._call, self._timeout, self._what = call, timeout, what
         self._end = time.monotonic() + timeout
 
@@ -215,7 +214,7 @@ class _Round:
             raise
         try:
             self._put("out", "", answer)
-        except jax.errors.JaxRuntimeError:
+        except compat.JaxRuntimeError:
             # A key is written once: another rank has given up first.
             value = self._client.get(f"{self._here}/out", 0)
             if value is None:  # then it is the store that failed
@@ -250,7 +249,7 @@ class _Round:
         content = f"{type(error).__name__}\n0\n{error}".encode()
         try:
             self._client.set(f"{self._here}/out", content)
-        except jax.errors.JaxRuntimeError:  # a key is written once
+        except compat.JaxRuntimeError:  # a key is written once
             return True
         return False
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import pickle
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from typing import Any
 
 import numpy as np
@@ -42,7 +42,7 @@ class HostChannel:
         self.rank, self.size = comm.Get_rank(), comm.Get_size()
 
     @contextlib.contextmanager
-    def _exchange(self, what: str) -> Iterator[None]:
+    def _exchange(self, what: str) -> Generator[None]:
         self.fault.check()
         self.count, self.what = self.count + 1, what
         self.entered = time.monotonic_ns()
@@ -159,7 +159,7 @@ class HostChannel:
                 request = self._comm.Isend([message, MPI.BYTE], rank, _PARTING_TAG)
             abandoned.append(request)  # some rank may never receive it
 
-    def _partings(self) -> Iterator[str]:
+    def _partings(self) -> Generator[str]:
         """Return what ranks have said that gave up."""
         from mpi4py import MPI
 

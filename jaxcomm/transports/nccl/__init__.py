@@ -1,5 +1,7 @@
 """Transport `nccl`: one custom call per bucket, on XLA's stream."""
 
+# pyright: strict, reportUnknownMemberType=false
+# JAX types its own functions in part.
 from __future__ import annotations
 
 import functools
@@ -82,7 +84,8 @@ class Nccl(Transport):
         call = Call(
             group.key, size, "sum", digest=0, bucket=0, site=0, pack_bytes=0, root=-1
         )
-        jax.block_until_ready(jax.jit(functools.partial(_warm_up, call=call))())
+        first_use: Any = jax.jit(functools.partial(_warm_up, call=call))
+        jax.block_until_ready(first_use())
 
     def split(self, key: int, members: Sequence[int], color: int, place: int) -> None:
         """Divide the NCCL communicator."""

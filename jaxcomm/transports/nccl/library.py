@@ -1,5 +1,7 @@
 """Find a NCCL for this process, load it, and see that the ranks' go together."""
 
+# pyright: strict, reportUnknownMemberType=false, reportUnknownVariableType=false
+# JAX types its own functions in part.
 from __future__ import annotations
 
 import ctypes
@@ -193,7 +195,7 @@ def _check_backend() -> None:
             f"{backend!r}: install the CUDA plugin (pip install 'jax[cuda13]') and "
             "leave JAX_PLATFORMS unset, or use transport='mpi'"
         )
-    devices = jax.local_devices()
+    devices: list[Any] = jax.local_devices()
     if len(devices) > 1:
         raise TransportUnavailableError(
             f"this process sees {len(devices)} GPUs and jaxcomm drives one per "
@@ -214,7 +216,8 @@ def graphs_allowed() -> bool:
 
 def ordinal() -> int:
     """Return the number of this process's device among those that CUDA shows it."""
-    return 0 if _on_host() else jax.local_devices()[0].local_hardware_id
+    devices: list[Any] = [] if _on_host() else jax.local_devices()
+    return devices[0].local_hardware_id if devices else 0
 
 
 def _uuid(ordinal: int) -> str:

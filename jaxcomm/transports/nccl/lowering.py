@@ -1,5 +1,7 @@
 """What stands in the program for a bucket over NCCL."""
 
+# pyright: strict, reportUnknownMemberType=false
+# JAX types its own functions in part.
 from __future__ import annotations
 
 import dataclasses
