@@ -16,10 +16,13 @@ namespace jaxcomm {
 using AgreeFn = int (*)(int64_t id, int64_t digest, int64_t bucket, int64_t number,
                         char* error, int64_t capacity);
 
-// A call's place in the program: the bucket of its schedule in the lower 32 bits, and above
+// A call's place in the program: the bucket of its schedule in the lower bits, and above
 // them which of the communicator's calls in the program it is, because a program may have
 // several calls of one schedule. Wherever ranks compare a "bucket", it is this.
-inline int64_t BucketOf(int64_t place) { return place < 0 ? place : place & 0xffffffff; }
+inline constexpr int kPlaceBits = 32;
+inline int64_t BucketOf(int64_t place) {
+  return place < 0 ? place : place & ((int64_t{1} << kPlaceBits) - 1);
+}
 
 // Where a rank is: a place in a program that has a schedule.
 struct Where {

@@ -7,7 +7,7 @@
 
 namespace jaxcomm {
 
-// The exit code of a job that ranks cannot finish; watchdog.STALLED.
+// The exit code of a job that ranks cannot finish, as Python's watchdog has it.
 inline constexpr int kStalled = 70;
 
 inline void WriteToStandardError(const std::string& text) {

@@ -26,9 +26,6 @@ constexpr int kBroken = -1;
 int AllReduce(Communicator* comm, const Reduction& reduction,
               const std::vector<Leaf>& leaves);
 
-// What moves data between ranks without adding it up, or not all of it to all.
-enum Move : int { kAllGather, kReduceScatter, kAllToAll, kPermute, kMoves };
-
 struct Movement {
   Move move;
   DType dtype;       // of a reduce-scatter

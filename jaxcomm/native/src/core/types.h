@@ -1,4 +1,5 @@
-// Element types and operations. Order shared with jaxcomm/native/__init__.py.
+// Element types, operations and moves. Python has the same names in the same order, and
+// compares them when it loads the library (constants.cc).
 #pragma once
 
 #include <cstddef>
@@ -6,15 +7,30 @@
 
 namespace jaxcomm {
 
-enum DType : int {
-  kF32, kF64, kBF16, kF16,
-  kI8, kI16, kI32, kI64,
-  kU8, kU16, kU32, kU64,
-  kBool, kC64, kC128,
-  kDTypes
-};
+// X(enumerator, Python's name, bytes)
+// clang-format off
+#define JAXCOMM_DTYPES(X)                                                                  \
+  X(kF32, "float32", 4)      X(kF64, "float64", 8)                                         \
+  X(kBF16, "bfloat16", 2)    X(kF16, "float16", 2)                                         \
+  X(kI8, "int8", 1)          X(kI16, "int16", 2)                                           \
+  X(kI32, "int32", 4)        X(kI64, "int64", 8)                                           \
+  X(kU8, "uint8", 1)         X(kU16, "uint16", 2)                                          \
+  X(kU32, "uint32", 4)       X(kU64, "uint64", 8)                                          \
+  X(kBool, "bool", 1)        X(kC64, "complex64", 8)       X(kC128, "complex128", 16)
+// X(enumerator, Python's name), as all that follow
+#define JAXCOMM_OPS(X) X(kSum, "sum") X(kMin, "min") X(kMax, "max") X(kProd, "prod")
+// What moves data between ranks without adding it up, or not all of it to all.
+#define JAXCOMM_MOVES(X)                                                                   \
+  X(kAllGather, "all_gather")    X(kReduceScatter, "reduce_scatter")                       \
+  X(kAllToAll, "all_to_all")     X(kPermute, "permute")
+// clang-format on
+
+#define JAXCOMM_ENUMERATOR(enumerator, ...) enumerator,
+
+enum DType : int { JAXCOMM_DTYPES(JAXCOMM_ENUMERATOR) kDTypes };
+enum Move : int { JAXCOMM_MOVES(JAXCOMM_ENUMERATOR) kMoves };
 enum Op : int {
-  kSum, kMin, kMax, kProd,
+  JAXCOMM_OPS(JAXCOMM_ENUMERATOR)
   kMpiOps,
   // Half the sum. Two ranks combine every element exactly once, so this one pass is
   // the whole of their mean.
@@ -22,7 +38,8 @@ enum Op : int {
   kOps
 };
 
-inline constexpr size_t kItemSize[kDTypes] = {4, 8, 2, 2, 1, 2, 4, 8,
-                                              1, 2, 4, 8, 1, 8, 16};
+#define JAXCOMM_BYTES(enumerator, name, bytes) bytes,
+inline constexpr size_t kItemSize[kDTypes] = {JAXCOMM_DTYPES(JAXCOMM_BYTES)};
+#undef JAXCOMM_BYTES
 
 }  // namespace jaxcomm

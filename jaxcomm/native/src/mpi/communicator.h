@@ -19,10 +19,16 @@
 
 namespace jaxcomm {
 
-// Counters that Python reads; order shared with jaxcomm/native/__init__.py.
-enum Counter : int {
-  kMpiAllReduce, kMpiBroadcast, kBytes, kAgreements, kSegments, kMoved, kCounters
-};
+// Counters that Python reads: X(enumerator, Python's name).
+// clang-format off
+#define JAXCOMM_COUNTERS(X)                                                                \
+  X(kMpiAllReduce, "mpi_all_reduce")    X(kMpiBroadcast, "mpi_broadcast")                  \
+  X(kBytes, "bytes")                    X(kAgreements, "agreements")                       \
+  X(kSegments, "segments")              X(kMoved, "moved")
+// clang-format on
+enum Counter : int { JAXCOMM_COUNTERS(JAXCOMM_ENUMERATOR) kCounters };
+// In what jaxcomm_counters writes, before them: calls, and the time in calls.
+enum CounterColumn : int { kCallsColumn, kNanosecondsColumn, kFirstCounter };
 
 class Node;
 

@@ -506,16 +506,16 @@ JAXCOMM_API int64_t jaxcomm_timeline_take(Event* out, int64_t capacity) {
   return Timeline::Get().Take(out, capacity);
 }
 
-// Writes how many calls of a communicator have begun, and its counters, to
-// out[2 + kCounters]. Returns 0 if it exists.
+// Writes how many calls of a communicator have begun, their time, and its counters, to
+// out[kFirstCounter + kCounters]. Returns 0 if it exists.
 JAXCOMM_API int jaxcomm_counters(int64_t id, int64_t* out) {
   const auto find = [id] { return FindCommunicator(id); };
   const auto none = [](const char*) -> Communicator* { return nullptr; };
   Communicator* comm = Guarded(find, none);
   if (comm == nullptr) return 1;
-  out[0] = comm->progress.calls();
-  out[1] = comm->progress.inside();
-  for (int i = 0; i < kCounters; ++i) out[2 + i] = comm->counters[i];
+  out[kCallsColumn] = comm->progress.calls();
+  out[kNanosecondsColumn] = comm->progress.inside();
+  for (int i = 0; i < kCounters; ++i) out[kFirstCounter + i] = comm->counters[i];
   return 0;
 }
 

@@ -16,6 +16,7 @@
 
 #include "gpu.h"
 #include "nccl_abi.h"
+#include "types.h"
 
 namespace jaxcomm {
 
@@ -44,8 +45,14 @@ struct Work {
   int64_t number;
 };
 
-// Counters that Python reads; order shared with jaxcomm/native/nccl.py.
-enum NcclCounter : int { kNcclCollectives, kNcclBytes, kNcclAgreements, kNcclCounters };
+// Counters that Python reads: X(enumerator, Python's name).
+#define JAXCOMM_NCCL_COUNTERS(X)            \
+  X(kNcclCollectives, "nccl_collectives")   \
+  X(kNcclBytes, "bytes")                    \
+  X(kNcclAgreements, "agreements")
+enum NcclCounter : int { JAXCOMM_NCCL_COUNTERS(JAXCOMM_ENUMERATOR) kNcclCounters };
+// In what jaxcomm_nccl_counters writes, before them: calls.
+enum NcclCounterColumn : int { kNcclCallsColumn, kNcclFirstCounter };
 
 class NcclCommunicator {
  public:

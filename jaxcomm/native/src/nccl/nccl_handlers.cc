@@ -22,6 +22,7 @@
 #include "nccl.h"
 #include "progress.h"
 #include "rounding.h"
+#include "types.h"
 #include "xla/ffi/api/c_api.h"
 #include "xla/ffi/api/ffi.h"
 
@@ -213,8 +214,6 @@ ffi::Error BroadcastCall(CudaStream stream, ffi::RemainingArgs args,
   });
 }
 
-enum Move : int { kAllGather, kReduceScatter, kAllToAll, kPermute };  // native.MOVES
-
 ffi::Error MoveCall(CudaStream stream, ffi::RemainingArgs args, ffi::RemainingRets rets,
                     int64_t comm, int64_t schedule, int64_t bucket, int64_t partition,
                     Numbers groups, int64_t move, int64_t ranks, Numbers permutation) {
@@ -373,8 +372,10 @@ JAXCOMM_API int jaxcomm_nccl_counters(int64_t id, int64_t* out) {
   const auto none = [](const char*) -> Member* { return nullptr; };
   Member* member = Guarded([id] { return Find(id); }, none);
   if (member == nullptr) return 1;
-  out[0] = member->progress->calls();
-  for (int i = 0; i < kNcclCounters; ++i) out[1 + i] = member->comm.counters[i];
+  out[kNcclCallsColumn] = member->progress->calls();
+  for (int i = 0; i < kNcclCounters; ++i) {
+    out[kNcclFirstCounter + i] = member->comm.counters[i];
+  }
   return 0;
 }
 
