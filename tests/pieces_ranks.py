@@ -6,7 +6,6 @@ Here both are a few bytes: pieces begin and end within elements.
 
 from __future__ import annotations
 
-import ctypes
 import sys
 from pathlib import Path
 from typing import Any
@@ -93,7 +92,7 @@ def main(folder: str) -> None:
     before = comm.counters()["mpi_broadcast"]
     same(jaxcomm.broadcast(data(comm.rank, (COUNTS[-1],))), data(0, (COUNTS[-1],)))
     assert comm.counters()["mpi_broadcast"] - before == 1
-    native.load().jaxcomm_limit_pieces(ctypes.c_int64(comm.key), ctypes.c_int64(PIECE))
+    native.load().jaxcomm_limit_pieces(comm.key, PIECE)
     check_broadcast(comm)
     check_gather(comm)
     check_exchange(comm)

@@ -10,7 +10,7 @@ from collections.abc import Callable
 
 import pytest
 
-from jaxcomm import native
+from jaxcomm.native import callbacks
 
 Job = Callable[..., "subprocess.CompletedProcess[str]"]
 
@@ -284,9 +284,9 @@ def test_a_failing_callback_is_a_refusal() -> None:
     def interrupted() -> str | None:
         raise KeyboardInterrupt
 
-    refused = native._answer(interrupted, ctypes.addressof(text), len(text))
+    refused = callbacks.answer(interrupted, ctypes.addressof(text), len(text))
     assert (refused, text.value) == (1, b"jaxcomm: KeyboardInterrupt: ")
-    assert native._answer(lambda: None, ctypes.addressof(text), len(text)) == 0
+    assert callbacks.answer(lambda: None, ctypes.addressof(text), len(text)) == 0
 
 
 MANY = """

@@ -3,25 +3,14 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable
-from typing import Any
 
-import jax
+from jaxcomm.native.constants import NCCL_OPS
+from jaxcomm.native.declarations import NCCL_HANDLERS, NCCL_RECORDED
+from jaxcomm.native.library import call, constants, load, names, register
 
-from jaxcomm import native
-from jaxcomm.errors import TransportUnavailableError
-
-# Each on a GPU and on host memory (jaxcomm_nccl_host_*).
-HANDLERS = ("all_reduce", "broadcast", "move", "rank")
+OPS = NCCL_OPS
 # On a GPU also to be recorded into CUDA graphs (jaxcomm_nccl_graph_*).
-RECORDED = ("all_reduce", "broadcast")
-COUNTERS = ("calls", "nccl_collectives", "bytes", "agreements")
-UNIQUE_ID_BYTES = 128
-# Order and values of nccl.h.
-OPS = {"sum": 0, "prod": 1, "max": 2, "min": 3, "avg": 4}
-
-_TEXT_BYTES = 4096
-_Key = ctypes.c_int64
+RECORDED = NCCL_RECORDED
 
 
 def open_library(
@@ -39,78 +28,58 @@ def open_library(
     Raises:
       TransportUnavailableError: it cannot be used; says why.
     """
-    library = native.load()
-    library.jaxcomm_nccl_close.restype = None
-    library.jaxcomm_nccl_refuse.restype = None
-    _call(
-        lambda text, size: library.jaxcomm_nccl_open(
-            *(path.encode(), driver.encode(), ordinal),
-            *(ctypes.c_double(abort_after), text, size),
-        ),
-        f"{path} cannot be used as NCCL",
+    library = load()
+    call(
+        library.jaxcomm_nccl_open,
+        *(path.encode(), driver.encode(), ordinal, abort_after),
+        what=f"{path} cannot be used as NCCL",
     )
-    for target in (*HANDLERS, *(f"graph_{name}" for name in RECORDED)):
+    for target in (*NCCL_HANDLERS, *(f"graph_{name}" for name in RECORDED)):
         on_host = f"host_{target.removeprefix('graph_')}"
-        symbol = getattr(library, f"jaxcomm_nccl_{on_host if host_memory else target}")
-        jax.ffi.register_ffi_target(
-            f"jaxcomm_nccl_{target}",
-            jax.ffi.pycapsule(symbol),
-            platform="cpu" if host_memory else "CUDA",
-        )
+        symbol = f"jaxcomm_nccl_{on_host if host_memory else target}"
+        platform = "cpu" if host_memory else "CUDA"
+        register(f"jaxcomm_nccl_{target}", getattr(library, symbol), platform)
     return library.jaxcomm_nccl_version()
 
 
 def unique_id() -> bytes:
     """Return what names a new communicator; one rank asks, and gives it to all."""
-    out = ctypes.create_string_buffer(UNIQUE_ID_BYTES)
-    _call(
-        lambda text, size: native.load().jaxcomm_nccl_unique_id(out, text, size),
-        "no NCCL communicator can be made",
-    )
+    out = ctypes.create_string_buffer(constants()["sizeof.NcclUniqueId"])
+    what = "no NCCL communicator can be made"
+    call(load().jaxcomm_nccl_unique_id, out, what=what)
     return out.raw
 
 
 def join(key: int, unique: bytes, rank: int, size: int, timeout: float) -> None:
     """Make communicator `key`; all its ranks call it together."""
-    _call(
-        lambda text, room: native.load().jaxcomm_nccl_join(
-            _Key(key), unique, rank, size, ctypes.c_double(timeout), text, room
-        ),
-        "the NCCL communicator could not be made",
-    )
+    what = "the NCCL communicator could not be made"
+    call(load().jaxcomm_nccl_join, key, unique, rank, size, timeout, what=what)
 
 
 def split(
     key: int, part: int, color: int, rank: int, size: int, timeout: float
 ) -> None:
     """Make communicator `part` of the ranks of `key` that give the same color."""
-    _call(
-        lambda text, room: native.load().jaxcomm_nccl_split(
-            *(_Key(key), _Key(part), color, rank, size),
-            *(ctypes.c_double(timeout), text, room),
-        ),
-        "the NCCL communicator could not be divided",
+    call(
+        load().jaxcomm_nccl_split,
+        *(key, part, color, rank, size, timeout),
+        what="the NCCL communicator could not be divided",
     )
 
 
 def refuse(key: int, text: str) -> None:
     """Let every call of a communicator fail from now on, with a text."""
-    native.load().jaxcomm_nccl_refuse(_Key(key), text.encode())
+    load().jaxcomm_nccl_refuse(key, text.encode())
 
 
 def counters(key: int) -> dict[str, int]:
     """Return the counters of a communicator."""
-    out = (ctypes.c_int64 * len(COUNTERS))()
-    native.load().jaxcomm_nccl_counters(_Key(key), out)
-    return dict(zip(COUNTERS, out, strict=True))
+    columns = names("nccl_counter")
+    out = (ctypes.c_int64 * len(columns))()
+    load().jaxcomm_nccl_counters(key, out)
+    return dict(zip(columns, out, strict=True))
 
 
 def close(seconds: float) -> None:
     """Finalise all communicators, in so many seconds; nothing may be under way."""
-    native.load().jaxcomm_nccl_close(ctypes.c_double(seconds))
-
-
-def _call(function: Callable[[Any, Any], int], what: str) -> None:
-    text = ctypes.create_string_buffer(_TEXT_BYTES)
-    if function(text, ctypes.c_int64(_TEXT_BYTES)) != 0:
-        raise TransportUnavailableError(f"{what}: {text.value.decode()}")
+    load().jaxcomm_nccl_close(seconds)

@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable, Iterable
 from typing import Any
 
+from jaxcomm import native
 from jaxcomm.ranks.deadline import rank_names
 from jaxcomm.ranks.hosts import mpi_library
 from jaxcomm.supervision import abort, reports
@@ -24,7 +25,7 @@ from jaxcomm.supervision.call_history import History
 log = logging.getLogger(__name__)
 
 WARN_AFTER, ABORT_AFTER = 60.0, 600.0  # of the watchdog, unless said otherwise
-STALLED = 70  # exit code of a job that the watchdog ended
+STALLED = native.STALLED  # exit code of a job that the watchdog ended
 _TELL_AFTER = 1.0
 _ANSWER_SECONDS = 5.0  # at most
 _DUMP_SECONDS = 2.0  # for a rank to write its stacks itself

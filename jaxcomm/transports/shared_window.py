@@ -39,9 +39,8 @@ class SharedWindow:
             If it raises on a rank, none has them.
         """
         self._comm, self._rank, self._size = comm, comm.Get_rank(), comm.Get_size()
-        slot = min(budget // native.SLOTS, native.MAX_SLOT_BYTES)
-        wanted = native.CONTROL_BYTES + native.SLOTS * slot
-        self.nbytes = -(-wanted // mmap.PAGESIZE) * mmap.PAGESIZE
+        pages = -(-native.window_bytes(budget) // mmap.PAGESIZE)
+        self.nbytes = pages * mmap.PAGESIZE
         self.addresses: list[int] = []
         self.crowded, self.failure = False, ""
         self._file = -1
