@@ -45,6 +45,8 @@ using DifferFn = void (*)(int64_t id, const Where* own, int64_t rank, const Wher
 using PartitionFn = int (*)(int64_t id, int64_t partition, const int64_t* groups,
                             int64_t length, char* error, int64_t capacity);
 
+// Set by Python in init(), before the first call is made; read by the threads that make
+// calls.
 inline AgreeFn agree_callback = nullptr;
 inline bool check_every_call = false;
 inline DifferFn differ_callback = nullptr;
@@ -81,9 +83,14 @@ class Agreement {
   }
 
  private:
+  // Digests of which it is known that all ranks have them. Used by the calls only, one at
+  // a time, which the communicator's mutex sees to.
   std::unordered_set<int64_t> agreed_;
+  // Set by Refuse, after `why_`, for good; lets Ask do without `mutex_` until then.
   std::atomic<bool> refused_{false};
-  std::mutex mutex_;  // guards what follows: Ask runs within a call, which may last
+  // Guards `why_`. Refuse cannot take the communicator's: a call holds that, and may last.
+  std::mutex mutex_;
+  // What every later call fails with.
   std::string why_;
 };
 

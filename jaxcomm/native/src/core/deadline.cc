@@ -19,15 +19,18 @@ namespace jaxcomm {
 namespace {
 
 // Never destroyed: a thread may still wait when the process ends.
+// Guards `current` and `last`.
 std::mutex& mutex = *new std::mutex;
+// Signalled when a deadline is lifted; the threads of deadlines wait for it.
 std::condition_variable& changed = *new std::condition_variable;
 int64_t current = 0;  // number of the deadline that is set; 0 for none
-int64_t last = 0;
+int64_t last = 0;     // number of the last one that was ever set
+// Written by Python's main thread before the end, and read by it at the end.
 struct End {
-  double seconds = 0;
-  std::string text;
-  int code = 0;
-  pid_t process = 0;
+  double seconds = 0;  // from the end of the interpreter
+  std::string text;    // for standard error
+  int code = 0;        // the exit code
+  pid_t process = 0;   // that asked for it; 0 where none did
 };
 End& at_end = *new End;
 

@@ -10,7 +10,9 @@
 namespace jaxcomm {
 namespace {
 
+// Guards `all`, not what is in it.
 std::mutex mutex;
+// By the communicators' ids; added to by ProgressOf alone, and nothing is ever removed.
 std::map<int64_t, std::unique_ptr<Progress>> all;
 
 }  // namespace

@@ -89,17 +89,27 @@ class Progress {
   }
 
  private:
+  // A remembered hash. A reader takes it if it finds the same number before and after.
   struct Mark {
-    std::atomic<int64_t> number{0};
-    std::atomic<int64_t> hash{0};
+    std::atomic<int64_t> number{0};  // the call's; 0 for none, and while `hash` changes
+    std::atomic<int64_t> hash{0};    // of all calls up to that one
   };
 
+  // All are written by the thread that makes the call, which holds the communicator's
+  // mutex: one at a time. The watchdog's thread reads the atomic ones without it.
+
+  // How many calls have begun; the last one's number.
   std::atomic<int64_t> calls_{0};
+  // Of the last call, stored before its number is.
   std::atomic<int64_t> schedule_{0};
   std::atomic<int64_t> bucket_{0};
-  std::atomic<int64_t> entered_{0};  // ns of the monotonic clock
+  // When the call under way began, in ns of the monotonic clock; 0 between calls.
+  std::atomic<int64_t> entered_{0};
+  // Sum of the times of calls that have ended, in ns.
   std::atomic<int64_t> inside_{0};
+  // Of all calls remembered so far; not for readers.
   uint64_t hash_ = 0;
+  // By level, then by the number's place among that level's last kKept.
   Mark marks_[kLevels][kKept];
 };
 

@@ -35,6 +35,7 @@ class DefaultRounding {
   ~DefaultRounding() { std::fesetenv(&saved_); }
 
  private:
+  // The thread's own, to be put back.
   std::fenv_t saved_;
 };
 

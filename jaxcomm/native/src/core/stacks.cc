@@ -55,12 +55,14 @@ constexpr char kEnded[] = "it has ended";
 
 enum State : int { kFree, kAsked, kWriting, kWritten, kGivenUp };
 
+// A thread that is asked. What is not atomic belongs to that thread while the slot is
+// kWriting, and to who asks once it is kWritten.
 struct Slot {
   std::atomic<int> state{kFree};
-  std::atomic<pid_t> thread{0};
-  void* interrupted = nullptr;  // where the signal came
-  int depth = 0;
-  void* frames[kCaptured];
+  std::atomic<pid_t> thread{0};  // who is asked
+  void* interrupted = nullptr;   // where the signal came
+  int depth = 0;                 // how many frames there are
+  void* frames[kCaptured];       // the innermost first
 };
 
 // Never destroyed: an answer may come late.

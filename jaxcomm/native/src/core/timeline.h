@@ -49,8 +49,11 @@ class Timeline {
   // 48 MB: what more there is would fill the memory of a long job.
   static constexpr size_t kMost = 1'000'000;
 
+  // Set by Python, for good; read by every call, without the mutex.
   std::atomic<bool> on_{false};
   std::mutex mutex_;
+  // What was recorded and not taken yet: added by the threads that make calls, taken by
+  // Python's. Guarded by `mutex_`.
   std::vector<Event> events_;
 };
 
@@ -69,7 +72,9 @@ class Timed {
   Timed& operator=(const Timed&) = delete;
 
  private:
+  // Whether the timeline was on when the call began.
   const bool on_;
+  // Of this call; used by its thread alone until it is added.
   Event event_;
 };
 

@@ -86,11 +86,16 @@ class Worker {
     }
   }
 
+  // Guards `tasks_` and `stop_`; not held while a task runs.
   std::mutex mutex_;
+  // Signalled when either changes; only the thread waits for it.
   std::condition_variable wake_;
+  // What is still to be done, in order: added by any thread, taken by `thread_`.
   std::deque<std::function<void()>> tasks_;
+  // Set by the destructor: the thread ends when it has done all tasks.
   bool stop_ = false;
-  std::thread thread_;  // last: it uses the others from its first moment on
+  // Runs Run(). Last: it uses the others from its first moment on.
+  std::thread thread_;
 };
 
 }  // namespace jaxcomm

@@ -62,31 +62,40 @@ class Communicator {
     return staging_;
   }
 
-  const int64_t id;
-  Mpi* const mpi;
-  const uint64_t handle;
-  const int rank;
-  const int size;
+  const int64_t id;             // Python's key
+  Mpi* const mpi;               // the process's; lives as long as it
+  const uint64_t handle;        // the MPI_Comm
+  const int rank;               // within it
+  const int size;               // likewise
   const int64_t staging_bytes;  // a multiple of 16, the largest element
-  const int64_t segment_bytes;  // likewise
-  // What MPI moves or broadcasts at once: it counts bytes in a C int. Tests make it small.
+  const int64_t segment_bytes;  // likewise; of a message, where leaves are cut into some
+  // What MPI moves or broadcasts at once: it counts bytes in a C int. Tests make it small,
+  // between calls.
   int64_t piece_bytes = int64_t{1} << 30;
+  // Written by the call that holds `mutex`; the watchdog's thread reads it.
   Progress& progress;
-  // Set where calls must not hold a thread of XLA's that others have a use for while they
-  // wait: one thread makes the calls, and another tells XLA that they are done, because
-  // what comes next in the program then runs on that thread.
+  // Set when it is created, where calls must not hold a thread of XLA's that others have a
+  // use for while they wait: one thread makes the calls, and another tells XLA that they are
+  // done, because what comes next in the program then runs on that thread.
   std::unique_ptr<Worker> answers;
   std::unique_ptr<Worker> calls;
-  std::unique_ptr<Ring> ring;   // set where large leaves wait for a network
-  std::unique_ptr<Node> node;   // set where all ranks are on one host
+  // Set when it is created, where large leaves wait for a network. Used under `mutex`.
+  std::unique_ptr<Ring> ring;
+  // Set by Python before the first call, where all ranks are on one host. Used under
+  // `mutex`, but for AllHere().
+  std::unique_ptr<Node> node;
+  // Asked under `mutex`; refused by any thread.
   Agreement agreement;
-  std::mutex mutex;  // held for the whole of a call: one collective at a time
+  // Held for the whole of a call: one collective at a time.
+  std::mutex mutex;
   // How the ranks have lost each other, for the call that finds out; later ones are
   // refused by `agreement`. Guarded by `mutex`.
   std::string broken;
+  // By Counter. Added to by the call that holds `mutex`; Python reads them without it.
   std::atomic<int64_t> counters[kCounters] = {};
 
  private:
+  // Of `staging_bytes`, null before its first use. Used under `mutex`.
   char* staging_ = nullptr;
 };
 

@@ -27,8 +27,11 @@ namespace ffi = xla::ffi;
 namespace jaxcomm {
 namespace {
 
+// Guards what follows, not what is in it.
 std::mutex registry_mutex;
+// Set by the first jaxcomm_open_mpi, before there is a communicator.
 std::unique_ptr<Mpi> mpi;
+// By Python's keys; nothing is ever removed.
 std::map<int64_t, std::unique_ptr<Communicator>> communicators;
 
 Communicator* FindCommunicator(int64_t id) {
@@ -152,9 +155,13 @@ class Turn {
     return {};
   }
 
+  // Null where there is none; the partition's once it is entered.
   Communicator* comm_;
+  // That of the communicator whose turn it is, also in a partition.
   Progress* progress_ = nullptr;
+  // Likewise: its mutex, for as long as this lives.
   std::unique_lock<std::mutex> lock_;
+  // Why the call must not be made.
   ffi::Error error_ = ffi::Error::Success();
 };
 

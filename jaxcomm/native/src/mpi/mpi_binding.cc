@@ -10,6 +10,7 @@
 namespace jaxcomm {
 namespace {
 
+// Held around every MPI call of this process under MPI_THREAD_SERIALIZED.
 std::mutex turn;
 
 template <typename Handle>

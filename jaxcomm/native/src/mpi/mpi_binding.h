@@ -31,6 +31,7 @@ class Patience {
 
  private:
   static constexpr std::chrono::microseconds kSoon{50}, kNap{50};
+  // When something came last; used by the waiting thread alone.
   std::chrono::steady_clock::time_point start_ = std::chrono::steady_clock::now();
 };
 

@@ -72,12 +72,12 @@ class Ring {
 
   // A segment on its way.
   struct Flight {
-    Leaf segment{nullptr, 0};
-    std::unique_ptr<char[]> received;
-    int step = 0;
-    int tag = 0;
-    int open = 0;  // of the requests
-    uint64_t requests[2];
+    Leaf segment{nullptr, 0};          // without data where nothing is on its way
+    std::unique_ptr<char[]> received;  // of message_bytes_; made at the first use, and kept
+    int step = 0;                      // from 0 to Steps() - 1
+    int tag = 0;                       // of the first step's messages
+    int open = 0;                      // how many of the requests are not done, from the first
+    uint64_t requests[2];              // of the step: to receive, and to send
   };
 
   void Begin(DType dtype, Op op, const Where& where);
@@ -92,14 +92,18 @@ class Ring {
   int Around(int block) const { return ((block % size_) + size_) % size_; }
   int Steps() const { return size_ == 2 ? 1 : 2 * (size_ - 1); }
 
-  Mpi* mpi_;
-  uint64_t comm_;
-  int rank_;
-  int size_;
-  int64_t message_bytes_;
+  // All are used by the call that holds the communicator's mutex, and by no other thread.
+
+  Mpi* mpi_;               // the process's
+  uint64_t comm_;          // the MPI_Comm
+  int rank_;               // within it
+  int size_;               // likewise
+  int64_t message_bytes_;  // of a message, at most
+  // Of the call under way, set by Begin.
   DType dtype_ = kF32;
   Op op_ = kSum;
-  int place_ = 0;  // of the call under way, for its tags
+  int place_ = 0;  // where in the program it is, for its tags
+  // Segments on their way at once; none between calls.
   Flight flights_[kFlights];
 };
 

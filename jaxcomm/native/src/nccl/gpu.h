@@ -31,7 +31,7 @@ class Gpu {
 
    private:
     const Gpu* gpu_;
-    const bool pushed_;
+    const bool pushed_;  // whether there is something to take away at the end
   };
 
   bool Zero(void* to, int64_t bytes, CudaStream stream) const;
@@ -47,8 +47,9 @@ class Gpu {
   State Ask(CudaEvent event) const;
 
  private:
+  // Both are set by Open and never change: any thread may use them.
   std::shared_ptr<const CudaFunctions> driver_;
-  void* context_ = nullptr;
+  void* context_ = nullptr;  // the device's primary context, which JAX uses too
 };
 
 // The collectives that were put on a stream and have not been seen to end there. A call
@@ -70,17 +71,24 @@ class Running {
 
  private:
   struct Kernel {
-    CudaEvent begin = nullptr;
-    CudaEvent end = nullptr;
-    int64_t bucket = 0;
+    CudaEvent begin = nullptr;  // passed when it has begun
+    CudaEvent end = nullptr;    // passed when it has ended
+    int64_t bucket = 0;         // -1 where `begin` could not be put on the stream
   };
 
   const Gpu* gpu_;
-  Kernel next_;            // between Begin and End
-  int64_t looked_ = 0;     // when Late looked last
-  double has_run_ = 0;     // how long the first of put_ has been seen to run
-  std::mutex mutex_;       // guards what follows
+  // The one between Begin and End; of the thread that makes the call.
+  Kernel next_;
+  // When Late looked last, and for how long it has seen the first of put_ run; of the thread
+  // that calls Late.
+  int64_t looked_ = 0;
+  double has_run_ = 0;
+  // Guards what follows.
+  std::mutex mutex_;
+  // On the stream and not seen to end, in order: End adds at the back, and Late alone takes
+  // away at the front.
   std::deque<Kernel> put_;
+  // Whose events may be used again.
   std::vector<Kernel> spare_;
 };
 

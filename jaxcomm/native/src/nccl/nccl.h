@@ -27,7 +27,7 @@ class Nccl {
   const NcclFunctions& calls() const { return calls_; }
 
  private:
-  NcclFunctions calls_;
+  NcclFunctions calls_;  // set by Open, and never changed
 };
 
 // One leaf as a call sees it: where it is read, and where its result goes.
@@ -89,10 +89,12 @@ class NcclCommunicator {
   std::string Check(double abort_after);
   std::string failure();
 
-  const int64_t id;
+  const int64_t id;  // Python's key
   const int rank;
   const int size;
-  std::mutex mutex;  // held for the whole of a collective
+  // Held for the whole of a collective: one at a time.
+  std::mutex mutex;
+  // By NcclCounter. Added to by the call that holds `mutex`; Python reads them without it.
   std::atomic<int64_t> counters[kNcclCounters] = {};
 
  private:
@@ -100,7 +102,7 @@ class NcclCommunicator {
   struct Entered {
     explicit Entered(NcclCommunicator* comm);
     ~Entered();
-    NcclCommunicator* comm;
+    NcclCommunicator* comm;  // whose call it is
   };
 
   // Runs `call(leaf)` for every leaf in one NCCL group.
@@ -116,12 +118,20 @@ class NcclCommunicator {
 
   const Nccl* nccl_;
   const Gpu* gpu_;
-  const double timeout_;
-  std::atomic<int64_t> entered_{0};  // when the call under way began; 0 for none
-  std::atomic<bool> recorded_{false};  // whether a call stands in a graph
+  const double timeout_;  // seconds that a call may stay in progress
+  // When the call under way began, in ns of the monotonic clock; 0 for none. Written by the
+  // thread that makes it, read by Check's.
+  std::atomic<int64_t> entered_{0};
+  // Whether a call stands in a graph. Set by the thread that makes it, for good.
+  std::atomic<bool> recorded_{false};
+  // Filled by the call that holds `mutex`; Check looks through it.
   Running running_;
-  std::mutex state_;  // guards what follows: Check runs on a thread of its own
+  // Guards what follows where two threads use it, which are the calls' and Check's.
+  std::mutex state_;
+  // Null before it is made and after an abort. Only the calls' thread changes it, which may
+  // therefore read it without `state_`.
   NcclComm* comm_ = nullptr;
+  // Why every later call fails; "" for no reason. Set once, by either thread.
   std::string failure_;
 };
 

@@ -32,16 +32,19 @@ namespace jaxcomm {
 namespace {
 
 // Nothing here is ever destroyed: threads, ours and NCCL's, may use it to the last.
+// Guards `members`, and the opening of the two libraries.
 std::mutex& registry_mutex = *new std::mutex;
+// Set by jaxcomm_nccl_open before there is a communicator, and never changed.
 Nccl* nccl = nullptr;
 Gpu* gpu = nullptr;
 double abort_after = 0;  // for how many seconds a kernel may run; 0 for no limit
 
 struct Member {
   NcclCommunicator comm;
-  Agreement agreement;
-  Progress* progress;
+  Agreement agreement;  // asked under comm.mutex; refused by any thread
+  Progress* progress;   // written under comm.mutex; the watchdog's thread reads it
 };
+// By Python's keys; nothing is ever removed.
 std::map<int64_t, Member*>& members = *new std::map<int64_t, Member*>;
 
 Member* Find(int64_t id) {
@@ -102,10 +105,12 @@ class Monitor {
     changed_.notify_all();
   }
 
+  // Guards the two flags; not held while communicators are looked at.
   std::mutex mutex_;
+  // Signalled when either changes.
   std::condition_variable changed_;
-  bool started_ = false;
-  bool stop_ = false;
+  bool started_ = false;  // whether its thread runs; that takes it back at its end
+  bool stop_ = false;     // set by Stop, for good
 };
 Monitor& monitor = *new Monitor;
 

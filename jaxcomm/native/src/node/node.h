@@ -45,16 +45,16 @@ class StoreChoice {
   void Switch();
 
   static constexpr int kHistory = 8, kTrial = 4, kSettle = 2;
-  bool streaming_ = false;
-  bool trial_ = false;
-  bool fresh_ = true;
-  int settle_ = 0;    // segments until the last change shows
-  int observed_ = 0;  // since the last change
-  double recent_[kHistory] = {};
-  double home_ = 0;     // seconds of a segment before the trial
-  double decided_ = 0;  // seconds of a segment when last decided
-  Clock::time_point last_ = {};
-  Clock::time_point next_trial_ = {};
+  bool streaming_ = false;  // what is in use now
+  bool trial_ = false;      // whether that is being tried out
+  bool fresh_ = true;       // whether the call's first segment is still to come
+  int settle_ = 0;          // segments until the last change shows
+  int observed_ = 0;        // segments timed since the last change
+  double recent_[kHistory] = {};       // seconds of the last ones, round and round
+  double home_ = 0;                    // seconds of a segment before the trial
+  double decided_ = 0;                 // seconds of a segment when last decided
+  Clock::time_point last_ = {};        // when the last segment had been taken
+  Clock::time_point next_trial_ = {};  // when the other kind is tried again
 };
 
 class Node {
@@ -83,15 +83,17 @@ class Node {
   Where where(int rank) const { return control(rank).arrived.where; }
 
  private:
+  // In a rank's window: written by that rank, read by all. The value is stored last, with
+  // release.
   struct alignas(128) Flag {
     std::atomic<int64_t> value;
     Where where;  // of `arrived`: what the segment is part of; in the flag's own line
   };
   struct Control {
-    Flag arrived;
-    Flag reduced;
-    Flag streaming;  // rank 0's counts
-    Flag here;
+    Flag arrived;    // the last segment that the rank has put into its slot
+    Flag reduced;    // the last segment of which it has reduced its part
+    Flag streaming;  // whether slots are filled by streaming stores; rank 0's counts
+    Flag here;       // how many calls of the rank have begun
   };
   struct Piece {
     char* data;
@@ -119,15 +121,20 @@ class Node {
   // elsewhere than `where`, or -1.
   int Arrived(int64_t number, const Where& where) const;
 
-  const std::vector<char*> windows_;
+  // What is not constant is used by the call that holds the communicator's mutex, but for
+  // `calls_`: that is counted before the call takes it.
+
+  const std::vector<char*> windows_;  // by rank; Python keeps them mapped
   const int rank_;
   const int size_;
-  const int64_t slot_bytes_;
-  const int spins_;
-  const int forced_;  // JAXCOMM_STORES: 0 ordinary, 1 streaming, -1 as timed
-  int64_t number_ = 0;
-  int64_t calls_ = 0;
-  StoreChoice choice_;
+  const int64_t slot_bytes_;  // a multiple of 64
+  const int spins_;           // looks at a flag before the core is left to others
+  const int forced_;          // JAXCOMM_STORES: 0 ordinary, 1 streaming, -1 as timed
+  int64_t number_ = 0;        // of the last segment; the same on all ranks between calls
+  int64_t calls_ = 0;         // how many have begun, by AllHere
+  StoreChoice choice_;        // rank 0's counts
+  // For a block: what lower ranks' elements, of up to 16 bytes, come to; and 16-bit floats
+  // on their way into a slot.
   std::vector<char> scratch_;
 };
 
