@@ -10,6 +10,8 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import psutil
+
 # In the environment of every process of a job on this host, however it is related.
 JOB_VARIABLE = "JAXCOMM_JOB"
 
@@ -22,20 +24,24 @@ _END_SECONDS = 10.0
 
 def of_job(token: str) -> list[int]:
     """Return the job's processes on this host, wherever they hang in the tree."""
-    wanted = f"{JOB_VARIABLE}={token}".encode()
-    found = []
-    for pid in _processes():
-        # Another user's processes cannot be read, and one that has ended is empty.
-        with contextlib.suppress(OSError):
-            if wanted in Path(f"/proc/{pid}/environ").read_bytes().split(b"\0"):
-                found.append(pid)
-    return found
+    # Another user's processes cannot be read, and one that has ended is empty.
+    return [
+        process.pid
+        for process in psutil.process_iter(["environ"])
+        if (process.info["environ"] or {}).get(JOB_VARIABLE) == token
+    ]
 
 
 def ranks(token: str) -> list[int]:
     """Return the processes that are ranks: workers, without what these have forked."""
-    workers = {pid for pid in of_job(token) if _is_worker(pid)}
-    return [pid for pid in workers if _parent(pid) not in workers]
+    workers = {}
+    for pid in of_job(token):
+        with contextlib.suppress(psutil.Error):  # it has ended meanwhile
+            process = psutil.Process(pid)
+            line = process.cmdline()
+            if "jaxcomm.launch.worker" in line and "python" in line[0]:
+                workers[pid] = process.ppid()
+    return [pid for pid, parent in workers.items() if parent not in workers]
 
 
 def send(pids: list[int], number: int) -> None:
@@ -89,7 +95,7 @@ class Segments:
 
     def remove(self) -> None:
         """Remove what was noted and nobody has open, once the job has ended."""
-        used = set(_open_files(_processes())) if self._seen else set[str]()
+        used = set(_open_files(psutil.pids())) if self._seen else set[str]()
         for path, identity in self._seen.items():
             if str(path) not in used and _identity(path) == identity:
                 path.unlink(missing_ok=True)
@@ -108,12 +114,12 @@ def _identity(path: Path) -> tuple[int, int] | None:
     return status.st_dev, status.st_ino
 
 
-def _processes() -> list[int]:
-    return [int(folder.name) for folder in Path("/proc").glob("[0-9]*")]
-
-
 def _open_files(pids: list[int]) -> Iterator[str]:
-    """Yield what processes of this user have mapped or open in shared memory."""
+    """Yield what processes of this user have mapped or open in shared memory.
+
+    psutil reads how much of every mapping is in memory too, which halts a large process
+    for a while.
+    """
     for pid in pids:
         folder = Path(f"/proc/{pid}")
         with contextlib.suppress(OSError):
@@ -124,20 +130,3 @@ def _open_files(pids: list[int]) -> Iterator[str]:
                 with contextlib.suppress(OSError):
                     if (target := os.readlink(link)).startswith("/dev/shm/"):
                         yield target
-
-
-def _is_worker(pid: int) -> bool:
-    try:
-        line = Path(f"/proc/{pid}/cmdline").read_bytes()
-    except OSError:
-        return False
-    return b"jaxcomm.launch.worker" in line and b"python" in line.split(b"\0")[0]
-
-
-def _parent(pid: int) -> int:
-    try:
-        # The command's name may hold spaces and brackets; the rest does not.
-        stat = Path(f"/proc/{pid}/stat").read_text()
-    except OSError:
-        return 0
-    return int(stat.rpartition(")")[2].split()[1])

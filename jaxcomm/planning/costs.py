@@ -231,8 +231,9 @@ def profile_path(key: str) -> Path | None:
         return None
     if chosen:
         return Path(chosen)
-    cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-    return Path(cache) / "jaxcomm" / "profiles" / f"{key}.json"
+    import platformdirs
+
+    return platformdirs.user_cache_path("jaxcomm") / "profiles" / f"{key}.json"
 
 
 def find_profile(key: str, default: CostModel = DEFAULT) -> CostModel:
