@@ -213,3 +213,19 @@ def test_a_library_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv(library.LIBRARY_VARIABLE, raising=False)
     with pytest.raises(TransportUnavailableError, match="has not been built"):
         library.library_path()
+
+
+def test_a_library_that_is_not_there_is_named() -> None:
+    code = "from jaxcomm import native; native.load()"
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env={**os.environ, "JAXCOMM_NATIVE_LIBRARY": "/nowhere/lib.so"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert "TransportUnavailableError: the native library /nowhere/lib.so" in (
+        done.stderr
+    )
+    assert "unset JAXCOMM_NATIVE_LIBRARY" in done.stderr

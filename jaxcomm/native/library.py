@@ -47,7 +47,15 @@ def library_path() -> Path:
 
 @functools.cache
 def _opened() -> ctypes.CDLL:
-    return ctypes.CDLL(str(library_path()))
+    path = library_path()
+    try:
+        return ctypes.CDLL(str(path))
+    except OSError as error:
+        raise TransportUnavailableError(
+            f"the native library {path} cannot be loaded: {error}. Build it again "
+            f"(`make setup` in a checkout, else reinstall jaxcomm), or unset "
+            f"{LIBRARY_VARIABLE} if that names it."
+        ) from error
 
 
 @functools.cache

@@ -10,7 +10,7 @@
 namespace jaxcomm {
 
 // Asks Python to compare schedule `digest` across the ranks of communicator `id`, and
-// where every call is checked, which of its buckets and the how manieth call this is;
+// where every call is checked, which of its buckets and which of its calls this is, counted;
 // `bucket` is -1 otherwise. Returns 0 when all agree; else writes a NUL-terminated text to
 // `error`.
 using AgreeFn = int (*)(int64_t id, int64_t digest, int64_t bucket, int64_t number,
