@@ -91,29 +91,29 @@ test-mpich: $(STAMP)
 
 # Our declarations of NCCL against the nccl.h of every release on the package index.
 nccl-abi: $(STAMP)
-	$(BIN)/python tests/native/check_nccl_abi.py
+	$(BIN)/python -m tests.native.check_nccl_abi
 
 # Random compositions of collectives on 2, 3 and 4 ranks of four transports.
 fuzz: $(STAMP)
-	$(BIN)/python tests/fuzz/run.py --out benchmarks/results/fuzz.json
+	$(BIN)/python -m tests.fuzz.run --out benchmarks/results/fuzz.json
 
 sanitize: $(STAMP)
 	tests/native/sanitize.sh $(BIN)
 
 faults: $(STAMP)
-	$(BIN)/python tests/faults/trials.py --out benchmarks/results/faults.json
+	$(BIN)/python -m tests.faults.trials --out benchmarks/results/faults.json
 
 # Under each of three settings of Open MPI's transport.
 MINUTES ?= 30
 mixed: $(STAMP)
-	$(BIN)/python tests/faults/mixed.py --minutes $(MINUTES) \
+	$(BIN)/python -m tests.faults.mixed --minutes $(MINUTES) \
 	  --out benchmarks/results/mixed.json
 
 # ONLY=name plants one of tests/mutants.
 mutants: $(STAMP)
 	@command -v cmake >/dev/null || test -x $(BIN)/cmake || \
 	  $(BIN)/uv pip install --quiet --python $(BIN)/python cmake
-	$(BIN)/python tests/mutants/run.py $(ONLY)
+	$(BIN)/python -m tests.mutants.run $(ONLY)
 
 bench: $(STAMP)
 	$(BIN)/python benchmarks/reduction.py

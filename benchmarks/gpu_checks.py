@@ -24,10 +24,8 @@ from jaxcomm.errors import (
 )
 from jaxcomm.ranks.communicator import Communicator
 
-TESTS = Path(__file__).resolve().parent.parent / "tests"
-sys.path.append(str(TESTS))
-import conformance  # pyright: ignore # noqa: E402
-import references  # pyright: ignore # noqa: E402
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from tests import conformance, references
 
 SMALL = os.environ.get("BENCH_SMALL") == "1"
 # What conformance.py itself asks of `init`.

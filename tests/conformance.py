@@ -2,7 +2,7 @@
 
 `test_conformance.py` starts this file once per transport and number of ranks:
 
-    mpiexec -n 2 python conformance.py RESULTS.json mpi
+    mpiexec -n 2 python -m tests.conformance RESULTS.json mpi
 
 Each `check_*` function takes the communicator and uses NumPy as the reference. The
 ranks compare notes after each check; rank 0 writes one line of outcome per check.
@@ -20,15 +20,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import conformance_arrays
-import conformance_dtypes
-import conformance_programs
-import conformance_transforms
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from references import NotHere, applies, close, raises, same
 
 import jaxcomm
 from jaxcomm.errors import (
@@ -38,6 +33,13 @@ from jaxcomm.errors import (
     UnsupportedDtypeError,
 )
 from jaxcomm.ranks.communicator import Communicator
+from tests import (
+    conformance_arrays,
+    conformance_dtypes,
+    conformance_programs,
+    conformance_transforms,
+)
+from tests.references import NotHere, applies, close, raises, same
 
 SECONDS_PER_CHECK = 240  # for a hang alone
 SKIPPED = "skipped: "

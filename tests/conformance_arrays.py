@@ -12,7 +12,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from references import DTYPES, applies, close, raises, same, values
 
 import jaxcomm
 from jaxcomm.errors import (
@@ -21,6 +20,7 @@ from jaxcomm.errors import (
     UnsupportedDtypeError,
 )
 from jaxcomm.ranks.communicator import Communicator
+from tests.references import DTYPES, applies, close, raises, same, values
 
 
 def check_all_gather_against_numpy(comm: Communicator) -> None:

@@ -8,7 +8,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from references import (
+
+import jaxcomm
+from jaxcomm.errors import InvalidOptionError, UnsupportedDtypeError
+from jaxcomm.ranks.communicator import Communicator
+from tests.references import (
     DTYPES,
     HALVES,
     NUMPY_OPS,
@@ -21,10 +25,6 @@ from references import (
     same,
     values,
 )
-
-import jaxcomm
-from jaxcomm.errors import InvalidOptionError, UnsupportedDtypeError
-from jaxcomm.ranks.communicator import Communicator
 
 
 def check_all_reduce_against_numpy(comm: Communicator) -> None:

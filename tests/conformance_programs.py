@@ -8,11 +8,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from references import applies, close, raises, same
 
 import jaxcomm
 from jaxcomm.errors import InvalidOptionError, UnsupportedCollectiveError
 from jaxcomm.ranks.communicator import Communicator
+from tests.references import applies, close, raises, same
 
 
 def check_calls_live_whatever_is_used(comm: Communicator) -> None:

@@ -9,11 +9,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from references import close, raises, same
 
 import jaxcomm
 from jaxcomm.errors import InvalidOptionError
 from jaxcomm.ranks.communicator import Communicator
+from tests.references import close, raises, same
 
 
 def check_grad(comm: Communicator) -> None:

@@ -1,7 +1,9 @@
 """Functions of one rank's data, written for `jax.pmap`, and what they give.
 
-    python constructs.py pmap 4 OUT.npz             under jax.pmap, on 4 host devices
-    mpiexec -n 4 python constructs.py mpi 4 OUT.npz    under jaxcomm, over MPI (or nccl)
+Under jax.pmap, and under jaxcomm:
+
+    python -m tests.constructs pmap 4 OUT.npz              on 4 host devices
+    mpiexec -n 4 python -m tests.constructs mpi 4 OUT.npz  over MPI (or nccl)
 
 `test_named_axis.py` runs both and compares.
 """

@@ -13,7 +13,8 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-from nccl_library import (
+
+from tests.nccl_library import (
     ARGUMENT,
     CUDA,
     DTYPES,

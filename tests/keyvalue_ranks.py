@@ -1,4 +1,4 @@
-"""One process of a test of KeyValueChannel: `keyvalue_ranks.py PORT RANK RANKS CASE`.
+"""One process of a test of KeyValueChannel: `PORT RANK RANKS CASE`.
 
 Prints a line of JSON for each check: its name, and what went wrong or "".
 """

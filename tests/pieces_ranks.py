@@ -13,11 +13,11 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from references import same
 
 import jaxcomm
 from jaxcomm import checkpoint, native
 from jaxcomm.ranks.communicator import Communicator
+from tests.references import same
 
 PIECE = 1001  # bytes
 # Of elements of four bytes: less than a piece, and several with and without a rest.

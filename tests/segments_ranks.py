@@ -12,10 +12,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from references import same
 
 import jaxcomm
 from jaxcomm.ranks.communicator import Communicator
+from tests.references import same
 
 SEGMENT = 4096
 DTYPES = ("float32", "float64", "float16", "bfloat16", "int32")

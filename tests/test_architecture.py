@@ -7,7 +7,8 @@ import subprocess
 import sys
 
 import draw_architecture  # pyright: ignore
-from conftest import ROOT
+
+from tests.jobs import ROOT
 
 WITHOUT_JAX = """
 import sys

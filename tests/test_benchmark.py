@@ -6,12 +6,12 @@ import json
 from pathlib import Path
 
 import pytest
-from conftest import ROOT
 
 import jobs
 import overlap
 import report
 import tracing
+from tests.jobs import ROOT
 
 RESULTS = ROOT / "benchmarks" / "results"
 

@@ -11,16 +11,16 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import checkpoint_ranks
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import ROOT, Launch
 
 from jaxcomm import checkpoint
 from jaxcomm.errors import CheckpointError, InvalidOptionError
 from jaxcomm.training import store
+from tests import checkpoint_ranks
+from tests.jobs import Launch
 
 
 class Moments(NamedTuple):
@@ -304,13 +304,12 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 @pytest.mark.parametrize("ranks", [2, 3, pytest.param(4, marks=pytest.mark.thorough)])
 def test_on_ranks(launch: Launch, tmp_path: Path, ranks: int) -> None:
     # RLIMIT_FSIZE stands for a full disk.
-    done = launch(ranks, [ROOT / "tests" / "checkpoint_ranks.py", tmp_path])
+    done = launch(ranks, ["-m", "tests.checkpoint_ranks", tmp_path])
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.count("all checked") == ranks, done.stdout + done.stderr
 
 
 def test_on_a_disk_that_fills_up(launch: Launch, small_disk: Path) -> None:
-    script = ROOT / "tests" / "checkpoint_ranks.py"
-    done = launch(2, [script, small_disk, "disk"])
+    done = launch(2, ["-m", "tests.checkpoint_ranks", small_disk, "disk"])
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.count("all checked") == 2, done.stdout + done.stderr

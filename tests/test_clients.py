@@ -9,7 +9,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import ROOT
+
+from tests.jobs import ROOT
 
 CLIENTS = ROOT / "examples" / "clients"
 

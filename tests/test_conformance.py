@@ -7,9 +7,10 @@ import json
 import tempfile
 from pathlib import Path
 
-import conformance
 import pytest
-from conftest import launch_ranks, on_fake_nccl
+
+from tests import conformance
+from tests.jobs import launch_ranks, on_fake_nccl
 
 LIMIT = 600  # seconds of a job, for hangs only
 
@@ -48,14 +49,13 @@ def outcomes(transport: str, ranks: int, *names: str) -> dict[str, str]:
     """Run checks once and return {check: errors}; one job serves all tests."""
     with tempfile.TemporaryDirectory() as folder:
         results = Path(folder) / "results.json"
-        script = Path(conformance.__file__)
         name, _, apart = transport.partition(" ")
         env = {"JAXCOMM_SHARED_MEMORY": "off" if apart else "on"}
         # Ranks on several hosts call MPI on a thread of their own.
         env["JAXCOMM_OWN_THREAD"] = "on" if apart and ranks == 4 else "off"
         if name == "nccl":
             env |= on_fake_nccl()
-        command = [script, results, name, *names]
+        command = ["-m", "tests.conformance", results, name, *names]
         done = launch_ranks(ranks, command, timeout=LIMIT, env=env)
         found = json.loads(results.read_text()) if results.exists() else {}
     if done.returncode != 0:

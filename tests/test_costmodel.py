@@ -10,7 +10,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from conftest import ROOT
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -19,6 +18,7 @@ from jaxcomm.planning import costs as costmodel
 from jaxcomm.planning import planner
 from jaxcomm.planning.costs import DEFAULT, CostModel
 from jaxcomm.planning.schedule import LeafSpec
+from tests.jobs import ROOT
 
 SLOW_NETWORK = CostModel(
     call=1e-6,

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from conftest import Launch, documented
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jaxcomm.data import Batches
 from jaxcomm.errors import InvalidOptionError
+from tests.jobs import Launch, documented
 
 seeds = st.integers(0, (1 << 64) - 1)
 

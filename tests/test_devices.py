@@ -7,9 +7,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from conftest import Launch
 
 from jaxcomm.launch import devices
+from tests.jobs import Launch
 
 FOUR = {"JAXCOMM_GPUS": "4", "JAX_PLATFORMS": "", "CUDA_VISIBLE_DEVICES": "0,1,2,3"}
 # Ranks' lines may be cut into one another; files are not.

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import jax
 import pytest
-from conftest import Launch, on_fake_nccl
 
 from jaxcomm.errors import (
     BrokenCommunicatorError,
@@ -14,6 +13,7 @@ from jaxcomm.errors import (
 )
 from jaxcomm.ranks import agreement
 from jaxcomm.ranks import fault as _fault
+from tests.jobs import Launch, on_fake_nccl
 
 OLD = """
 import jax, jax.numpy as jnp, jaxcomm

@@ -9,10 +9,9 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import fake_nccl, settle
-from nccl_library import SUCCESS, UniqueId, load
 
-HERE = Path(__file__).resolve().parent
+from tests.jobs import ROOT, fake_nccl, settle
+from tests.nccl_library import SUCCESS, UniqueId, load
 
 
 @pytest.fixture(scope="session")
@@ -29,10 +28,12 @@ def run_ranks(library: Path, ranks: int, case: str, timeout: float = 150, **env:
     """Run one case on some ranks; kill all when one fails or time is up."""
     uid = UniqueId()
     assert load(str(library)).ncclGetUniqueId(ctypes.byref(uid)) == SUCCESS
-    script = [sys.executable, HERE / "fake_nccl_ranks.py", library, bytes(uid).hex()]
+    program = [sys.executable, "-m", "tests.fake_nccl_ranks"]
+    program += [str(library), bytes(uid).hex()]
     processes = [
         subprocess.Popen(
-            [*map(str, script), str(rank), str(ranks), case],
+            [*program, str(rank), str(ranks), case],
+            cwd=ROOT,
             env={**os.environ, "OPENBLAS_NUM_THREADS": "1", **env},
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,

@@ -6,8 +6,9 @@
 from __future__ import annotations
 
 import pytest
-from conftest import ROOT, Launch
-from faults import trials
+
+from tests.faults import trials
+from tests.jobs import Launch
 
 WAYS = {
     "shared memory": {},
@@ -40,7 +41,6 @@ def test_nothing_grows(way: str) -> None:
 @pytest.mark.parametrize("condition", ["in_flight", "forked", "late", "own_mpi"])
 def test_conditions(launch: Launch, condition: str) -> None:
     env = WAYS["own thread" if condition == "in_flight" else "shared memory"]
-    script = ROOT / "tests" / "conditions_ranks.py"
-    done = launch(2, [script, condition], env=env)
+    done = launch(2, ["-m", "tests.conditions_ranks", condition], env=env)
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.count("done") == 2

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import pytest
-from fuzz import run
+
+from tests.fuzz import run
 
 
 @pytest.mark.parametrize(

@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import ROOT
 
 import gpu
 import gpu_sections
 from gpu_sections import Machine, Section
+from tests.jobs import ROOT
 
 GPU_SH = ROOT / "benchmarks" / "gpu.sh"
 

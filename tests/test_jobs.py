@@ -8,7 +8,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, Launch
+
+from tests.jobs import ROOT, Launch
 
 TEN_LINES = """
 import jax, numpy as np, jaxcomm

@@ -8,18 +8,15 @@ import os
 import socket
 import subprocess
 import sys
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from conftest import settle
-from keyvalue_ranks import CASES
 
 from jaxcomm.errors import InvalidTreeError, JaxcommError
 from jaxcomm.ranks.hosts import encoding
-
-HERE = Path(__file__).resolve().parent
+from tests.jobs import ROOT, settle
+from tests.keyvalue_ranks import CASES
 
 
 @functools.cache
@@ -31,11 +28,11 @@ def run_ranks(ranks: int, case: str, timeout: float = 300) -> list[dict[str, str
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    script = [sys.executable, HERE / "keyvalue_ranks.py"]
+    program = [sys.executable, "-m", "tests.keyvalue_ranks"]
     processes = [
         subprocess.Popen(
-            [*script, f"{port}", f"{rank}", f"{ranks}", case],
-            cwd=HERE.parent,
+            [*program, f"{port}", f"{rank}", f"{ranks}", case],
+            cwd=ROOT,
             env={**os.environ, "JAX_PLATFORMS": "cpu"},
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,

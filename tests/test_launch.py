@@ -12,10 +12,10 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, Launch
 
 from jaxcomm.launch import processes, supervise
 from jaxcomm.launch.run import Job, command_line, environment, find_mpiexec
+from tests.jobs import ROOT, Launch
 
 
 def jaxcomm(*arguments: str, **env: str) -> subprocess.CompletedProcess[str]:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import pytest
-from conftest import ROOT, Launch, on_fake_nccl
+
+from tests.jobs import Launch, on_fake_nccl
 
 CASES = 14
 
@@ -23,10 +24,10 @@ more = pytest.mark.thorough
     ],
 )
 def test_every_rank_raises(launch: Launch, transport: str, ranks: int) -> None:
-    script = ROOT / "tests" / "mismatch_ranks.py"
     env = on_fake_nccl() if transport == "nccl" else {}
     # A rank that waits for its timeout, 600 s, instead of comparing takes longer.
-    done = launch(ranks, [script, transport], env=env, timeout=300)
+    program = ["-m", "tests.mismatch_ranks", transport]
+    done = launch(ranks, program, env=env, timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr
     assert f"{CASES} cases" in done.stdout
 

@@ -9,12 +9,13 @@ import sys
 import tempfile
 from pathlib import Path
 
-import constructs
 import numpy as np
 import pytest
-from conftest import launch_ranks, on_fake_nccl
 
-SCRIPT = Path(constructs.__file__)
+from tests import constructs
+from tests.jobs import ROOT, launch_ranks, on_fake_nccl
+
+PROGRAM = ("-m", "tests.constructs")
 
 
 @functools.cache
@@ -25,7 +26,8 @@ def results(
     with tempfile.TemporaryDirectory() as folder:
         want, got = Path(folder) / "pmap.npz", Path(folder) / "ranks.npz"
         done = subprocess.run(
-            [sys.executable, SCRIPT, "pmap", str(ranks), want],
+            [sys.executable, *PROGRAM, "pmap", str(ranks), want],
+            cwd=ROOT,
             env={**os.environ, "JAX_PLATFORMS": "cpu"},
             capture_output=True,
             text=True,
@@ -34,7 +36,7 @@ def results(
         )
         assert done.returncode == 0, done.stderr[-4000:]
         env = on_fake_nccl() if transport == "nccl" else {}
-        command = [SCRIPT, transport, str(ranks), got]
+        command = [*PROGRAM, transport, str(ranks), got]
         done = launch_ranks(ranks, command, timeout=300, env=env)
         assert done.returncode == 0, done.stderr[-6000:]
         return dict(np.load(want)), dict(np.load(got))

@@ -13,7 +13,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import Launch, fake_nccl, on_fake_nccl
+
+from tests.jobs import Launch, fake_nccl, on_fake_nccl
 
 LOWERED = """
 import re

@@ -2,25 +2,20 @@
 
 from __future__ import annotations
 
-import importlib.util
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-SCRIPT = Path(__file__).resolve().parent / "native" / "check_nccl_abi.py"
-spec = importlib.util.spec_from_file_location("check_nccl_abi", SCRIPT)
-assert spec and spec.loader
-check = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(check)
+from tests.native import check_nccl_abi as check
 
 
 @pytest.fixture(scope="module")
 def headers() -> dict[str, Path]:
     """Return the headers of the releases at hand; else fetch the oldest and newest."""
     if not (found := dict(check.local_headers())):
-        line = [sys.executable, SCRIPT, "--few"]
+        line = [sys.executable, check.__file__, "--few"]
         try:
             why = subprocess.run(
                 line, capture_output=True, text=True, timeout=120, check=False

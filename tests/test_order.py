@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 
 import pytest
-from conftest import ROOT, Launch
+
+from tests.jobs import Launch
 
 WAYS = ("bare", "nested", "inside", "inner", "axis")
 IN_ALL_RUNS = {("bare", 2), ("nested", 3), ("inside", 2)}
@@ -22,8 +23,7 @@ CASES = [
 @pytest.mark.parametrize(("way", "ranks"), CASES)
 def test_every_row(launch: Launch, tmp_path, way: str, ranks: int) -> None:
     report = tmp_path / "report.json"
-    script = ROOT / "tests" / "order_ranks.py"
-    done = launch(ranks, [script, way, report], timeout=400)
+    done = launch(ranks, ["-m", "tests.order_ranks", way, report], timeout=400)
     assert done.returncode == 0, done.stderr[-3000:]
     failed = [
         f"rank {rank}, {row}: {text[-600:]}"

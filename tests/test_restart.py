@@ -18,7 +18,6 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from conftest import ROOT, Launch, documented
 
 from jaxcomm import checkpoint
 from jaxcomm.errors import InvalidOptionError
@@ -28,6 +27,7 @@ from stemdl.evaluation.metrics import nrmse
 from stemdl.model.network import NETWORKS
 from stemdl.training import parameters
 from stemdl.training.monitor import Predictor
+from tests.jobs import ROOT, Launch, documented
 
 FAILING = r"""
 import os, re, signal, subprocess, sys, time

@@ -9,10 +9,10 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import Launch
-from faults import mixed
 
 from jaxcomm import native
+from tests.faults import mixed
+from tests.jobs import Launch
 
 MPI_CALLS = {"JAXCOMM_SHARED_MEMORY": "off"}
 LIMITS = {"JAXCOMM_WARN_AFTER": "1", "JAXCOMM_ABORT_AFTER": "4"}

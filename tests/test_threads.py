@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import pytest
-from conftest import Launch, on_fake_nccl
+
+from tests.jobs import Launch, on_fake_nccl
 
 # Programs of many independent parts, which XLA shares out among its threads, beside
 # small ones; with work of the user's own in between.

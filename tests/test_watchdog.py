@@ -5,7 +5,8 @@ from __future__ import annotations
 import re
 
 import pytest
-from conftest import Launch
+
+from tests.jobs import Launch
 
 STEPS = """
 import os, signal, sys, threading, time

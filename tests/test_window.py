@@ -8,9 +8,9 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import Launch
 
 from jaxcomm.launch.run import Job, environment, find_mpiexec
+from tests.jobs import Launch
 
 # What follows init, and the right answers where ranks share memory or do not.
 USES = """

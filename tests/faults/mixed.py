@@ -1,6 +1,6 @@
 """Look for a hang of jobs that mix jaxcomm's MPI calls, mpi4jax and raw MPI.
 
-python tests/faults/mixed.py --minutes 30 --out benchmarks/results/mixed.json
+python -m tests.faults.mixed --minutes 30 --out benchmarks/results/mixed.json
 """
 
 from __future__ import annotations
@@ -21,10 +21,9 @@ from typing import Any
 
 import click
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from conftest import launch_ranks
+from tests.jobs import launch_ranks
 
-RANKS_SCRIPT = Path(__file__).with_name("mixed_ranks.py")
+RANKS = ("-m", "tests.faults.mixed_ranks")
 # Of Open MPI 5, where messages within a host are copied by CMA unless it is off.
 SETTINGS = {
     "sm": {"OMPI_MCA_btl": "self,sm"},
@@ -73,7 +72,7 @@ def run(setting: str, seconds: float, seed: int, **changes: Any) -> Attempt:
         folder = Path(name)
         done = launch_ranks(
             2,
-            [RANKS_SCRIPT, json.dumps(job | {"folder": name})],
+            [*RANKS, json.dumps(job | {"folder": name})],
             env=env,
             timeout=seconds + MORE_SECONDS,
         )

@@ -1,6 +1,6 @@
 """One rank of a mixed job: reduces by jaxcomm's MPI calls, mpi4jax and raw MPI in turn.
 
-mpiexec -n 2 python mixed_ranks.py JOB.json
+mpiexec -n 2 python -m tests.faults.mixed_ranks JOB.json
 
 Every sum is compared with the exact one. Rank r writes rank-r.json to the job's folder
 as it goes on: calls by kind, and how they ended. Should nothing move for long, every

@@ -1,6 +1,6 @@
 """One rank of a trial: reduces known numbers in a loop, and one rank comes to grief.
 
-mpiexec -n 4 python ranks.py TRIAL.json
+mpiexec -n 4 python -m tests.faults.ranks TRIAL.json
 
 Rank r gives, in its k-th call, numbers that say r and k. So every sum is known exactly,
 and what does not belong together cannot add up to it. A rank prints "right" when all

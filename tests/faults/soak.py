@@ -1,6 +1,6 @@
 """Many calls with random trees: nothing may grow.
 
-mpiexec -n 2 python soak.py CALLS
+mpiexec -n 2 python -m tests.faults.soak CALLS
 
 Prints, on rank 0, one JSON object: by how many bytes this process's memory grew, and by
 how many its file descriptors and threads, since the first tenth of the calls; and the

@@ -1,6 +1,6 @@
 """Trials of faults: what, where, when and to whom, all from a seed; and the verdict.
 
-python tests/faults/trials.py --out benchmarks/results/faults.json
+python -m tests.faults.trials --out benchmarks/results/faults.json
 """
 
 from __future__ import annotations
@@ -21,11 +21,10 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from conftest import launch_ranks, on_fake_nccl
+from tests.jobs import launch_ranks, on_fake_nccl
 
-RANKS_SCRIPT = Path(__file__).with_name("ranks.py")
-SOAK_SCRIPT = Path(__file__).with_name("soak.py")
+RANKS = ("-m", "tests.faults.ranks")
+SOAK = ("-m", "tests.faults.soak")
 STEPS = 12
 TIMEOUT = 90.0
 WRONG_EXIT = 3
@@ -119,9 +118,7 @@ def run(trial: Trial) -> dict[str, Any]:
     if trial.way == "nccl":
         env |= on_fake_nccl()
     start = time.monotonic()
-    done = launch_ranks(
-        trial.ranks, [RANKS_SCRIPT, trial.spec()], env=env, timeout=TIMEOUT
-    )
+    done = launch_ranks(trial.ranks, [*RANKS, trial.spec()], env=env, timeout=TIMEOUT)
     result = dataclasses.asdict(trial)
     result["verdict"] = verdict(trial, done.returncode, done.stdout, done.stderr)
     result["exit"] = done.returncode
@@ -203,7 +200,7 @@ def main(trials: int, first_seed: int, soak: int, out: Path | None) -> None:
 
 def run_soak(calls: int, env: dict[str, str]) -> dict[str, int]:
     """Run soak.py on two ranks; return what it prints."""
-    done = launch_ranks(2, [SOAK_SCRIPT, str(calls)], env=env, timeout=1200)
+    done = launch_ranks(2, [*SOAK, str(calls)], env=env, timeout=1200)
     if done.returncode != 0:
         raise click.ClickException(done.stdout + done.stderr)
     return json.loads(done.stdout)

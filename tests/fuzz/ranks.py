@@ -1,6 +1,6 @@
 """Run random programs on ranks and compare them with what they must compute.
 
-mpiexec -n N python ranks.py PROGRAMS REPORT TRANSPORT
+mpiexec -n N python -m tests.fuzz.ranks PROGRAMS REPORT TRANSPORT
 
 Rank 0 writes a line per program as it goes: which one begins, and at its end "ok",
 "refused" or "wrong" with the reason.
@@ -23,9 +23,7 @@ from jax import lax
 
 import jaxcomm
 from jaxcomm.errors import JaxcommError
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from fuzz import programs
+from tests.fuzz import programs
 
 
 def meaning(comm: Any) -> programs.Meaning:

@@ -1,6 +1,7 @@
 """Draw random programs and run each on ranks of several transports.
 
-python run.py [--programs N] [--seed S] [--ranks 2,3,4] [--ways NAME,...] [--out FILE]
+python -m tests.fuzz.run [--programs N] [--seed S] [--ranks 2,3,4] [--ways NAME,...]
+    [--out FILE]
 
 Ends with 1 if a program was wrong or hung, or if more than one in twenty was refused.
 `--replay FILE` runs the programs of a JSON list instead, one per job.
@@ -24,12 +25,8 @@ from hypothesis import HealthCheck as Health
 from rich.console import Console
 from rich.progress import Progress
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from conftest import launch_ranks, on_fake_nccl
-
-from fuzz import programs
-
-FOLDER = Path(__file__).parent
+from tests.fuzz import programs
+from tests.jobs import launch_ranks, on_fake_nccl
 
 # A job is one launch. Its limit catches hangs: a program takes a second or two.
 PER_JOB = 21
@@ -96,7 +93,7 @@ def run_job(
         report.touch()
         done = launch_ranks(
             drawn[0]["size"],
-            [FOLDER / "ranks.py", specs, report, way.transport],
+            ["-m", "tests.fuzz.ranks", specs, report, way.transport],
             timeout=60 + SECONDS_PER_PROGRAM * len(drawn),
             env={
                 **way.env,

@@ -14,13 +14,13 @@ from typing import Any
 
 import numpy as np
 from rich.console import Console
-from small_shards import BATCH, CONFIG, SEED, random_sample
 
 import jaxcomm
 from stemdl.data import loading, manifest, simulation
 from stemdl.data.dataset import DataConfig
 from stemdl.training import train
 from stemdl.training.backends import Ranks
+from tests.stemdl.small_shards import BATCH, CONFIG, SEED, random_sample
 
 main, backend, comm = Path(sys.argv[1]), Ranks(), jaxcomm.world()
 directory, stage = main / "shards", main / "stage"

@@ -10,13 +10,13 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from conftest import ROOT
 
 from stemdl.data import augmentation, dataset
 from stemdl.evaluation.metrics import nrmse
 from stemdl.model.network import StemNet
 from stemdl.physics import crystals
 from stemdl.training import parameters
+from tests.jobs import ROOT
 
 CONFIG = dataset.DataConfig(train=4, test=2)
 

@@ -10,11 +10,11 @@ from typing import Any
 
 import numpy as np
 import pytest
-from test_stemdl_physics import difference, potentials
 
 from stemdl.physics import crystals, multislice
 from stemdl.physics.crystals import Preparation
 from stemdl.physics.optics import Optics
+from tests.stemdl.test_stemdl_physics import difference, potentials
 
 abtem: Any = pytest.importorskip("abtem")
 

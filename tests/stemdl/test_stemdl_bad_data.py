@@ -11,10 +11,10 @@ from pathlib import Path
 import h5py
 import numpy as np
 import pytest
-from small_shards import CONFIG, open_source, produce
 
 from stemdl.data import manifest
 from stemdl.data.manifest import ShardError
+from tests.stemdl.small_shards import CONFIG, open_source, produce
 
 
 @pytest.fixture(scope="module")

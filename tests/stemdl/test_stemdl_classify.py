@@ -14,7 +14,6 @@ import numpy as np
 import pytest
 from ase import Atoms
 from click.testing import CliRunner
-from conftest import ROOT, launch_ranks
 
 from stemdl.classification import classify, data, scores, space_groups, training
 from stemdl.classification.network import NETWORKS
@@ -23,6 +22,7 @@ from stemdl.physics import crystals
 from stemdl.physics.optics import Optics
 from stemdl.physics.symmetry import space_group
 from stemdl.training import parameters
+from tests.jobs import ROOT, launch_ranks
 
 COMMAND = ("-m", "stemdl", "classify")
 CONFIG = data.PatternConfig(train=16, test=8)

@@ -10,9 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import launch_ranks
 from rich.console import Console
-from small_shards import CONFIG, SEED, open_source, produce, random_sample
 
 import jaxcomm
 from jaxcomm.data import Batches
@@ -20,6 +18,8 @@ from stemdl.data import augmentation, dataset, loading, manifest, simulation
 from stemdl.data.manifest import ShardError
 from stemdl.data.shard_order import ShardOrder
 from stemdl.training.telemetry import Timed
+from tests.jobs import launch_ranks
+from tests.stemdl.small_shards import CONFIG, SEED, open_source, produce, random_sample
 
 
 @pytest.fixture(scope="module")
@@ -154,7 +154,7 @@ def test_staging_leaves_nothing_and_wants_room(
 def test_two_ranks_write_stage_and_train_without_a_break(
     whole: Path, tmp_path: Path
 ) -> None:
-    done = launch_ranks(2, [Path(__file__).parent / "shard_ranks.py", tmp_path])
+    done = launch_ranks(2, ["-m", "tests.stemdl.shard_ranks", tmp_path])
     assert done.returncode == 0, done.stderr[-3000:]
     line = next(s for s in done.stdout.splitlines() if s.startswith("found "))
     sha256, digests = json.loads(line.removeprefix("found "))

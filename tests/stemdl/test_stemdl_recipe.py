@@ -13,7 +13,6 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from conftest import ROOT, launch_ranks
 
 from jaxcomm.simulate import networks
 from stemdl import config
@@ -24,6 +23,7 @@ from stemdl.model import losses
 from stemdl.model.network import NETWORKS, StemNet, scope_of, scopes
 from stemdl.training import optimizer, recipe, train
 from stemdl.training.precision import LossScale
+from tests.jobs import ROOT, launch_ranks
 
 
 def shapes(model: StemNet, scan: int, detector: int) -> tuple[Any, tuple[int, ...]]:
@@ -289,8 +289,8 @@ def test_on_two_ranks(tmp_path: Path) -> None:
     dataset.save(wanted, arrays, tmp_path)
     text = '[training]\nsamples = 8\nbatch = 4\n[network]\nname = "toy"\n'
     (tmp_path / "recipe.toml").write_text(text + '[communication]\ngroups = "scopes"\n')
-    script = Path(__file__).parent / "recipe_ranks.py"
-    done = launch_ranks(2, [script, tmp_path], timeout=200)
+    program = ["-m", "tests.stemdl.recipe_ranks", tmp_path]
+    done = launch_ranks(2, program, timeout=200)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
     for check in (
         "overflow_on_one_rank_skips_on_both",

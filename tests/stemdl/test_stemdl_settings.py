@@ -12,7 +12,6 @@ import numpy as np
 import pytest
 from ase.build import bulk
 from ase.io import write
-from conftest import Launch
 
 from stemdl.config import load_microscope, microscope_toml
 from stemdl.data import dataset, manifest
@@ -20,6 +19,7 @@ from stemdl.data.dataset import DataConfig
 from stemdl.physics import cif, crystals, potential
 from stemdl.physics.crystals import Preparation, Specimen
 from stemdl.physics.optics import Optics, SettingError
+from tests.jobs import Launch
 
 SALT = """data_salt
 _cell_length_a 5.64
