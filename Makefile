@@ -86,7 +86,8 @@ test-mpich: $(STAMP)
 	  mpich mpi4py optax flax hypothesis pytest pytest-timeout
 	JAXCOMM_NATIVE_LIBRARY=$$($(BIN)/python -c \
 	  'from jaxcomm import native; print(native.library_path())') \
-	  .venv-mpich/bin/pytest tests/test_conformance.py tests/test_native.py \
+	  .venv-mpich/bin/pytest \
+	  tests/transports/test_conformance.py tests/native/test_library.py \
 	  -k '(mpi-2 and conformance) or shared_memory or around_a_ring'
 
 # Our declarations of NCCL against the nccl.h of every release on the package index.

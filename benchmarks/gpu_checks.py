@@ -25,7 +25,7 @@ from jaxcomm.errors import (
 from jaxcomm.ranks.communicator import Communicator
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from tests import conformance, references
+from tests.programs import conformance, references
 
 SMALL = os.environ.get("BENCH_SMALL") == "1"
 # What conformance.py itself asks of `init`.
@@ -201,7 +201,7 @@ def refused(connect: Callable[[], Communicator]) -> dict[str, Any]:
 
 
 def conform(comm: Communicator, results: Path) -> dict[str, Any]:
-    """Run what every transport must do: tests/conformance.py."""
+    """Run what every transport must do: tests/programs/conformance.py."""
     conformance.main(str(results), comm.transport)
     comm.barrier()
     found = json.loads(results.read_text())

@@ -12,13 +12,13 @@ from tests.jobs import Launch, launch_ranks
 LONG = (
     "test_conformance.py",
     "test_faults.py",
-    "test_stemdl_equality.py",
-    "test_stemdl.py",
+    "test_equality.py",
+    "test_demo.py",
     "test_restart.py",
-    "test_benchmark.py",
+    "test_reduction.py",
     "test_clients.py",
     "test_named_axis.py",
-    "test_native.py",
+    "test_library.py",
     "test_nccl.py",
 )
 

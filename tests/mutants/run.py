@@ -4,7 +4,7 @@ Every `*.patch` here is a small mistake with, above the diff, what it is and whi
 should see it:
 
     mistake: the last segment of a mean is left undivided
-    tests: tests/test_segments.py::test_means_over_many_segments[apart-2]
+    tests: tests/transports/test_segments.py::test_means_over_many_segments[apart-2]
 
 Tests are separated by blanks outside of brackets, or stand on more such lines. They
 are run on an unchanged copy of the source tree first, where they must pass, and then on

@@ -72,7 +72,7 @@ for transport in mpi nccl; do
   rm -f "$results"
   JAXCOMM_NATIVE_LIBRARY=$PWD/$build/libjaxcomm_native.so \
   LD_PRELOAD="$(c++ -print-file-name=libasan.so) $(c++ -print-file-name=libubsan.so) $(c++ -print-file-name=libstdc++.so)" \
-    "$bin/python" -m jaxcomm run -n 2 --timeout 1500 -m tests.conformance "$results" $transport
+    "$bin/python" -m jaxcomm run -n 2 --timeout 1500 -m tests.programs.conformance "$results" $transport
   "$bin/python" - "$results" <<'PYTHON'
 import json, sys
 found = json.load(open(sys.argv[1]))

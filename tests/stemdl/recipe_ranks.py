@@ -1,4 +1,4 @@
-"""What test_stemdl_recipe.py asks of two ranks. Arguments: a folder with a data set."""
+"""What test_recipe.py asks of two ranks. Arguments: a folder with a data set."""
 
 from __future__ import annotations
 

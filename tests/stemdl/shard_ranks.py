@@ -1,4 +1,4 @@
-"""What test_stemdl_data.py asks of two ranks. Arguments: a folder."""
+"""What test_data.py asks of two ranks. Arguments: a folder."""
 
 from __future__ import annotations
 

@@ -1,8 +1,9 @@
 // The part of the CUDA driver's C ABI that we call, declared anew.
 //
 // The library is built without CUDA and loads libcuda.so.1 when it runs. Compared with a
-// cuda.h, where there is one, by tests/test_nccl_abi.py. A CUdevice is an int, a CUdeviceptr
-// an integer as wide as a pointer, enumerations are ints and all other types pointers.
+// cuda.h, where there is one, by tests/native/test_nccl_abi.py. A CUdevice is an int, a
+// CUdeviceptr an integer as wide as a pointer, enumerations are ints and all other types
+// pointers.
 #pragma once
 
 #include <cstddef>

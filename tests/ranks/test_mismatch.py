@@ -26,7 +26,7 @@ more = pytest.mark.thorough
 def test_every_rank_raises(launch: Launch, transport: str, ranks: int) -> None:
     env = on_fake_nccl() if transport == "nccl" else {}
     # A rank that waits for its timeout, 600 s, instead of comparing takes longer.
-    program = ["-m", "tests.mismatch_ranks", transport]
+    program = ["-m", "tests.programs.mismatch_ranks", transport]
     done = launch(ranks, program, env=env, timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr
     assert f"{CASES} cases" in done.stdout

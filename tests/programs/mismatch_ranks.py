@@ -1,6 +1,6 @@
 """Ranks that do not do the same, one of them at a time: every rank must hear of it.
 
-mpiexec -n 4 python -m tests.mismatch_ranks TRANSPORT
+mpiexec -n 4 python -m tests.programs.mismatch_ranks TRANSPORT
 
 All cases run in one job, each with another culprit. A case in which all ranks come to
 compare raises on all of them, within seconds, and the next case goes on.

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from tests.jobs import ROOT, fake_nccl, settle
-from tests.nccl_library import SUCCESS, UniqueId, load
+from tests.native.nccl_library import SUCCESS, UniqueId, load
 
 
 @pytest.fixture(scope="session")
@@ -28,7 +28,7 @@ def run_ranks(library: Path, ranks: int, case: str, timeout: float = 150, **env:
     """Run one case on some ranks; kill all when one fails or time is up."""
     uid = UniqueId()
     assert load(str(library)).ncclGetUniqueId(ctypes.byref(uid)) == SUCCESS
-    program = [sys.executable, "-m", "tests.fake_nccl_ranks"]
+    program = [sys.executable, "-m", "tests.programs.fake_nccl_ranks"]
     program += [str(library), bytes(uid).hex()]
     processes = [
         subprocess.Popen(

@@ -14,7 +14,7 @@ import pytest
 from stemdl.physics import crystals, multislice
 from stemdl.physics.crystals import Preparation
 from stemdl.physics.optics import Optics
-from tests.stemdl.test_stemdl_physics import difference, potentials
+from tests.stemdl.test_physics import difference, potentials
 
 abtem: Any = pytest.importorskip("abtem")
 

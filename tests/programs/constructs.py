@@ -2,8 +2,8 @@
 
 Under jax.pmap, and under jaxcomm:
 
-    python -m tests.constructs pmap 4 OUT.npz              on 4 host devices
-    mpiexec -n 4 python -m tests.constructs mpi 4 OUT.npz  over MPI (or nccl)
+    python -m tests.programs.constructs pmap 4 OUT.npz              on 4 host devices
+    mpiexec -n 4 python -m tests.programs.constructs mpi 4 OUT.npz  over MPI (or nccl)
 
 `test_named_axis.py` runs both and compares.
 """

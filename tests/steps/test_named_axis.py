@@ -12,10 +12,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tests import constructs
 from tests.jobs import ROOT, launch_ranks, on_fake_nccl
+from tests.programs import constructs
 
-PROGRAM = ("-m", "tests.constructs")
+PROGRAM = ("-m", "tests.programs.constructs")
 
 
 @functools.cache

@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import ROOT
+from tests.jobs import ROOT
 
 from jaxcomm import native
 from jaxcomm.errors import TransportUnavailableError

@@ -1,6 +1,6 @@
 """Conditions under which a job must go on, or end, as if nothing were special.
 
-mpiexec -n 2 python -m tests.conditions_ranks CONDITION
+mpiexec -n 2 python -m tests.programs.conditions_ranks CONDITION
 """
 
 from __future__ import annotations

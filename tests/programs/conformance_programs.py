@@ -12,7 +12,7 @@ from jax import lax
 import jaxcomm
 from jaxcomm.errors import InvalidOptionError, UnsupportedCollectiveError
 from jaxcomm.ranks.communicator import Communicator
-from tests.references import applies, close, raises, same
+from tests.programs.references import applies, close, raises, same
 
 
 def check_calls_live_whatever_is_used(comm: Communicator) -> None:

@@ -41,6 +41,6 @@ def test_nothing_grows(way: str) -> None:
 @pytest.mark.parametrize("condition", ["in_flight", "forked", "late", "own_mpi"])
 def test_conditions(launch: Launch, condition: str) -> None:
     env = WAYS["own thread" if condition == "in_flight" else "shared memory"]
-    done = launch(2, ["-m", "tests.conditions_ranks", condition], env=env)
+    done = launch(2, ["-m", "tests.programs.conditions_ranks", condition], env=env)
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.count("done") == 2

@@ -17,7 +17,7 @@ from jax import lax
 import jaxcomm
 from jaxcomm import checkpoint, native
 from jaxcomm.ranks.communicator import Communicator
-from tests.references import same
+from tests.programs.references import same
 
 PIECE = 1001  # bytes
 # Of elements of four bytes: less than a piece, and several with and without a rest.

@@ -23,7 +23,7 @@ CASES = [
 @pytest.mark.parametrize(("way", "ranks"), CASES)
 def test_every_row(launch: Launch, tmp_path, way: str, ranks: int) -> None:
     report = tmp_path / "report.json"
-    done = launch(ranks, ["-m", "tests.order_ranks", way, report], timeout=400)
+    done = launch(ranks, ["-m", "tests.programs.order_ranks", way, report], timeout=400)
     assert done.returncode == 0, done.stderr[-3000:]
     failed = [
         f"rank {rank}, {row}: {text[-600:]}"

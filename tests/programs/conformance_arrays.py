@@ -20,7 +20,7 @@ from jaxcomm.errors import (
     UnsupportedDtypeError,
 )
 from jaxcomm.ranks.communicator import Communicator
-from tests.references import DTYPES, applies, close, raises, same, values
+from tests.programs.references import DTYPES, applies, close, raises, same, values
 
 
 def check_all_gather_against_numpy(comm: Communicator) -> None:

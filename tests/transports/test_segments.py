@@ -9,7 +9,7 @@ import pytest
 from jaxcomm.planning import costs
 from jaxcomm.planning.costs import CostModel
 from tests.jobs import Launch
-from tests.segments_ranks import SEGMENT
+from tests.programs.segments_ranks import SEGMENT
 
 WAYS = {
     "shared": {},
@@ -38,7 +38,7 @@ def test_means_over_many_segments(
         "JAXCOMM_STAGING_BYTES": str(3 * SEGMENT),
         **WAYS[way],
     }
-    done = launch(ranks, ["-m", "tests.segments_ranks", way], env=env)
+    done = launch(ranks, ["-m", "tests.programs.segments_ranks", way], env=env)
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.count("all checked") == ranks, done.stdout + done.stderr
 
@@ -47,6 +47,6 @@ def test_means_over_many_segments(
 def test_arrays_that_are_moved_in_pieces(
     launch: Launch, tmp_path: Path, ranks: int
 ) -> None:
-    done = launch(ranks, ["-m", "tests.pieces_ranks", tmp_path])
+    done = launch(ranks, ["-m", "tests.programs.pieces_ranks", tmp_path])
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.count("all checked") == ranks, done.stdout + done.stderr

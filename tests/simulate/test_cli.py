@@ -20,8 +20,8 @@ from jaxcomm.simulate import (
     validation,
     workloads,
 )
+from tests.jobs import ROOT
 
-ROOT = Path(__file__).resolve().parents[1]
 QUICK = ["--ranks", "1,12,96", "--steps", "2", "--samples", "2"]
 
 

@@ -13,7 +13,7 @@ from jax import lax
 import jaxcomm
 from jaxcomm.errors import InvalidOptionError
 from jaxcomm.ranks.communicator import Communicator
-from tests.references import close, raises, same
+from tests.programs.references import close, raises, same
 
 
 def check_grad(comm: Communicator) -> None:

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from tests import conformance
 from tests.jobs import launch_ranks, on_fake_nccl
+from tests.programs import conformance
 
 LIMIT = 600  # seconds of a job, for hangs only
 
@@ -55,7 +55,7 @@ def outcomes(transport: str, ranks: int, *names: str) -> dict[str, str]:
         env["JAXCOMM_OWN_THREAD"] = "on" if apart and ranks == 4 else "off"
         if name == "nccl":
             env |= on_fake_nccl()
-        command = ["-m", "tests.conformance", results, name, *names]
+        command = ["-m", "tests.programs.conformance", results, name, *names]
         done = launch_ranks(ranks, command, timeout=LIMIT, env=env)
         found = json.loads(results.read_text()) if results.exists() else {}
     if done.returncode != 0:

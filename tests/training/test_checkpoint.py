@@ -19,8 +19,8 @@ import pytest
 from jaxcomm import checkpoint
 from jaxcomm.errors import CheckpointError, InvalidOptionError
 from jaxcomm.training import store
-from tests import checkpoint_ranks
 from tests.jobs import Launch
+from tests.programs import checkpoint_ranks
 
 
 class Moments(NamedTuple):
@@ -304,12 +304,12 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 @pytest.mark.parametrize("ranks", [2, 3, pytest.param(4, marks=pytest.mark.thorough)])
 def test_on_ranks(launch: Launch, tmp_path: Path, ranks: int) -> None:
     # RLIMIT_FSIZE stands for a full disk.
-    done = launch(ranks, ["-m", "tests.checkpoint_ranks", tmp_path])
+    done = launch(ranks, ["-m", "tests.programs.checkpoint_ranks", tmp_path])
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.count("all checked") == ranks, done.stdout + done.stderr
 
 
 def test_on_a_disk_that_fills_up(launch: Launch, small_disk: Path) -> None:
-    done = launch(2, ["-m", "tests.checkpoint_ranks", small_disk, "disk"])
+    done = launch(2, ["-m", "tests.programs.checkpoint_ranks", small_disk, "disk"])
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.count("all checked") == 2, done.stdout + done.stderr

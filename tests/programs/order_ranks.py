@@ -1,6 +1,6 @@
 """Collectives in every composition: one order on all ranks, and every call made.
 
-mpiexec -n N python -m tests.order_ranks WAY REPORT [ROW ...]
+mpiexec -n N python -m tests.programs.order_ranks WAY REPORT [ROW ...]
 
 WAY says what a call is and what owns the program around it:
 

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from tests.nccl_library import (
+from tests.native.nccl_library import (
     ARGUMENT,
     CUDA,
     DTYPES,

@@ -16,7 +16,7 @@ import pytest
 from jaxcomm.errors import InvalidTreeError, JaxcommError
 from jaxcomm.ranks.hosts import encoding
 from tests.jobs import ROOT, settle
-from tests.keyvalue_ranks import CASES
+from tests.programs.keyvalue_ranks import CASES
 
 
 @functools.cache
@@ -28,7 +28,7 @@ def run_ranks(ranks: int, case: str, timeout: float = 300) -> list[dict[str, str
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    program = [sys.executable, "-m", "tests.keyvalue_ranks"]
+    program = [sys.executable, "-m", "tests.programs.keyvalue_ranks"]
     processes = [
         subprocess.Popen(
             [*program, f"{port}", f"{rank}", f"{ranks}", case],

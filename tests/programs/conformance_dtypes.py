@@ -12,7 +12,7 @@ from jax import lax
 import jaxcomm
 from jaxcomm.errors import InvalidOptionError, UnsupportedDtypeError
 from jaxcomm.ranks.communicator import Communicator
-from tests.references import (
+from tests.programs.references import (
     DTYPES,
     HALVES,
     NUMPY_OPS,

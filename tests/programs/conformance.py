@@ -2,7 +2,7 @@
 
 `test_conformance.py` starts this file once per transport and number of ranks:
 
-    mpiexec -n 2 python -m tests.conformance RESULTS.json mpi
+    mpiexec -n 2 python -m tests.programs.conformance RESULTS.json mpi
 
 Each `check_*` function takes the communicator and uses NumPy as the reference. The
 ranks compare notes after each check; rank 0 writes one line of outcome per check.
@@ -33,13 +33,13 @@ from jaxcomm.errors import (
     UnsupportedDtypeError,
 )
 from jaxcomm.ranks.communicator import Communicator
-from tests import (
+from tests.programs import (
     conformance_arrays,
     conformance_dtypes,
     conformance_programs,
     conformance_transforms,
 )
-from tests.references import NotHere, applies, close, raises, same
+from tests.programs.references import NotHere, applies, close, raises, same
 
 SECONDS_PER_CHECK = 240  # for a hang alone
 SKIPPED = "skipped: "

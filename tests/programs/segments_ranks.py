@@ -15,7 +15,7 @@ import numpy as np
 
 import jaxcomm
 from jaxcomm.ranks.communicator import Communicator
-from tests.references import same
+from tests.programs.references import same
 
 SEGMENT = 4096
 DTYPES = ("float32", "float64", "float16", "bfloat16", "int32")
