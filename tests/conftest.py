@@ -8,23 +8,10 @@ import pytest
 
 from tests.jobs import Launch, launch_ranks
 
-# Files of minutes begin first: of two workers, none is then left with one at the end.
-LONG = (
-    "test_conformance.py",
-    "test_faults.py",
-    "test_equality.py",
-    "test_demo.py",
-    "test_restart.py",
-    "test_reduction.py",
-    "test_clients.py",
-    "test_named_axis.py",
-    "test_library.py",
-    "test_nccl.py",
-)
-
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    items.sort(key=lambda item: item.path.name not in LONG)
+    """Begin with long files: of two workers, none is left with one at the end."""
+    items.sort(key=lambda item: item.get_closest_marker("long") is None)
 
 
 @pytest.fixture

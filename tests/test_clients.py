@@ -12,6 +12,8 @@ import pytest
 
 from tests.jobs import ROOT
 
+pytestmark = pytest.mark.long
+
 CLIENTS = ROOT / "examples" / "clients"
 
 

@@ -13,6 +13,8 @@ import report
 import tracing
 from tests.jobs import ROOT
 
+pytestmark = pytest.mark.long
+
 RESULTS = ROOT / "benchmarks" / "results"
 
 

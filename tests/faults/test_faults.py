@@ -10,6 +10,8 @@ import pytest
 from tests.faults import trials
 from tests.jobs import Launch
 
+pytestmark = pytest.mark.long
+
 WAYS = {
     "shared memory": {},
     "own thread": {"JAXCOMM_SHARED_MEMORY": "off", "JAXCOMM_OWN_THREAD": "on"},

@@ -12,6 +12,8 @@ import pytest
 
 from jaxcomm.native import callbacks
 
+pytestmark = pytest.mark.long
+
 Job = Callable[..., "subprocess.CompletedProcess[str]"]
 
 CONVERSIONS = """

@@ -18,6 +18,8 @@ from stemdl.physics import crystals
 from stemdl.training import parameters
 from tests.jobs import ROOT
 
+pytestmark = pytest.mark.long
+
 CONFIG = dataset.DataConfig(train=4, test=2)
 
 

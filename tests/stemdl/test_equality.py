@@ -16,6 +16,8 @@ from stemdl.data import dataset
 from stemdl.data.cache import data_config
 from stemdl.training import equality, parameters
 
+pytestmark = pytest.mark.long
+
 PLAIN, SCOPES = "2 ranks", "2 ranks, a bucket per scope"
 SAMPLES = 16
 SHORT = ("--steps", "4", "--batch", "4", "--samples", str(SAMPLES))

@@ -15,6 +15,8 @@ import pytest
 from tests.jobs import ROOT, launch_ranks, on_fake_nccl
 from tests.programs import constructs
 
+pytestmark = pytest.mark.long
+
 PROGRAM = ("-m", "tests.programs.constructs")
 
 

@@ -29,6 +29,8 @@ from stemdl.training import parameters
 from stemdl.training.monitor import Predictor
 from tests.jobs import ROOT, Launch, documented
 
+pytestmark = pytest.mark.long
+
 FAILING = r"""
 import os, re, signal, subprocess, sys, time
 from mpi4py import MPI

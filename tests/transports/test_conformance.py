@@ -12,6 +12,8 @@ import pytest
 from tests.jobs import launch_ranks, on_fake_nccl
 from tests.programs import conformance
 
+pytestmark = pytest.mark.long
+
 LIMIT = 600  # seconds of a job, for hangs only
 
 JOBS = [

@@ -16,6 +16,8 @@ import pytest
 
 from tests.jobs import Launch, fake_nccl, on_fake_nccl
 
+pytestmark = pytest.mark.long
+
 LOWERED = """
 import re
 import jax, jax.numpy as jnp, jaxcomm
