@@ -149,3 +149,12 @@ def test_messages_agree_with_the_count_from_horovods_code() -> None:
     assert plane.coordinate(0, 0, 0)[1] == coordinator.per_step
     assert plane.intersect(tensors, 0)[1] == cache.per_step
     assert plane.agree()[1] == static.once
+
+
+def test_control_traffic() -> None:
+    coordinator, cache, static = control.designs(6000, 160)
+    # Within the size of what rank 0 sends itself of the figure for Horovod's code.
+    assert coordinator.bytes_into_rank_0 == pytest.approx(127e6, rel=0.01)
+    assert cache.bytes_into_rank_0 == 24 * 13
+    assert (static.per_step, static.rounds_per_step) == (0, 0)
+    assert [t.per_step for t in control.designs(1, 5)] == [0, 0, 0]

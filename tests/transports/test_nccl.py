@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+from jaxcomm.transports.nccl import library
 from tests.jobs import Launch, fake_nccl, on_fake_nccl
 
 pytestmark = pytest.mark.long
@@ -469,3 +470,28 @@ def test_an_exception_ends_the_others_in_bounded_time(tmp_path: Path) -> None:
     assert second == 1
     assert "rank 1 of 2 failed" in of_second and "of this rank" in of_second
     assert first != 0, of_first
+
+
+REFUSED = """
+import jaxcomm
+try:
+    jaxcomm.init("nccl")
+except jaxcomm.errors.TransportUnavailableError as error:
+    print(error)
+"""
+
+
+def test_without_a_gpu_init_says_so() -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", REFUSED],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=True,
+    )
+    assert "moves arrays of NVIDIA GPUs, but JAX runs on 'cpu'" in done.stdout
+    assert "'mpi'" in done.stdout
+
+
+def test_nccl_version() -> None:
+    assert library.version_text(22703) == "2.27.3"
