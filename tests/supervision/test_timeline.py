@@ -1,4 +1,4 @@
-"""The timeline: what a job records, and the benchmark's arithmetic on it."""
+"""The timeline: what a job records."""
 
 from __future__ import annotations
 
@@ -6,10 +6,6 @@ import json
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
-
-import pytest
-
-import overlap
 
 Job = Callable[..., "subprocess.CompletedProcess[str]"]
 
@@ -58,16 +54,3 @@ def test_every_bucket_of_every_rank_is_recorded(job: Job, tmp_path: Path) -> Non
         assert order == [0, 1, 0, 1, 0, 1, 0]
         assert travels[0]["args"]["bytes"] == 300 * 300 * 4
         assert "['b']" in travels[0]["name"]
-
-
-def test_overlap_is_what_did_not_add_to_the_step() -> None:
-    samples = {"compute": [100.0], "communication": [40.0]}
-    found = overlap.overlaps(samples | {"none": [140.0], "all": [100.0]})
-    assert found["none"]["overlap"] == 0 and found["all"]["overlap"] == 1
-    assert found["none"]["over_longer"] == pytest.approx(1.4)
-
-
-def test_table_is_that_of_the_json() -> None:
-    results = Path(overlap.HERE) / "results"
-    result = json.loads((results / "overlap.json").read_text())
-    assert (results / "overlap.md").read_text() == overlap.markdown(result)
