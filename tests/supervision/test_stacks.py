@@ -148,8 +148,10 @@ def test_a_rank_that_holds_the_interpreter_says_itself_where(job: Launch) -> Non
 TRANSPORT = """
 from mpi4py import MPI
 from jaxcomm.ranks.hosts import mpi_library
+level = MPI.Query_thread()
 if MPI.COMM_WORLD.rank == 0:
     print(mpi_library.describe())
+assert MPI.Query_thread() == level
 MPI.COMM_WORLD.Barrier()
 """
 

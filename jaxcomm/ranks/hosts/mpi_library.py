@@ -47,7 +47,7 @@ def describe() -> str:
     lines = [lines[0].split(", package:")[0], *(n for n in lines[1:] if "Device:" in n)]
     parts = [" ".join(line.split()) for line in lines]
     if "Open MPI" in parts[0]:
-        parts += _components()
+        parts += _components(MPI.Query_thread())
     return "; ".join([*parts, *_settings()])
 
 
@@ -57,11 +57,17 @@ def _settings() -> Iterator[str]:
             yield f"{name}={os.environ[name]}"
 
 
-def _components() -> list[str]:
-    """Return the components of Open MPI that are in use, a text for each framework."""
+def _components(level: int) -> list[str]:
+    """Return the components of Open MPI that are in use, a text for each framework.
+
+    Args:
+      level: MPI's thread level. Open MPI 5.0 takes that of its tools interface for its
+        own from then on, and where it is MPI_THREAD_SINGLE locks nothing.
+    """
     libraries = [ctypes.CDLL(path) for path in native.loaded_mpi_libraries()]
     library = next((x for x in libraries if hasattr(x, "MPI_T_init_thread")), None)
-    if library is None or library.MPI_T_init_thread(0, ctypes.byref(ctypes.c_int())):
+    provided = ctypes.byref(ctypes.c_int())
+    if library is None or library.MPI_T_init_thread(level, provided):
         return []
 
     def exists(variable: str) -> bool:
