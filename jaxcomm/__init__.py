@@ -2,6 +2,10 @@
 
 Public names are imported on first use, so that the command line and `import jaxcomm`
 start without waiting for JAX.
+
+Examples in docstrings come after `import jax, jaxcomm`, `import jax.numpy as jnp`,
+`import numpy as np` and imports of what they use of the standard library. All ranks run
+them, and see the same.
 """
 
 from __future__ import annotations

@@ -4,17 +4,20 @@ Rank 0 alone writes and reads, through orbax, so a directory on its own disk is 
 as long as rank 0 stays on that host. The other ranks get the values by broadcast, and
 every rank learns what has come of it.
 
-    found = checkpoint.restore("out/checkpoints", first_state)
-    step, state = found or (0, first_state)
-    with checkpoint.Stop() as stop:
-        while step < steps:
-            state = train_step(state, batches.at(step))
-            step += 1
-            ending = stop.requested(step)
-            if ending or step % 500 == 0:
-                checkpoint.save("out/checkpoints", step, state)
-            if ending:
-                sys.exit(0)
+Example:
+  >>> from jaxcomm import checkpoint
+  >>> train_step = jaxcomm.data_parallel(lambda x: jax.lax.pmean(x + 1, "batch"))
+  >>> step, state = checkpoint.restore("run", like=jnp.zeros(2)) or (0, jnp.zeros(2))
+  >>> with checkpoint.Stop() as stop:
+  ...     while step < 10:
+  ...         step, state = step + 1, train_step(state)
+  ...         ending = stop.requested(step)  # SIGTERM or Ctrl-C on any rank
+  ...         if ending or step % 5 == 0:
+  ...             checkpoint.save("run", step, state)
+  ...         if ending:
+  ...             sys.exit(0)
+  >>> checkpoint.steps("run")
+  [5, 10]
 """
 
 from __future__ import annotations
@@ -45,7 +48,14 @@ _COMPARED = ("values", "structure")
 
 
 class Restored(NamedTuple):
-    """What `restore` found: the step it was saved at, and the state."""
+    """What `restore` found: the step it was saved at, and the state.
+
+    Example:
+      >>> jaxcomm.checkpoint.save("run", 100, {"w": jnp.ones(3)})
+      >>> step, state = jaxcomm.checkpoint.restore("run", like={"w": jnp.zeros(3)})
+      >>> step, state["w"]
+      (100, Array([1., 1., 1.], dtype=float32))
+    """
 
     step: int
     state: Any
@@ -92,6 +102,12 @@ def save(
         (a full disk, say) or a later checkpoint is there; names leaf and ranks, or the
         path, and the remedy.
       InvalidOptionError: an option is unusable.
+
+    Example:
+      >>> for step in (100, 200, 300):
+      ...     jaxcomm.checkpoint.save("run", step, {"w": jnp.ones(3)}, keep=2)
+      >>> jaxcomm.checkpoint.steps("run")
+      [200, 300]
     """
     comm = comm or world()
     proposal: _Proposal | None = None
@@ -146,6 +162,14 @@ def restore(
     Raises:
       CheckpointError: on every rank: a file is damaged or foreign, a setting or a leaf
         differs, or the step asked for is not there. Nothing is changed on disk.
+
+    Example:
+      >>> first = {"w": jnp.zeros(3)}
+      >>> jaxcomm.checkpoint.restore("run", first) is None
+      True
+      >>> jaxcomm.checkpoint.save("run", 100, {"w": jnp.ones(3)})
+      >>> jaxcomm.checkpoint.restore("run", first).state
+      {'w': Array([1., 1., 1.], dtype=float32)}
     """
     comm = comm or world()
     plain = _plain(settings)
@@ -177,7 +201,15 @@ def restore(
 
 
 def steps(directory: str | Path) -> list[int]:
-    """Return the steps of the complete checkpoints in a directory, in rising order."""
+    """Return the steps of the complete checkpoints in a directory, in rising order.
+
+    Empty where the directory is not there, as on hosts other than rank 0's.
+
+    Example:
+      >>> jaxcomm.checkpoint.save("run", 100, {"w": jnp.ones(3)})
+      >>> jaxcomm.checkpoint.steps("run")
+      [100]
+    """
     return store.steps(Path(directory))
 
 
@@ -191,6 +223,14 @@ def clear(directory: str | Path) -> None:
 
     Raises:
       OSError: a checkpoint cannot be deleted.
+
+    Example:
+      >>> jaxcomm.checkpoint.save("run", 100, {"w": jnp.ones(3)})
+      >>> if jaxcomm.rank() == 0:
+      ...     jaxcomm.checkpoint.clear("run")
+      >>> jaxcomm.barrier()
+      >>> jaxcomm.checkpoint.steps("run")
+      []
     """
     store.clear(Path(directory))
 

@@ -22,6 +22,11 @@ class Rows(NamedTuple):
     Attributes:
       indices: (batch // size,) int64, below `samples`.
       weights: (batch // size,) float32; 1, or 0 for a row that only fills the batch.
+
+    Example:
+      >>> rows = jaxcomm.data.Batches(2 * jaxcomm.size(), 2 * jaxcomm.size()).at(0)
+      >>> rows.indices.dtype, rows.weights
+      (dtype('int64'), array([1., 1.], dtype=float32))
     """
 
     indices: np.ndarray
@@ -36,11 +41,8 @@ class Batches:
     padded. The global batches are the same for any number of ranks, rank r holding the
     r-th part of each.
 
-        batches = jaxcomm.data.Batches(len(x), batch=256, remainder="pad")
-        for step in range(first, epochs * batches.steps_per_epoch):
-            rows = batches.at(step)
-            # In the step: the exact mean over the samples that count is
-            # all_reduce(weighted mean over the rows, weight=rows.weights.sum()).
+    In a step over padded batches, the exact mean over the samples that count is
+    all_reduce(weighted mean over the rows, weight=rows.weights.sum()).
 
     Attributes:
       samples: how many there are.
@@ -54,6 +56,20 @@ class Batches:
 
     Raises:
       InvalidOptionError: a value is unusable; says which.
+
+    Example:
+      >>> n = jaxcomm.size()
+      >>> x = np.arange(3 * n, dtype=np.float32)
+      >>> batches = jaxcomm.data.Batches(len(x), batch=2 * n, remainder="pad")
+      >>> batches.steps_per_epoch
+      2
+      >>> total = 0
+      >>> for step in range(batches.steps_per_epoch):
+      ...     rows = batches.at(step)  # this rank's two
+      ...     mine = (x[rows.indices] * rows.weights).sum()
+      ...     total += jaxcomm.all_reduce(mine, op="sum")
+      >>> int(total) == int(x.sum())
+      True
     """
 
     samples: int
@@ -122,6 +138,15 @@ def order(seed: int, epoch: int, samples: int) -> np.ndarray:
 
     It is that of sorting Philox's raw numbers, which NumPy keeps the same from version
     to version, as it does not keep `Generator.permutation`.
+
+    Args:
+      seed: below 2**64.
+      epoch: counted from 0.
+      samples: the length of the permutation.
+
+    Example:
+      >>> jaxcomm.data.order(seed=0, epoch=0, samples=5).tolist()
+      [0, 2, 1, 4, 3]
     """
     key = np.array([seed, epoch], np.uint64)
     permutation = np.argsort(

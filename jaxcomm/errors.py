@@ -1,4 +1,15 @@
-"""What jaxcomm raises. Every message names the leaf, rank or option and the remedy."""
+"""What jaxcomm raises. Every message names the leaf, rank or option and the remedy.
+
+In a user's own `jit`, an error of a call that runs arrives as
+`jax.errors.JaxRuntimeError`, whose text begins with the name of one of these.
+
+Example:
+  >>> try:
+  ...     jaxcomm.all_reduce({"w": "text"})
+  ... except jaxcomm.errors.InvalidTreeError as error:
+  ...     print(str(error).partition(".")[0])
+  leaf ['w'] is not an array but str: 'text'
+"""
 
 
 class JaxcommError(Exception):

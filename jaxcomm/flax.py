@@ -31,6 +31,12 @@ def broadcast(
     Raises:
       InvalidTreeError, InvalidOptionError, ScheduleMismatchError: as
         `jaxcomm.broadcast`; the module is unchanged then.
+
+    Example:
+      >>> from flax import nnx
+      >>> model = nnx.Linear(2, 3, rngs=nnx.Rngs(jaxcomm.rank()))
+      >>> model = jaxcomm.flax.broadcast(model)
+      >>> jaxcomm.assert_replicated(nnx.state(model, nnx.Param))
     """
     from flax import nnx
 

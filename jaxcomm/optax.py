@@ -46,6 +46,15 @@ def distribute(
       InvalidOptionError: an option has an unusable value; `update` raises what
         `all_reduce` raises.
       TypeError: there is no option of that name.
+
+    Example:
+      >>> import optax
+      >>> tx = jaxcomm.optax.distribute(optax.sgd(0.5))
+      >>> params = {"w": jnp.ones(3)}
+      >>> grads = {"w": jnp.ones(3)}  # each rank's own
+      >>> updates, _ = tx.update(grads, tx.init(params), params)
+      >>> optax.apply_updates(params, updates)
+      {'w': Array([0.5, 0.5, 0.5], dtype=float32)}
     """
     import optax
 

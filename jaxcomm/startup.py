@@ -78,6 +78,13 @@ def init(
       TransportUnavailableError: what was asked for cannot be used; says why.
       InvalidOptionError: an argument is unusable, or `init` was called before with
         another; names it and both values.
+
+    Example:
+      >>> comm = jaxcomm.init()
+      >>> 0 <= comm.rank < comm.size
+      True
+      >>> jaxcomm.init() is comm
+      True
     """
     global _world, _chosen
     if transport not in TRANSPORTS:
@@ -133,27 +140,55 @@ def init(
 
 
 def world() -> Communicator:
-    """Return the communicator of all ranks; initialise if need be."""
+    """Return the communicator of all ranks; initialise if need be.
+
+    Raises:
+      TransportUnavailableError, InvalidOptionError: as `init`.
+
+    Example:
+      >>> jaxcomm.world() is jaxcomm.init()
+      True
+    """
     return _world if _world is not None else init()
 
 
 def rank() -> int:
-    """Return this process's rank, a plain int, constant while tracing."""
+    """Return this process's rank, a plain int, constant while tracing.
+
+    Example:
+      >>> 0 <= jaxcomm.rank() < jaxcomm.size()
+      True
+    """
     return world().rank
 
 
 def size() -> int:
-    """Return the number of ranks, a plain int, constant while tracing."""
+    """Return the number of ranks, a plain int, constant while tracing.
+
+    Example:
+      >>> int(jaxcomm.all_reduce(1, op="sum")) == jaxcomm.size()
+      True
+    """
     return world().size
 
 
 def local_rank() -> int:
-    """Return this process's rank among those on the same host."""
+    """Return this process's rank among those on the same host.
+
+    Example:
+      >>> 0 <= jaxcomm.local_rank() < jaxcomm.local_size()
+      True
+    """
     return world().local_rank
 
 
 def local_size() -> int:
-    """Return the number of ranks on this host."""
+    """Return the number of ranks on this host.
+
+    Example:
+      >>> 1 <= jaxcomm.local_size() <= jaxcomm.size()
+      True
+    """
     return world().local_size
 
 

@@ -42,6 +42,13 @@ def all_gather(
 
     Raises:
       InvalidTreeError, InvalidOptionError, ScheduleMismatchError: as `all_reduce`.
+
+    Example:
+      >>> every = jaxcomm.all_gather(jnp.full(3, jaxcomm.rank()))
+      >>> every.shape == (jaxcomm.size(), 3)
+      True
+      >>> every[0].tolist()
+      [0, 0, 0]
     """
     return _move(
         "all_gather",
@@ -67,7 +74,8 @@ def reduce_scatter(
 
     Args:
       tree: arrays of numbers; structure, shapes and dtypes equal on all ranks.
-      op: "mean" or "sum".
+      op: "mean" or "sum"; a mean is that of `all_reduce`, rounded toward zero for
+        integers.
       axis: the axis that is divided among the ranks.
       tiled: whether each rank keeps a slice of `axis` (whose length the number of
         ranks divides) or, if not, one element of it (whose length is that number).
@@ -80,6 +88,11 @@ def reduce_scatter(
     Raises:
       UnsupportedDtypeError: a dtype that cannot be added up.
       InvalidTreeError, InvalidOptionError, ScheduleMismatchError: as `all_reduce`.
+
+    Example:
+      >>> parts = jnp.ones((jaxcomm.size(), 3))  # the r-th row is for rank r
+      >>> jaxcomm.reduce_scatter(parts)
+      Array([1., 1., 1.], dtype=float32)
     """
     if op not in ("mean", "sum"):
         raise InvalidOptionError(f"op={op!r}; reduce_scatter takes 'mean' or 'sum'")
@@ -128,10 +141,16 @@ def all_to_all(
       comm: the ranks that take part; all by default.
 
     Returns:
-      Arrays as `lax.all_to_all` gives.
+      Arrays as `lax.all_to_all` gives: for leaves (ranks, d1, ...) the same shape,
+      whose s-th element came from rank s (for both axes 0).
 
     Raises:
       InvalidTreeError, InvalidOptionError, ScheduleMismatchError: as `all_reduce`.
+
+    Example:
+      >>> sent = jnp.full(jaxcomm.size(), jaxcomm.rank())
+      >>> jaxcomm.all_to_all(sent).tolist() == list(range(jaxcomm.size()))
+      True
     """
 
     def before(x: Any, where: str, n: int) -> Any:
@@ -154,6 +173,20 @@ def barrier(*, comm: Communicator | None = None) -> None:
 
     Called while JAX traces, it becomes part of the program: it takes its place among
     the bare collectives of that program, in their order. Elsewhere it blocks.
+
+    Args:
+      comm: the ranks that take part; all by default.
+
+    Raises:
+      BrokenCommunicatorError: there was a StallError before.
+
+    Example:
+      >>> path = Path("table.txt")
+      >>> if jaxcomm.rank() == 0:
+      ...     _ = path.write_text("made once")
+      >>> jaxcomm.barrier()  # now the file is there for all ranks of this host
+      >>> path.read_text()
+      'made once'
     """
     comm = comm or world()
     if compat.outside_trace():

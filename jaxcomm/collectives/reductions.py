@@ -80,6 +80,15 @@ def all_reduce(
         same text.
       StallError: a rank did not come to compare within `timeout`; likewise.
       BrokenCommunicatorError: there was a StallError before.
+
+    Example:
+      >>> grads = {"w": jnp.ones(3), "b": jnp.ones(())}
+      >>> jaxcomm.all_reduce(grads)["w"]
+      Array([1., 1., 1.], dtype=float32)
+      >>> int(jaxcomm.all_reduce(1, op="sum")) == jaxcomm.size()
+      True
+      >>> jax.jit(jaxcomm.all_reduce)(grads)["b"]
+      Array(1., dtype=float32)
     """
     comm = comm or world()
     if weight is not None:
@@ -122,6 +131,11 @@ def cache_clear() -> None:
 
     Equal calls plan equal schedules again. Functions that were compiled keep theirs:
     `DataParallel.clear_cache` and `jax.clear_caches` are for those.
+
+    Example:
+      >>> jaxcomm.cache_clear()
+      >>> jaxcomm.cache_info().currsize
+      0
     """
     planner.cache_clear()
     primitives.cache_clear()
@@ -140,7 +154,12 @@ def broadcast(tree: Tree, *, root: int = 0, comm: Communicator | None = None) ->
       A tree of the same structure, shapes and dtypes.
 
     Raises:
-      InvalidTreeError, InvalidOptionError, ScheduleMismatchError: as `all_reduce`.
+      InvalidOptionError: `root` is not a rank of `comm`.
+      InvalidTreeError, ScheduleMismatchError: as `all_reduce`.
+
+    Example:
+      >>> jaxcomm.broadcast({"w": jnp.arange(3) + jaxcomm.rank()}, root=0)
+      {'w': Array([0, 1, 2], dtype=int32)}
     """
     comm = comm or world()
     if not isinstance(root, int) or not 0 <= root < comm.size:
@@ -191,7 +210,13 @@ def plan(
       The schedule; the same object for equal arguments.
 
     Raises:
-      InvalidTreeError, InvalidOptionError: as `all_reduce`.
+      InvalidTreeError, UnsupportedDtypeError, InvalidOptionError: as `all_reduce`.
+
+    Example:
+      >>> tree = {"w": jax.ShapeDtypeStruct((1024, 1024), "float32")}
+      >>> schedule = jaxcomm.plan(tree, size=16)
+      >>> schedule.nbytes, len(schedule.buckets), schedule.size
+      (4194304, 1, 16)
     """
     planner.check_options(groups=groups, bucket_bytes=bucket_bytes, op=op)
     paths, leaves, _ = flatten(tree, abstract=True)

@@ -30,7 +30,12 @@ def assert_replicated(tree: Any, *, comm: Communicator | None = None) -> None:
 
     Raises:
       ReplicationError: on every rank, naming the first leaf that differs, the ranks,
-        and how many leaves differ in all.
+        and how many leaves differ in all. It is an AssertionError too.
+      InvalidTreeError: a leaf is not an array.
+
+    Example:
+      >>> params = jaxcomm.broadcast({"w": jnp.arange(3.0) + jaxcomm.rank()})
+      >>> jaxcomm.assert_replicated(params)
     """
     comm = comm or world()
     paths, leaves, _ = reductions.flatten(tree)

@@ -38,6 +38,8 @@ Groups = Sequence[Sequence[int]]
 class Communicator:
     """A group of ranks, numbered from 0. Hashable, and equal on every rank.
 
+    `jaxcomm.world` returns that of all ranks, and `subgroup` makes others.
+
     Attributes:
       rank: this process's number, 0 <= rank < size.
       size: number of ranks.
@@ -53,6 +55,14 @@ class Communicator:
       agreement: the schedules of its calls, and how ranks compare them.
       registry: finds it, and its relatives, by their keys.
       checked: fingerprints of schedules that ran outside jit.
+
+    Example:
+      >>> comm = jaxcomm.world()
+      >>> comm.all_gather_object(comm.rank) == list(range(comm.size))
+      True
+      >>> first = comm.subgroup([0])  # None on the other ranks
+      >>> (first is None) == (comm.rank > 0)
+      True
     """
 
     def __init__(
@@ -183,6 +193,14 @@ class Communicator:
           ScheduleMismatchError: members give different ranks (over MPI).
           StallError: a member does not come within `timeout`.
           BrokenCommunicatorError: this communicator had a StallError before.
+
+        Example:
+          >>> comm = jaxcomm.world()
+          >>> backward = comm.subgroup(range(comm.size)[::-1])
+          >>> backward.rank + comm.rank == comm.size - 1
+          True
+          >>> jaxcomm.all_reduce(jnp.ones(3), comm=backward)
+          Array([1., 1., 1.], dtype=float32)
         """
         self.check_usable()
         members = tuple(int(r) for r in ranks)
@@ -234,13 +252,30 @@ class Communicator:
 
         Over MPI anything that can be pickled; where jax.distributed connects the ranks,
         numbers, texts, bytes, arrays of NumPy, and lists, tuples and dicts of them.
+
+        Raises:
+          InvalidOptionError: `root` is not a rank of this communicator.
+          StallError: a rank does not come within `timeout` (by jax.distributed).
+          BrokenCommunicatorError: this communicator had a StallError before.
+
+        Example:
+          >>> comm = jaxcomm.world()
+          >>> comm.broadcast_object({"seed": 3 + comm.rank})
+          {'seed': 3}
         """
         if not 0 <= root < self.size:
             raise InvalidOptionError(f"root={root}; give a rank below {self.size}")
         return self._fabric.host.broadcast(obj, root)
 
     def all_gather_object(self, obj: Any) -> list[Any]:
-        """Return every rank's Python object, in rank order; as `broadcast_object`."""
+        """Return every rank's Python object, in rank order; as `broadcast_object`.
+
+        Example:
+          >>> comm = jaxcomm.world()
+          >>> sizes = comm.all_gather_object(comm.size)
+          >>> sizes == [comm.size] * comm.size
+          True
+        """
         return self._fabric.host.all_gather(obj)
 
     def duplicate(self, segment_bytes: int) -> int:

@@ -370,6 +370,16 @@ def data_parallel(
         that some ranks may not reach.
       ScheduleMismatchError: at the first call: the ranks' schedules differ; raised on
         every rank before anything is sent.
+
+    Example:
+      >>> @jaxcomm.data_parallel(axis_name="batch")
+      ... def step(w, x):
+      ...     grads = jax.grad(lambda w: jnp.mean(w * x))(w)
+      ...     return w - 0.5 * jax.lax.pmean(grads, "batch")
+      >>> step(jnp.float32(2), jnp.ones(4))
+      Array(1.5, dtype=float32)
+      >>> step.schedule.nbytes
+      4
     """
     if not isinstance(axis_name, str):
         raise InvalidOptionError(f"axis_name={axis_name!r}; give a string")

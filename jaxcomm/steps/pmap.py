@@ -54,6 +54,13 @@ def pmap(
       InvalidOptionError: an option cannot be used; or, when called, a mapped axis is
         not of length 1.
       UnsupportedCollectiveError, ScheduleMismatchError: as `data_parallel`.
+
+    Example:
+      >>> @functools.partial(jaxcomm.pmap, axis_name="batch", in_axes=(None, 0))
+      ... def step(w, x):
+      ...     return jax.lax.pmean(w * x, "batch")
+      >>> step(jnp.float32(2), jnp.ones((1, 3)))  # this process's one device
+      Array([[2., 2., 2.]], dtype=float32)
     """
     if devices is not None:
         raise InvalidOptionError(

@@ -25,15 +25,18 @@ class Stop:
     a host. A signal is thus answered after at most `every` steps. There is no other
     message.
 
-        with jaxcomm.checkpoint.Stop(every=10) as stop:
-            for step in range(first, last):
-                state = train_step(state, batch_of(step))
-                if stop.requested(step + 1):
-                    jaxcomm.checkpoint.save(directory, step + 1, state)
-                    break
-
     Attributes:
       received: whether this process has had a signal; the other ranks may not know yet.
+
+    Example:
+      >>> with jaxcomm.checkpoint.Stop(every=10) as stop:
+      ...     for step in range(1, 101):
+      ...         if step == 13 and jaxcomm.rank() == 0:
+      ...             signal.raise_signal(signal.SIGTERM)  # as a scheduler does
+      ...         if stop.requested(step):
+      ...             break
+      >>> step
+      20
     """
 
     def __init__(
