@@ -1,4 +1,4 @@
-"""The examples of docstrings say what happens."""
+"""The examples of docstrings and of docs/sharp-bits.md say what happens."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from conftest import ROOT, Launch
 import jaxcomm.data
 
 RANKS = ROOT / "tests" / "doctest_ranks.py"
+PAGE = ROOT / "docs" / "sharp-bits.md"
 
 
 def without_example() -> list[str]:
@@ -37,6 +38,15 @@ def test_docstrings(launch: Launch, ranks: int) -> None:
     least = len(doctest_ranks.public())
     counts = [int(n) for n in re.findall(r"ran (\d+) examples", done.stdout)]
     assert len(counts) == ranks and min(counts) >= least, done.stdout
+
+
+def test_sharp_bits(launch: Launch) -> None:
+    done = launch(2, [RANKS, PAGE], timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
+    blocks = len(doctest_ranks.blocks(PAGE))
+    assert done.stdout.count(f"ran {blocks} examples") == 2
+    # None was missed for how its fences are written.
+    assert PAGE.read_text().count("```") == 2 * blocks
 
 
 WRONG_ON_RANK_1 = {
