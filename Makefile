@@ -117,31 +117,31 @@ mutants: $(STAMP)
 	$(BIN)/python -m tests.mutants.run $(ONLY)
 
 bench: $(STAMP)
-	$(BIN)/python benchmarks/reduction.py
+	$(BIN)/python -m benchmarks.reduction
 
 bench-safety: $(STAMP)
-	$(BIN)/python benchmarks/safety.py
+	$(BIN)/python -m benchmarks.safety
 
 # Beside torch where make bench-peers or make .venv-peers/bin/python has installed it.
 bench-stemdl: $(STAMP)
-	$(BIN)/python benchmarks/weak_scaling.py
+	$(BIN)/python -m benchmarks.stemdl
 
 # Peers that need torch live in an environment of their own.
 bench-peers: $(STAMP) .venv-peers/bin/python
-	$(BIN)/python benchmarks/reduction.py
+	$(BIN)/python -m benchmarks.reduction
 
 bench-horovod: $(STAMP) .venv-peers/horovod
-	$(BIN)/python benchmarks/reduction.py
+	$(BIN)/python -m benchmarks.reduction
 
 # Two hosts in network namespaces: needs root and iproute2.
 bench-overlap: $(STAMP)
-	$(BIN)/python benchmarks/overlap.py
+	$(BIN)/python -m benchmarks.overlap
 
 bench-tracing: $(STAMP)
-	$(BIN)/python benchmarks/tracing.py
+	$(BIN)/python -m benchmarks.tracing
 
 bench-control: $(STAMP)
-	$(BIN)/python benchmarks/control.py
+	$(BIN)/python -m benchmarks.control
 
 scaling: $(STAMP)
 	$(BIN)/python -m jaxcomm.simulate.scaling docs

@@ -312,17 +312,13 @@ def demo(arguments: tuple[str, ...]) -> None:
 @click.argument("arguments", nargs=-1, type=click.UNPROCESSED)
 def bench(arguments: tuple[str, ...]) -> None:
     """Measure gradient reductions beside their peers (run it in a checkout)."""
-    _run_script("benchmarks/reduction.py", arguments)
-
-
-def _run_script(name: str, arguments: tuple[str, ...]) -> None:
     here = [Path.cwd(), Path(__file__).resolve().parents[2]]
-    script = next((path for x in here if (path := x / name).exists()), None)
-    if script is None:
+    root = next((x for x in here if (x / "benchmarks/reduction").is_dir()), None)
+    if root is None:
         raise click.ClickException(
-            f"{name} is part of the repository, not of the wheel: clone it and run "
-            "this there"
+            "benchmarks/reduction is part of the repository, not of the wheel: clone "
+            "it and run this there"
         )
-    sys.argv = [str(script), *arguments]
-    sys.path.insert(0, str(script.parent))
-    runpy.run_path(str(script), run_name="__main__")
+    sys.argv = ["jaxcomm bench", *arguments]
+    sys.path.insert(0, str(root))
+    runpy.run_module("benchmarks.reduction", run_name="__main__", alter_sys=True)

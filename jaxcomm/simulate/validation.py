@@ -175,7 +175,7 @@ def check(
 def _measured_here(seed: int) -> Row:
     """Horovod itself, on two ranks of one host: cycles and rounds without data.
 
-    Measured by benchmarks/control.py, "Horovod grouped, 161 tensors, cycle 1 ms".
+    Measured by `make bench-control`, "Horovod grouped, 161 tensors, cycle 1 ms".
     """
     here, resnet = machines.load("here"), workloads.load("resnet50")
     empty = dataclasses.replace(

@@ -11,18 +11,19 @@ from typing import Any
 
 import pytest
 
-import gpu
-import gpu_sections
-from gpu_sections import Machine, Section
+from benchmarks.gpu import __main__ as gpu
+from benchmarks.gpu import sections
+from benchmarks.gpu.sections import Machine, Section
 from tests.jobs import ROOT
 
-GPU_SH = ROOT / "benchmarks" / "gpu.sh"
+GPU_SH = ROOT / "benchmarks" / "gpu" / "gpu.sh"
 
 
 def run(out: Path, *arguments: str, **env: str) -> tuple[int, dict[str, Any], str]:
-    line = [sys.executable, str(ROOT / "benchmarks" / "gpu.py"), *arguments]
+    line = [sys.executable, "-m", "benchmarks.gpu", *arguments]
     done = subprocess.run(
         line,
+        cwd=ROOT,
         env={**os.environ, "OUT": str(out), **env},
         capture_output=True,
         text=True,
@@ -49,7 +50,7 @@ def test_the_whole_of_the_first_call(tmp_path: Path) -> None:
     result = json.loads((tmp_path / "gpu.json").read_text())
     assert result["built"].startswith(("pip", "c++"))
     rows = {row["name"]: row for row in result["sections"]}
-    assert list(rows) == [s.name for s in gpu_sections.chosen("")]
+    assert list(rows) == [s.name for s in sections.chosen("")]
     assert rows.pop("refused")["status"] == "skipped"
     assert {row["status"] for row in rows.values()} == {"ok"}, done.stderr
     (exact,) = rows["exact2"]["results"]
@@ -111,8 +112,8 @@ def machine(devices: str, version: str) -> Machine:
 def test_where_sections_can_run(
     name: str, devices: str, version: str, why: str
 ) -> None:
-    (section,) = gpu_sections.chosen(name)
-    found = gpu_sections.unfit(section, machine(devices, version))
+    (section,) = sections.chosen(name)
+    found = sections.unfit(section, machine(devices, version))
     assert why in found and bool(why) == bool(found)
 
 
@@ -126,7 +127,7 @@ def test_two_ranks_on_one_gpu_and_on_two(
     names += ("NCCL_MULTI_RANK_GPU_ENABLE", "NCCL_MAX_CTAS", "BENCH_RANK")
 
     def environs(devices: str) -> list[list[str | None]]:
-        found = gpu_sections.commands(section, machine(devices, "2.30.4"), tmp_path)
+        found = sections.commands(section, machine(devices, "2.30.4"), tmp_path)
         return [[env.get(name) for name in names] for _, env in found]
 
     shared = ["0", "0.15", "1", "8"]

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-import overlap
+from benchmarks.overlap import __main__ as overlap
 
 
 def test_overlap_is_what_did_not_add_to_the_step() -> None:

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-import jobs
-import overlap
-import report
-import tracing
+from benchmarks.common import jobs
+from benchmarks.overlap import __main__ as overlap
+from benchmarks.reduction import report
+from benchmarks.tracing import __main__ as tracing
 from tests.jobs import ROOT
 
 pytestmark = pytest.mark.long

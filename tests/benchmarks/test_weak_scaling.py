@@ -6,22 +6,22 @@ from typing import Any
 
 import pytest
 
-import jobs
-import stemdl_report
-from taking_turns import ALONE, TOGETHER
+from benchmarks.common import jobs
+from benchmarks.common.taking_turns import ALONE, TOGETHER
+from benchmarks.stemdl import report
 
 
 def test_a_sample_is_the_slowest_ranks_and_alone_the_mean() -> None:
     ranks = [{"jaxcomm": [1.0, 4.0], ALONE: [1.0, 1.0]},
              {"jaxcomm": [2.0, 3.0], ALONE: [2.0, 3.0]}]  # fmt: skip
-    found = stemdl_report.combined(ranks)
+    found = report.combined(ranks)
     assert found == {"jaxcomm": [2.0, 4.0], ALONE: [1.5, 2.0]}
 
 
 def test_efficiencies_compare_neighbouring_samples() -> None:
     # A machine that slows down by ten changes no ratio.
     ranks = {ALONE: [9.0, 90.0], TOGETHER: [10.0, 100.0], "jaxcomm": [12.0, 120.0]}
-    found = stemdl_report.efficiencies(
+    found = report.efficiencies(
         {"ranks": ranks, "devices": {"jax.pmap": [11.0, 209.0]}}
     )
     # Samples of another job are nobody's neighbours: medians are compared.
@@ -49,7 +49,7 @@ def test_shares_of_a_step_from_a_timeline() -> None:
         # Rank 1 is 40 us late for the first bucket; both are there for the second.
         events += [event(0, "a", step, step + 50), event(1, "a", step + 40, step + 50)]
         events += [event(rank, "b", step + 90, step + 110) for rank in (0, 1)]
-    steps = stemdl_report.split({"traceEvents": events}, buckets=2)
+    steps = report.split({"traceEvents": events}, buckets=2)
     assert len(steps) == 2
     for shares in steps:
         assert shares["step"] == pytest.approx(1.0)
@@ -61,7 +61,7 @@ def test_shares_of_a_step_from_a_timeline() -> None:
 @pytest.mark.timeout(200)
 def test_the_job_on_two_ranks() -> None:
     found = jobs.run_stemdl("toy", "timeline", 1)
-    steps = stemdl_report.split(found[0]["trace"], found[0]["buckets"])
+    steps = report.split(found[0]["trace"], found[0]["buckets"])
     # Five blocks of four steps; the last has no next one.
     assert len(steps) == 19
     for shares in steps:

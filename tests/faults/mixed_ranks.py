@@ -33,7 +33,7 @@ from jaxcomm.ranks.hosts import mpi_library
 from jaxcomm.simulate import networks
 
 STALLED, WRONG = 71, 3
-SEGMENT_BYTES = 2 << 20  # as benchmarks/worker.py cuts its raw calls
+SEGMENT_BYTES = 2 << 20  # as benchmarks/reduction/worker.py cuts its raw calls
 
 Tree = dict[str, Any]
 Way = Callable[[Tree, Any], Tree]

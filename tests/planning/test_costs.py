@@ -168,8 +168,8 @@ def test_plan_command(tmp_path: Path) -> None:
 
 def test_plan_command_of_a_function(tmp_path: Path) -> None:
     done = subprocess.run(
-        [sys.executable, "-m", "jaxcomm", "plan", "trees:resnet50"],
-        cwd=ROOT / "benchmarks",
+        [sys.executable, "-m", "jaxcomm", "plan", "benchmarks.common.trees:resnet50"],
+        cwd=ROOT,
         capture_output=True,
         text=True,
         timeout=120,

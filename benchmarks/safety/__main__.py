@@ -1,0 +1,62 @@
+"""What safety costs: the watchdog, and JAXCOMM_CHECK=every.
+
+Two ranks; jobs with each setting take turns, so that a changing machine changes all.
+Writes benchmarks/results/safety.json and .md.
+
+python -m benchmarks.safety --rounds 10
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+
+import click
+from rich.console import Console
+from rich.progress import track
+
+from benchmarks.common import jobs
+
+SETTINGS = {
+    "no watchdog": jobs.UNWATCHED,
+    "watchdog (default)": {},
+    "watchdog, every call compared": {"JAXCOMM_CHECK": "every"},
+}
+
+
+@click.command()
+@click.option("--rounds", default=10, show_default=True)
+@click.option("--write/--no-write", default=True, show_default=True)
+def main(rounds: int, write: bool) -> None:
+    """Time reductions with each setting, in turn."""
+    samples: dict[str, dict[str, list[float]]] = {name: {} for name in SETTINGS}
+    for _ in track(range(rounds), "rounds", console=Console(stderr=True)):
+        for name, env in SETTINGS.items():
+            for tree, seconds in jobs.run_safety(2, env).items():
+                samples[name].setdefault(tree, []).append(1e6 * seconds)
+    medians = {
+        name: {tree: statistics.median(values) for tree, values in found.items()}
+        for name, found in samples.items()
+    }
+    lines = ["# What safety costs", ""]
+    lines += [
+        f"Two ranks; medians of {rounds} jobs that took turns; microseconds a call."
+    ]
+    trees = list(medians["no watchdog"])
+    lines += ["", f"| | {' | '.join(trees)} |", "|---|" + "--:|" * len(trees)]
+    for name, found in medians.items():
+        row = [
+            f"{found[tree]:.1f} ({found[tree] / medians['no watchdog'][tree]:.2f})"
+            for tree in trees
+        ]
+        lines.append(f"| {name} | {' | '.join(row)} |")
+    text = "\n".join([*lines, "", "In brackets: times what it takes without.", ""])
+    print(text)
+    if write:
+        content = {"rounds": rounds, "microseconds": samples, "medians": medians}
+        (jobs.RESULTS / "safety.json").write_text(json.dumps(content) + "\n")
+        (jobs.RESULTS / "safety.md").write_text(text)
+
+
+if __name__ == "__main__":
+    main()
