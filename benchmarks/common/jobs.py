@@ -18,7 +18,6 @@ from jaxcomm.launch import run as launcher
 ROOT = Path(__file__).parents[2]
 PEERS_PYTHON = ROOT / ".venv-peers" / "bin" / "python"
 PEERS_MPIEXEC = PEERS_PYTHON.with_name("mpiexec")
-RESULTS = ROOT / "benchmarks" / "results"
 TIMEOUT = 580
 _HOST_DEVICES = "--xla_force_host_platform_device_count"
 

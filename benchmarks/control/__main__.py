@@ -21,8 +21,7 @@ from typing import Any
 
 import click
 
-from benchmarks.common import jobs
-from benchmarks.reduction import __main__ as reduction
+from benchmarks.common import jobs, results
 from jaxcomm.launch import run as launcher
 
 HERE = Path(__file__).resolve().parent
@@ -97,7 +96,7 @@ def request_us(
 
 @click.command()
 @click.option("--repeats", type=click.IntRange(10), default=200, show_default=True)
-@click.option("--out", type=click.Path(path_type=Path), default=jobs.RESULTS)
+@click.option("--out", type=click.Path(path_type=Path), default=results.FOLDER)
 def main(repeats: int, out: Path) -> None:
     """Measure, and write every sample and the medians."""
     load = os.getloadavg()
@@ -116,8 +115,8 @@ def main(repeats: int, out: Path) -> None:
         medians["Horovod, 2 ranks"][REQUEST] = round(request_us(found), 3)
     result = {
         "date": datetime.date.today().isoformat(),
-        "machine": reduction.machine(),
-        "versions": reduction.versions(),
+        "machine": results.machine(),
+        "versions": results.versions(),
         "cores": len(os.sched_getaffinity(0)),
         "load_before": [round(x, 2) for x in load],
         "load_after": [round(x, 2) for x in os.getloadavg()],

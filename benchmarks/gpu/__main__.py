@@ -28,7 +28,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from benchmarks.common.jobs import RESULTS
+from benchmarks.common import results
 from benchmarks.gpu import sections
 from benchmarks.gpu.sections import Machine, Section
 from jaxcomm.launch import devices
@@ -243,7 +243,7 @@ def main() -> int:
         parser.error(f"--only {args.only}: no such section")
     if not args.dry and not devices.visible():
         parser.error("no GPU is visible; --dry runs what can be run without one")
-    out = args.out or Path(os.environ.get("OUT") or RESULTS)
+    out = args.out or Path(os.environ.get("OUT") or results.FOLDER)
     out.mkdir(parents=True, exist_ok=True)
     machine = find_machine(args.dry, args.launch)
     names = "--query-gpu=name,driver_version,memory.total"
@@ -260,7 +260,7 @@ def main() -> int:
         "built": args.built,
         "sections": [],
     }
-    before = RESULTS / "gpu.json"
+    before = results.FOLDER / "gpu.json"
     if args.call == 2 and not args.dry and before.exists():
         result["sections"] = json.loads(before.read_text())["sections"]
     failed = False

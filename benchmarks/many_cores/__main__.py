@@ -20,8 +20,7 @@ from typing import Any
 
 import click
 
-from benchmarks.common import jobs, taking_turns
-from benchmarks.reduction import __main__ as reduction
+from benchmarks.common import jobs, results, taking_turns
 from benchmarks.reduction import report
 from benchmarks.stemdl.sizes import SIZES
 
@@ -107,13 +106,13 @@ def main(out: Path, quick: bool, seconds: float) -> None:
     result: dict[str, Any] = {
         "date": datetime.date.today().isoformat(),
         "quick": quick,
-        "machine": reduction.machine(),
+        "machine": results.machine(),
         "versions": {name: importlib.metadata.version(name) for name in PACKAGES},
         "reduction": {},
         "scaling": {},
         "failed": {},
     }
-    folder = Path(os.environ.get("OUT") or jobs.RESULTS)
+    folder = Path(os.environ.get("OUT") or results.FOLDER)
     file = folder / "many-cores.json"
     for work, n, kind, repeats in small(ranks) if quick else planned(ranks):
         name = f"{work}, {n}, {kind}"

@@ -25,9 +25,8 @@ from rich.console import Console
 from rich.markdown import Markdown
 from rich.progress import track
 
-from benchmarks.common import jobs
+from benchmarks.common import jobs, results
 from benchmarks.overlap import two_hosts
-from benchmarks.reduction import __main__ as reduction
 from jaxcomm.planning import costs
 
 PICTURE = jobs.ROOT / "docs" / "images" / "timeline.png"
@@ -135,7 +134,7 @@ def draw(trace: dict[str, Any], buckets: int, path: Path) -> None:
 @click.option("--megabits", default=400.0, show_default=True, help="Of the wire.")
 @click.option("--rounds", type=click.IntRange(1), default=2, show_default=True)
 @click.option("--repeats", type=click.IntRange(1), default=5, show_default=True)
-@click.option("--out", type=click.Path(path_type=Path), default=jobs.RESULTS)
+@click.option("--out", type=click.Path(path_type=Path), default=results.FOLDER)
 def main(megabits: float, rounds: int, repeats: int, out: Path) -> None:
     """Measure steps with and without reduction across a slow wire."""
     if why := two_hosts.missing():
@@ -177,8 +176,8 @@ def main(megabits: float, rounds: int, repeats: int, out: Path) -> None:
         tuned = costs.summary(costs.CostModel.from_json(profile.read_text()))
     result = {
         "date": datetime.date.today().isoformat(),
-        "machine": reduction.machine(),
-        "versions": reduction.versions(),
+        "machine": results.machine(),
+        "versions": results.versions(),
         "megabits": megabits,
         "tuned": tuned,
         "jobs": {

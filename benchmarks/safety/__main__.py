@@ -15,7 +15,7 @@ import click
 from rich.console import Console
 from rich.progress import track
 
-from benchmarks.common import jobs
+from benchmarks.common import jobs, results
 
 SETTINGS = {
     "no watchdog": jobs.UNWATCHED,
@@ -54,8 +54,8 @@ def main(rounds: int, write: bool) -> None:
     print(text)
     if write:
         content = {"rounds": rounds, "microseconds": samples, "medians": medians}
-        (jobs.RESULTS / "safety.json").write_text(json.dumps(content) + "\n")
-        (jobs.RESULTS / "safety.md").write_text(text)
+        (results.FOLDER / "safety.json").write_text(json.dumps(content) + "\n")
+        (results.FOLDER / "safety.md").write_text(text)
 
 
 if __name__ == "__main__":

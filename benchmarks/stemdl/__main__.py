@@ -25,8 +25,7 @@ import click
 from rich.console import Console
 from rich.markdown import Markdown
 
-from benchmarks.common import jobs, taking_turns
-from benchmarks.reduction import __main__ as reduction
+from benchmarks.common import jobs, results, taking_turns
 from benchmarks.stemdl import report
 from benchmarks.stemdl.sizes import SIZES
 from stemdl.model.network import NETWORKS
@@ -133,7 +132,7 @@ def _on_ranks(name: str, *options: object) -> None:
     default=NETWORKS_TIMED,
     show_default=True,
 )
-@click.option("--out", type=click.Path(path_type=Path), default=jobs.RESULTS)
+@click.option("--out", type=click.Path(path_type=Path), default=results.FOLDER)
 def main(quick: bool, rounds: int, names: tuple[str, ...], out: Path) -> None:
     """Time all networks in all ways and write the results."""
     console = Console(stderr=True)
@@ -147,8 +146,8 @@ def main(quick: bool, rounds: int, names: tuple[str, ...], out: Path) -> None:
         "date": datetime.date.today().isoformat(),
         "quick": quick,
         "rounds": 1 if quick else rounds,
-        "machine": reduction.machine(),
-        "versions": reduction.versions(),
+        "machine": results.machine(),
+        "versions": results.versions(),
         "networks": {
             name: {"batch_per_rank": SIZES[name].batch, "calls": SIZES[name].calls}
             for name in names

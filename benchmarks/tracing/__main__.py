@@ -20,8 +20,7 @@ import click
 from rich.console import Console
 from rich.markdown import Markdown
 
-from benchmarks.common import jobs
-from benchmarks.reduction import __main__ as reduction
+from benchmarks.common import jobs, results
 
 OURS, PASS = "jaxcomm.data_parallel", "of it, the pass"
 
@@ -46,7 +45,7 @@ def markdown(result: dict[str, Any]) -> str:
 
 @click.command()
 @click.option("--repeats", type=click.IntRange(1), default=15, show_default=True)
-@click.option("--out", type=click.Path(path_type=Path), default=jobs.RESULTS)
+@click.option("--out", type=click.Path(path_type=Path), default=results.FOLDER)
 def main(repeats: int, out: Path) -> None:
     """Measure tracing and lowering on two ranks that do it at the same time."""
     with tempfile.TemporaryDirectory() as folder:
@@ -57,8 +56,8 @@ def main(repeats: int, out: Path) -> None:
         found = json.loads(file.read_text())
     result = {
         "date": datetime.date.today().isoformat(),
-        "machine": reduction.machine(),
-        "versions": reduction.versions(),
+        "machine": results.machine(),
+        "versions": results.versions(),
         "buckets": found["buckets"],
         "samples_ms": found["samples"],
     }
