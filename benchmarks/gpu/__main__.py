@@ -18,7 +18,6 @@ import importlib.metadata
 import importlib.util
 import json
 import os
-import re
 import subprocess
 import sys
 import tempfile
@@ -29,7 +28,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.common import results
-from benchmarks.gpu import sections
+from benchmarks.gpu import report, sections
 from benchmarks.gpu.sections import Machine, Section
 from jaxcomm.launch import devices
 from jaxcomm.launch import run as launcher
@@ -200,17 +199,6 @@ def _processes(
     return None if out_of_time else codes, "\n".join(texts)
 
 
-def without_paths(found: Any) -> Any:
-    """Keep of paths, in all texts, the file's name: the rest is this machine's."""
-    if isinstance(found, str):
-        return re.sub(r"(?<![\w.])(?:/[\w.+-]+)+/(?=[\w.+-])", "", found)
-    if isinstance(found, list):
-        return [without_paths(each) for each in found]
-    if isinstance(found, dict):
-        return {key: without_paths(value) for key, value in found.items()}
-    return found
-
-
 def batches(chosen: Sequence[Section], dry: bool) -> Iterator[list[Section]]:
     """Sections that run together: one that times something runs alone."""
     waiting: list[Section] = []
@@ -279,7 +267,7 @@ def main() -> int:
                 f"{row['status']:8}{row['name']} ({row.get('seconds', 0)} s){why}\n"
             )
         # What there is so far, should this be cut off.
-        text = json.dumps(without_paths(result), indent=1)
+        text = json.dumps(report.without_paths(result), indent=1)
         (out / "gpu.json").write_text(text + "\n")
     return int(failed)
 

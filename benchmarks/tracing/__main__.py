@@ -9,38 +9,17 @@ from __future__ import annotations
 
 import datetime
 import json
-import statistics
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
-from typing import Any
 
 import click
 from rich.console import Console
 from rich.markdown import Markdown
 
 from benchmarks.common import jobs, results
-
-OURS, PASS = "jaxcomm.data_parallel", "of it, the pass"
-
-
-def markdown(result: dict[str, Any]) -> str:
-    """The result as a table."""
-    median = {
-        name: statistics.median(times) for name, times in result["samples_ms"].items()
-    }
-    lines = [
-        f"ResNet-50's training step, {result['buckets']} buckets, {result['date']}, "
-        f"medians of {len(result['samples_ms'][OURS])}.",
-        "",
-        "| trace and lower | ms | jaxcomm / it |",
-        "|---|--:|--:|",
-    ]
-    for name, ms in median.items():
-        ratio = "" if name in (OURS, PASS) else f"{median[OURS] / ms:.2f}"
-        lines.append(f"| {name} | {ms:.0f} | {ratio} |")
-    return "\n".join(lines) + "\n"
+from benchmarks.tracing import report
 
 
 @click.command()
@@ -63,8 +42,8 @@ def main(repeats: int, out: Path) -> None:
     }
     out.mkdir(parents=True, exist_ok=True)
     (out / "tracing.json").write_text(json.dumps(result, indent=1) + "\n")
-    (out / "tracing.md").write_text(markdown(result))
-    Console().print(Markdown(markdown(result)))
+    (out / "tracing.md").write_text(report.markdown(result))
+    Console().print(Markdown(report.markdown(result)))
 
 
 if __name__ == "__main__":

@@ -11,8 +11,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks.gpu import __main__ as gpu
-from benchmarks.gpu import sections
+from benchmarks.gpu import report, sections
 from benchmarks.gpu.sections import Machine, Section
 from tests.jobs import ROOT
 
@@ -141,7 +140,7 @@ def test_two_ranks_on_one_gpu_and_on_two(
 def test_no_path_of_a_machine_is_kept() -> None:
     row = {"error": 'File "/any/where/step.py", line 3', "ms": [1.5, "a/b"]}
     kept = {"error": 'File "step.py", line 3', "ms": [1.5, "a/b"]}
-    assert gpu.without_paths(row) == kept
+    assert report.without_paths(row) == kept
 
 
 def test_the_script_is_one_that_bash_reads() -> None:

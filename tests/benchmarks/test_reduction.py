@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 
 from benchmarks.common import jobs
-from benchmarks.overlap import __main__ as overlap
+from benchmarks.overlap import report as overlap
 from benchmarks.reduction import report
-from benchmarks.tracing import __main__ as tracing
+from benchmarks.tracing import report as tracing
 from tests.jobs import ROOT
 
 pytestmark = pytest.mark.long
