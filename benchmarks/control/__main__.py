@@ -12,7 +12,6 @@ from __future__ import annotations
 import datetime
 import json
 import os
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -28,7 +27,8 @@ HERE = Path(__file__).resolve().parent
 RANKS = (2, 4, 8)
 # Horovod's settings take turns, so that a slow minute falls on all of them.
 ROUNDS = 3
-REQUEST = "request, from the difference of lower quartiles (us)"
+HOROVOD_JOB = "Horovod, 2 ranks"
+REQUEST = "Horovod's request, from the difference of lower quartiles (us)"
 # With a cycle of 0.1 ms, a step of tensors without data is mostly negotiation; with 0,
 # threads that never sleep fight for two cores. With 1 ms it is mostly the cycle.
 HOROVOD = {
@@ -80,7 +80,7 @@ def horovod(repeats: int) -> dict[str, list[float]]:
 
 
 def request_us(
-    samples: dict[str, list[float]], tensors: int = 161, ranks: int = 2
+    times: dict[str, results.Summary], tensors: int = 161, ranks: int = 2
 ) -> float:
     """What a request costs Horovod: its step without the cache less that with it.
 
@@ -88,8 +88,7 @@ def request_us(
     """
     name = f"Horovod grouped, {tensors} tensors (us)"
     without, cached = (
-        statistics.quantiles(samples[f"{name}, {label}"], n=4)[0]
-        for label in ("no cache", "cache")
+        times[f"{name}, {label}"]["quartiles"][0] for label in ("no cache", "cache")
     )
     return (without - cached) / (tensors * ranks)
 
@@ -98,7 +97,7 @@ def request_us(
 @click.option("--repeats", type=click.IntRange(10), default=200, show_default=True)
 @click.option("--out", type=click.Path(path_type=Path), default=results.FOLDER)
 def main(repeats: int, out: Path) -> None:
-    """Measure, and write every sample and the medians."""
+    """Measure, and write medians and quartiles."""
     load = os.getloadavg()
     with tempfile.TemporaryDirectory() as folder:
         library = build(Path(folder))
@@ -106,13 +105,8 @@ def main(repeats: int, out: Path) -> None:
             f"{ranks} ranks": steps(library, ranks, repeats) for ranks in RANKS
         }
     if "horovod" in jobs.peer_versions():
-        samples["Horovod, 2 ranks"] = horovod(repeats)
-    medians = {
-        job: {name: round(statistics.median(x), 3) for name, x in found.items()}
-        for job, found in samples.items()
-    }
-    if found := samples.get("Horovod, 2 ranks"):
-        medians["Horovod, 2 ranks"][REQUEST] = round(request_us(found), 3)
+        samples[HOROVOD_JOB] = horovod(repeats)
+    times = {job: results.summaries(found) for job, found in samples.items()}
     result = {
         "date": datetime.date.today().isoformat(),
         "machine": results.machine(),
@@ -121,15 +115,13 @@ def main(repeats: int, out: Path) -> None:
         "load_before": [round(x, 2) for x in load],
         "load_after": [round(x, 2) for x in os.getloadavg()],
         "note": "more ranks than cores take turns: their times are upper bounds",
-        "medians": medians,
-        "samples": {
-            job: {name: [round(t, 2) for t in x] for name, x in found.items()}
-            for job, found in samples.items()
-        },
+        "times": times,
     }
+    if HOROVOD_JOB in times:
+        result[REQUEST] = round(request_us(times[HOROVOD_JOB]), 3)
     out.mkdir(parents=True, exist_ok=True)
     (out / "control.json").write_text(json.dumps(result, indent=1) + "\n")
-    click.echo(json.dumps(medians, indent=1))
+    click.echo(json.dumps(times, indent=1))
 
 
 if __name__ == "__main__":

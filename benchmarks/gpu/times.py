@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import resource
-import statistics
 import subprocess
 import time
 from collections.abc import Callable
@@ -16,7 +15,7 @@ from jax import lax
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import jaxcomm
-from benchmarks.common import trees
+from benchmarks.common import results, trees
 from benchmarks.gpu import graph
 from jaxcomm.ranks.communicator import Communicator
 
@@ -83,13 +82,19 @@ def interleaved(comm: Communicator, ways: dict[str, Way]) -> dict[str, Any]:
         for name in names:
             comm.barrier()
             start = time.perf_counter()
-            results = [ways[name]() for _ in range(calls)]
-            jax.block_until_ready(results)
+            outputs = [ways[name]() for _ in range(calls)]
+            jax.block_until_ready(outputs)
             mine = 1e3 * (time.perf_counter() - start) / calls
-            del results
+            del outputs
             samples[name].append(max(comm.all_gather_object(mine)))
-    medians = {name: statistics.median(times) for name, times in samples.items()}
-    return {"ms": medians, "samples_ms": samples, "failed": failed}
+    found = results.summaries(samples)
+    repeats = max(map(len, samples.values()), default=0)
+    return {
+        "ms": {name: each["median"] for name, each in found.items()},
+        "quartiles_ms": {name: each["quartiles"] for name, each in found.items()},
+        "samples": repeats,
+        "failed": failed,
+    }
 
 
 def by_xla(comm: Communicator, body: Callable[[Any], Any], tree: Any) -> Way:

@@ -12,7 +12,6 @@ import datetime
 import importlib.metadata
 import json
 import os
-import statistics
 import subprocess
 import time
 from pathlib import Path
@@ -80,15 +79,13 @@ def summary(result: dict[str, Any]) -> dict[str, Any]:
             }
     for network, by_ranks in result["scaling"].items():
         alone = by_ranks.get("1", {}).get(taking_turns.TOGETHER)
-        for ranks, samples in by_ranks.items():
-            mine = statistics.median(samples[report.OURS])
-            plain = statistics.median(samples[taking_turns.TOGETHER])
+        for ranks, times in by_ranks.items():
+            mine = times[report.OURS]["median"]
+            plain = times[taking_turns.TOGETHER]["median"]
             found[f"step of {network}, {ranks} ranks"] = {
                 "step_ms": mine,
                 "without communication at once / ours": plain / mine,
-                "one process alone / ours": statistics.median(alone) / mine
-                if alone
-                else None,
+                "one process alone / ours": alone["median"] / mine if alone else None,
             }
     return found
 
@@ -123,15 +120,15 @@ def main(out: Path, quick: bool, seconds: float) -> None:
         os.sched_setaffinity(0, cores[:n])
         start = time.monotonic()
         try:
-            samples = run(work, n, kind, repeats)
+            times = results.summaries(run(work, n, kind, repeats))
         except (jobs.JobError, OSError, subprocess.TimeoutExpired) as error:
             result["failed"][name] = str(error)[-1500:]
             continue
         if work == "step":
-            result["scaling"].setdefault(kind, {})[str(n)] = samples
+            result["scaling"].setdefault(kind, {})[str(n)] = times
         else:
             place = result["reduction"].setdefault(work, {}).setdefault(str(n), {})
-            place[kind] = samples
+            place[kind] = times
         click.echo(f"{name}: {time.monotonic() - start:.1f} s")
         result["summary"] = summary(result)
         file.write_text(json.dumps(result, indent=1) + "\n")

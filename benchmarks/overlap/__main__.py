@@ -86,8 +86,8 @@ def main(megabits: float, rounds: int, repeats: int, out: Path) -> None:
             name: {
                 "bytes": job["bytes"],
                 "buckets": job.get("buckets", {}),
-                "samples_ms": job["samples"],
-                "overlaps": report.overlaps(job["samples"]),
+                "times_ms": (times := results.summaries(job["samples"])),
+                "overlaps": report.overlaps(times),
             }
             for name, job in found.items()
         },

@@ -1,20 +1,21 @@
-"""From the overlap benchmark's samples to fractions, tables and the picture."""
+"""What hid behind computation: from summaries to fractions, tables and the picture."""
 
 from __future__ import annotations
 
-import statistics
 from pathlib import Path
 from typing import Any
+
+from benchmarks.common.results import Summary
 
 COMPUTE, COMMUNICATION = "compute", "communication"
 
 
-def overlaps(samples: dict[str, list[float]]) -> dict[str, dict[str, float]]:
+def overlaps(times: dict[str, Summary]) -> dict[str, dict[str, float]]:
     """For every way: its median step, and the fraction of what could hide that did.
 
     That fraction is (compute + communication - step) / min(compute, communication).
     """
-    median = {way: statistics.median(times) for way, times in samples.items()}
+    median = {way: summary["median"] for way, summary in times.items()}
     compute, wire = median.pop(COMPUTE), median.pop(COMMUNICATION)
     return {
         way: {
@@ -34,14 +35,12 @@ def markdown(result: dict[str, Any]) -> str:
         "(compute + communication - step) / the shorter of the two."
     ]
     for name, job in result["jobs"].items():
-        samples = job["samples_ms"]
-        compute, wire = (
-            statistics.median(samples[k]) for k in (COMPUTE, COMMUNICATION)
-        )
+        times = job["times_ms"]
+        compute, wire = (times[k]["median"] for k in (COMPUTE, COMMUNICATION))
         lines += [
             "",
             f"**{name}**: {job['bytes'] / 1e6:.1f} MB of gradients; medians of "
-            f"{len(samples[COMPUTE])}; computing alone takes {compute:.0f} ms, "
+            f"{times[COMPUTE]['samples']}; computing alone takes {compute:.0f} ms, "
             f"communicating alone {wire:.0f} ms: a step takes at least "
             f"{max(compute, wire):.0f} and, with nothing hidden, "
             f"{compute + wire:.0f} ms.",

@@ -2,7 +2,7 @@
 
 `make bench` runs it. Jobs alternate over several rounds, and inside a job the ways
 alternate, so that a slow minute of the machine falls on all of them. Writes
-results/reduction.json (every sample, machine, versions) and, made from it,
+results/reduction.json (medians, quartiles, machine, versions) and, made from it,
 reduction.md and reduction.png. Torch is measured where `make bench-peers` has made its
 environment, and Horovod where `make bench-horovod` has built it there.
 """
@@ -56,7 +56,7 @@ def plan_jobs(rounds: int, works: list[str]) -> list[tuple[str, str, int]]:
     return found
 
 
-def run_timed(work: str, peer: str, ranks: int, repeats: int) -> report.Samples:
+def run_timed(work: str, peer: str, ranks: int, repeats: int) -> dict[str, list[float]]:
     count = max(3, repeats // 2) if work in LARGE else repeats
     if peer == "gloo" and work in LARGE:
         count = 3  # a second or more for each step
@@ -126,7 +126,7 @@ def main(rounds: int, repeats: int, out: Path) -> None:
     """Measure all workloads in all ways and write the results."""
     console = Console()
     works = list(worker.WORKLOADS)
-    samples: dict[tuple[str, int], dict[str, report.Samples]] = defaultdict(
+    samples: dict[tuple[str, int], dict[str, dict[str, list[float]]]] = defaultdict(
         lambda: defaultdict(lambda: defaultdict(list))
     )
     columns = (
@@ -149,12 +149,11 @@ def main(rounds: int, repeats: int, out: Path) -> None:
         raise click.ClickException(str(error)) from error
 
     def entry(work: str, ranks: int) -> dict[str, Any]:
-        found = samples[work, ranks]
-        return {
-            "alone_ms": report.alone(found),
-            "quartiles_ms": report.spread(found),
-            "samples_ms": found,
+        times = {
+            peer: results.summaries(found)
+            for peer, found in samples[work, ranks].items()
         }
+        return {"alone_ms": report.alone(times), "times_ms": times}
 
     result = {
         "date": datetime.date.today().isoformat(),

@@ -1,10 +1,11 @@
-"""From samples to medians, tables and the plot."""
+"""What the reduction adds to a step: from summaries to tables and the plot."""
 
 from __future__ import annotations
 
-import statistics
 from pathlib import Path
 from typing import Any
+
+from benchmarks.common import results
 
 PLAIN_SUFFIX = {"plain": ", plain mpiexec", "plain devices": ", plain Python"}
 OURS, RAW, PLAIN = "jaxcomm", "raw MPI in place", "no reduction"
@@ -25,22 +26,22 @@ TITLES = {
     "mixed": "ResNet-50 with bfloat16 convolutions: 161 leaves, 51 MB",
     "dispatch": "100 leaves of 16 bytes, 1 rank: what a call costs without data",
 }
-Samples = dict[str, list[float]]
+Times = dict[str, results.Summary]
 
 
-def alone(jobs: dict[str, Samples]) -> dict[str, float]:
+def alone(jobs: dict[str, Times]) -> dict[str, float]:
     """Milliseconds that the reduction adds to a step, by way, fastest first.
 
     Args:
-      jobs: samples by way, of every kind of job.
+      jobs: times by way, of every kind of job.
 
     Returns:
       The median of each way less the median of the same job's program without
       reduction.
     """
     found: dict[str, float] = {}
-    for peer, samples in jobs.items():
-        medians = {way: statistics.median(times) for way, times in samples.items()}
+    for peer, times in jobs.items():
+        medians = {way: summary["median"] for way, summary in times.items()}
         for way in BARE:
             if way in medians:
                 found[way] = medians.pop(way)
@@ -50,17 +51,6 @@ def alone(jobs: dict[str, Samples]) -> dict[str, float]:
             name = way + PLAIN_SUFFIX.get(peer, "")
             found[name] = median - (sharded if way == "shard_map" else plain)
     return dict(sorted(found.items(), key=lambda item: item[1]))
-
-
-def spread(jobs: dict[str, Samples]) -> dict[str, list[float]]:
-    """Quartiles of every way's whole step, in milliseconds."""
-    return {
-        way + PLAIN_SUFFIX.get(peer, ""): [
-            round(q, 4) for q in statistics.quantiles(times, n=4)
-        ]
-        for peer, samples in jobs.items()
-        for way, times in samples.items()
-    }
 
 
 def targets(result: dict[str, Any]) -> list[tuple[str, str, float | None, bool]]:

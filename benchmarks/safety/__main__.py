@@ -8,8 +8,8 @@ python -m benchmarks.safety --rounds 10
 
 from __future__ import annotations
 
+import datetime
 import json
-import statistics
 
 import click
 from rich.console import Console
@@ -34,27 +34,31 @@ def main(rounds: int, write: bool) -> None:
         for name, env in SETTINGS.items():
             for tree, seconds in jobs.run_safety(2, env).items():
                 samples[name].setdefault(tree, []).append(1e6 * seconds)
-    medians = {
-        name: {tree: statistics.median(values) for tree, values in found.items()}
-        for name, found in samples.items()
-    }
+    times = {name: results.summaries(found) for name, found in samples.items()}
+    plain = times["no watchdog"]
     lines = ["# What safety costs", ""]
     lines += [
         f"Two ranks; medians of {rounds} jobs that took turns; microseconds a call."
     ]
-    trees = list(medians["no watchdog"])
-    lines += ["", f"| | {' | '.join(trees)} |", "|---|" + "--:|" * len(trees)]
-    for name, found in medians.items():
+    lines += ["", f"| | {' | '.join(plain)} |", "|---|" + "--:|" * len(plain)]
+    for name, found in times.items():
         row = [
-            f"{found[tree]:.1f} ({found[tree] / medians['no watchdog'][tree]:.2f})"
-            for tree in trees
+            f"{ours['median']:.1f} ({ours['median'] / plain[tree]['median']:.2f})"
+            for tree, ours in found.items()
         ]
         lines.append(f"| {name} | {' | '.join(row)} |")
     text = "\n".join([*lines, "", "In brackets: times what it takes without.", ""])
     print(text)
     if write:
-        content = {"rounds": rounds, "microseconds": samples, "medians": medians}
-        (results.FOLDER / "safety.json").write_text(json.dumps(content) + "\n")
+        content = {
+            "date": datetime.date.today().isoformat(),
+            "machine": results.machine(),
+            "versions": results.versions(),
+            "rounds": rounds,
+            "times_us": times,
+        }
+        file = results.FOLDER / "safety.json"
+        file.write_text(json.dumps(content, indent=1) + "\n")
         (results.FOLDER / "safety.md").write_text(text)
 
 

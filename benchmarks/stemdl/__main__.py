@@ -52,8 +52,14 @@ def twin(name: str) -> dict[str, Any]:
     }
 
 
-def measure(name: str, peer: str, repeats: int, entry: dict[str, Any]) -> None:
-    """Run one job and add what it found to a network's entry of the result.
+def measure(
+    name: str,
+    peer: str,
+    repeats: int,
+    samples: dict[str, dict[str, list[float]]],
+    entry: dict[str, Any],
+) -> None:
+    """Run one job; add to a network's samples by peer and way, and to its entry.
 
     Raises:
       JobError: it failed, or PyTorch's twin is another network.
@@ -70,14 +76,17 @@ def measure(name: str, peer: str, repeats: int, entry: dict[str, Any]) -> None:
     if peer == "timeline":
         split = report.split(found[0]["trace"], found[0]["buckets"])
         # The first calls touch memory.
-        entry["split_ms"] = split[taking_turns.WARM_UP * SIZES[name].calls :]
+        first = taking_turns.WARM_UP * SIZES[name].calls
+        shares = {share: times[first:] for share, times in split.items()}
+        entry["split_ms"] = results.summaries(shares)
         return
     if peer == "ranks":
         entry |= {key: found[0][key] for key in ("parameters", "bytes", "buckets")}
     calls = SIZES[name].calls
-    samples = entry.setdefault("samples_ms", {}).setdefault(peer, {})
+    mine = samples.setdefault(peer, {})
     for way, times in report.combined([f["seconds"] for f in found]).items():
-        samples.setdefault(way, []).extend(1e3 * t / calls for t in times)
+        mine.setdefault(way, []).extend(1e3 * t / calls for t in times)
+    entry["times_ms"] = report.efficiencies(samples)
 
 
 def data_time(rounds: int) -> dict[str, Any]:
@@ -153,6 +162,7 @@ def main(quick: bool, rounds: int, names: tuple[str, ...], out: Path) -> None:
             for name in names
         },
     }
+    samples: dict[str, dict[str, dict[str, list[float]]]] = {name: {} for name in names}
     out.mkdir(parents=True, exist_ok=True)
 
     def write() -> None:
@@ -169,7 +179,8 @@ def main(quick: bool, rounds: int, names: tuple[str, ...], out: Path) -> None:
                 for peer in peers + more:
                     console.print(f"{round_ + 1}: {name}, {peer}", highlight=False)
                     repeats = 2 if quick else REPEATS[name]
-                    measure(name, peer, repeats, result["networks"][name])
+                    entry = result["networks"][name]
+                    measure(name, peer, repeats, samples[name], entry)
                     write()
         result["training"] = data_time(1 if quick else 3)
     except jobs.JobError as error:

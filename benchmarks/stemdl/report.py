@@ -6,6 +6,7 @@ import statistics
 from collections.abc import Sequence
 from typing import Any
 
+from benchmarks.common import results
 from benchmarks.common.taking_turns import ALONE, TOGETHER
 
 OURS = "jaxcomm"
@@ -45,7 +46,7 @@ def ratio(over: Sequence[float], under: Sequence[float], paired: bool) -> float:
 
 
 def efficiencies(samples: dict[str, dict[str, list[float]]]) -> dict[str, Any]:
-    """By peer and way: how much of one process's speed, and of the ceiling's, is left.
+    """By peer and way: times; what is left of one process's speed, of the ceiling's.
 
     PyTorch is compared with its own processes; `jax.pmap`, whose two devices share one,
     with JAX's, which ran in another job.
@@ -55,7 +56,7 @@ def efficiencies(samples: dict[str, dict[str, list[float]]]) -> dict[str, Any]:
         paired = peer != "devices"
         base = ways if paired else samples.get("ranks", {})
         for way, times in ways.items():
-            entry = {"step_ms": statistics.median(times)}
+            entry: dict[str, Any] = {**results.summary(times)}
             if way != ALONE and ALONE in base:
                 entry["of_one"] = ratio(base[ALONE], times, paired)
                 if way != TOGETHER:
@@ -64,7 +65,7 @@ def efficiencies(samples: dict[str, dict[str, list[float]]]) -> dict[str, Any]:
     return found
 
 
-def split(trace: dict[str, Any], buckets: int) -> list[dict[str, float]]:
+def split(trace: dict[str, Any], buckets: int) -> dict[str, list[float]]:
     """Shares of each step but the last, in milliseconds, from a timeline of two ranks.
 
     A bucket's collective begins on each rank when its operands are there. Until the
@@ -75,8 +76,8 @@ def split(trace: dict[str, Any], buckets: int) -> list[dict[str, float]]:
       buckets: of the step's schedule.
 
     Returns:
-      Per step "step", from its first collective to that of the next, "waiting", mean
-      over ranks, and "travelling".
+      "step", from its first collective to that of the next, "waiting", mean over ranks,
+      and "travelling": a sample of each per step.
     """
     events = [
         e for e in trace["traceEvents"] if e.get("ph") == "X" and e.get("tid") == 1
@@ -85,7 +86,7 @@ def split(trace: dict[str, Any], buckets: int) -> list[dict[str, float]]:
         sorted((e for e in events if e["pid"] == rank), key=lambda e: e["ts"])
         for rank in sorted({e["pid"] for e in events})
     ]
-    steps = []
+    found: dict[str, list[float]] = {"step": [], "waiting": [], "travelling": []}
     # Broadcasts of the first state came before, of whatever number.
     count = min(_tail(row, buckets) for row in rows)
     for step in range(count - 1):
@@ -97,9 +98,9 @@ def split(trace: dict[str, Any], buckets: int) -> list[dict[str, float]]:
             waiting += max(starts) - statistics.mean(starts)
             travelling += statistics.mean(ends) - max(starts)
         whole = rows[0][first + buckets]["ts"] - rows[0][first]["ts"]
-        shares = {"step": whole, "waiting": waiting, "travelling": travelling}
-        steps.append({name: micros / 1e3 for name, micros in shares.items()})
-    return steps
+        for name, micros in zip(found, (whole, waiting, travelling), strict=True):
+            found[name].append(micros / 1e3)
+    return found
 
 
 def _tail(row: list[dict[str, Any]], buckets: int) -> int:
@@ -123,7 +124,7 @@ def markdown(result: dict[str, Any]) -> str:
         "Read ratios: machines differ."
     ]
     for name, entry in result["networks"].items():
-        if "samples_ms" not in entry:
+        if "times_ms" not in entry:
             continue
         lines += [
             "",
@@ -134,24 +135,25 @@ def markdown(result: dict[str, Any]) -> str:
             "| | step, ms | quartiles | of one alone | of the ceiling |",
             "|---|--:|--:|--:|--:|",
         ]
-        for peer, ways in efficiencies(entry["samples_ms"]).items():
+        for peer, ways in entry["times_ms"].items():
             order = [way for p, way in TITLES if p == peer]
             for way in sorted(ways, key=order.index):
                 found = ways[way]
-                quartiles = _quartiles(entry["samples_ms"][peer][way])
+                low, high = found["quartiles"]
+                quartiles = f"{low:.4g} to {high:.4g}" if found["samples"] > 1 else ""
                 cells = [
                     f"{found[key]:.3f}" if key in found else ""
                     for key in ("of_one", "of_ceiling")
                 ]
                 lines.append(
-                    f"| {TITLES[peer, way]} | {found['step_ms']:.4g} | {quartiles} "
+                    f"| {TITLES[peer, way]} | {found['median']:.4g} | {quartiles} "
                     f"| {cells[0]} | {cells[1]} |"
                 )
         if "split_ms" in entry:
             lines += ["", _shares(entry["split_ms"])]
-    small = result["networks"].get("small", {}).get("samples_ms")
+    small = result["networks"].get("small", {}).get("times_ms")
     if small is not None:
-        value = efficiencies(small)["ranks"][OURS]["of_ceiling"]
+        value = small["ranks"][OURS]["of_ceiling"]
         met = "met" if value >= GOAL else "**missed**"
         lines += ["", f"Goal: {GOAL} of the ceiling on `small`; {value:.3f}, {met}."]
     if training := result.get("training"):
@@ -167,7 +169,7 @@ def markdown(result: dict[str, Any]) -> str:
             f"{memory['data_ms'] / memory['step_ms']:.1%}); what grain's threads take "
             "from the step is in the difference of the two.",
         ]
-    if any("torch" in e.get("samples_ms", {}) for e in result["networks"].values()):
+    if any("torch" in e.get("times_ms", {}) for e in result["networks"].values()):
         lines += [
             "",
             "PyTorch keeps batch statistics per rank (its synchronised normalisation "
@@ -176,19 +178,12 @@ def markdown(result: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _quartiles(times: Sequence[float]) -> str:
-    if len(times) < 2:
-        return ""
-    low, _, high = statistics.quantiles(times, n=4, method="inclusive")
-    return f"{low:.4g} to {high:.4g}"
-
-
-def _shares(steps: Sequence[dict[str, float]]) -> str:
-    median = {key: statistics.median(s[key] for s in steps) for key in steps[0]}
+def _shares(times: dict[str, results.Summary]) -> str:
+    median = {name: summary["median"] for name, summary in times.items()}
     whole = median["step"]
     return (
-        f"By the timeline of {len(steps)} more of jaxcomm's steps, {whole:.4g} ms "
-        f"each: data travel for {median['travelling']:.3g} ms "
+        f"By the timeline of {times['step']['samples']} more of jaxcomm's steps, "
+        f"{whole:.4g} ms each: data travel for {median['travelling']:.3g} ms "
         f"({median['travelling'] / whole:.1%}), a rank waits for the other for "
         f"{median['waiting']:.3g} ms ({median['waiting'] / whole:.1%}), the rest is "
         "computation."

@@ -38,7 +38,7 @@ def main(repeats: int, out: Path) -> None:
         "machine": results.machine(),
         "versions": results.versions(),
         "buckets": found["buckets"],
-        "samples_ms": found["samples"],
+        "times_ms": results.summaries(found["samples"]),
     }
     out.mkdir(parents=True, exist_ok=True)
     (out / "tracing.json").write_text(json.dumps(result, indent=1) + "\n")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import statistics
 from typing import Any
 
 OURS, PASS = "jaxcomm.data_parallel", "of it, the pass"
@@ -10,12 +9,11 @@ OURS, PASS = "jaxcomm.data_parallel", "of it, the pass"
 
 def markdown(result: dict[str, Any]) -> str:
     """The result as a table."""
-    median = {
-        name: statistics.median(times) for name, times in result["samples_ms"].items()
-    }
+    times = result["times_ms"]
+    median = {name: summary["median"] for name, summary in times.items()}
     lines = [
         f"ResNet-50's training step, {result['buckets']} buckets, {result['date']}, "
-        f"medians of {len(result['samples_ms'][OURS])}.",
+        f"medians of {times[OURS]['samples']}.",
         "",
         "| trace and lower | ms | jaxcomm / it |",
         "|---|--:|--:|",

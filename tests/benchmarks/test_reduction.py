@@ -7,15 +7,13 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.common import jobs
+from benchmarks.common import jobs, results
 from benchmarks.overlap import report as overlap
 from benchmarks.reduction import report
 from benchmarks.tracing import report as tracing
 from tests.jobs import ROOT
 
 pytestmark = pytest.mark.long
-
-RESULTS = ROOT / "benchmarks" / "results"
 
 
 def test_a_step_makes_no_mpi_call_but_its_reductions(
@@ -40,11 +38,11 @@ def test_a_step_makes_no_mpi_call_but_its_reductions(
 
 
 def test_timing_job() -> None:
-    results = jobs.run_job("dispatch", "mpi4jax", 2, "--repeats", "2")
-    samples = jobs.slowest(results)
+    samples = jobs.slowest(jobs.run_job("dispatch", "mpi4jax", 2, "--repeats", "2"))
     assert set(samples) == {"no reduction", "jaxcomm over mpi4jax"}
     assert all(len(times) == 2 and min(times) > 0 for times in samples.values())
-    assert set(report.alone({"mpi4jax": samples})) == {"jaxcomm over mpi4jax"}
+    times = results.summaries(samples)
+    assert set(report.alone({"mpi4jax": times})) == {"jaxcomm over mpi4jax"}
 
 
 def test_a_failing_job_shows_its_output() -> None:
@@ -53,16 +51,16 @@ def test_a_failing_job_shows_its_output() -> None:
 
 
 def test_tables_are_those_of_the_json() -> None:
-    result = json.loads((RESULTS / "reduction.json").read_text())
-    assert (RESULTS / "reduction.md").read_text() == report.markdown(result)
+    result = json.loads((results.FOLDER / "reduction.json").read_text())
+    assert (results.FOLDER / "reduction.md").read_text() == report.markdown(result)
     for work, entry in result["workloads"].items():
-        assert entry["alone_ms"] == report.alone(entry["samples_ms"]), work
+        assert entry["alone_ms"] == report.alone(entry["times_ms"]), work
 
 
 def test_overlap_and_tracing_tables_too() -> None:
-    result = json.loads((RESULTS / "overlap.json").read_text())
-    assert (RESULTS / "overlap.md").read_text() == overlap.markdown(result)
+    result = json.loads((results.FOLDER / "overlap.json").read_text())
+    assert (results.FOLDER / "overlap.md").read_text() == overlap.markdown(result)
     for job in result["jobs"].values():
-        assert job["overlaps"] == overlap.overlaps(job["samples_ms"])
-    result = json.loads((RESULTS / "tracing.json").read_text())
-    assert (RESULTS / "tracing.md").read_text() == tracing.markdown(result)
+        assert job["overlaps"] == overlap.overlaps(job["times_ms"])
+    result = json.loads((results.FOLDER / "tracing.json").read_text())
+    assert (results.FOLDER / "tracing.md").read_text() == tracing.markdown(result)

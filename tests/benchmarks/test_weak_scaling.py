@@ -50,11 +50,9 @@ def test_shares_of_a_step_from_a_timeline() -> None:
         events += [event(0, "a", step, step + 50), event(1, "a", step + 40, step + 50)]
         events += [event(rank, "b", step + 90, step + 110) for rank in (0, 1)]
     steps = report.split({"traceEvents": events}, buckets=2)
-    assert len(steps) == 2
-    for shares in steps:
-        assert shares["step"] == pytest.approx(1.0)
-        assert shares["waiting"] == pytest.approx(0.020)
-        assert shares["travelling"] == pytest.approx(0.030)
+    assert steps["step"] == pytest.approx([1.0] * 2)
+    assert steps["waiting"] == pytest.approx([0.020] * 2)
+    assert steps["travelling"] == pytest.approx([0.030] * 2)
 
 
 @pytest.mark.thorough
@@ -63,10 +61,10 @@ def test_the_job_on_two_ranks() -> None:
     found = jobs.run_stemdl("toy", "timeline", 1)
     steps = report.split(found[0]["trace"], found[0]["buckets"])
     # Five blocks of four steps; the last has no next one.
-    assert len(steps) == 19
-    for shares in steps:
-        assert 0 <= shares["waiting"] < shares["step"]
-        assert 0 < shares["travelling"] < shares["step"]
+    assert len(steps["step"]) == 19
+    for whole, waiting, travelling in zip(*steps.values(), strict=True):
+        assert 0 <= waiting < whole
+        assert 0 < travelling < whole
 
 
 @pytest.mark.thorough
