@@ -258,8 +258,8 @@ def main() -> int:
         with ThreadPoolExecutor(AT_ONCE) as pool:
             rows = [pool.submit(attempt, one, machine, left) for one in together]
         for row in (future.result() for future in rows):
-            others = [r for r in result["sections"] if r["name"] != row["name"]]
-            result["sections"] = [*others, row | {"call": args.call}]
+            row["call"] = args.call
+            result["sections"] = report.with_row(result["sections"], row)
             failed |= row["status"] == "failed" and row["correctness"]
             lines = row.get("error", "").strip().splitlines()
             why = f": {lines[-1][:150]}" if lines else ""

@@ -15,3 +15,9 @@ def without_paths(found: Any) -> Any:
     if isinstance(found, dict):
         return {key: without_paths(value) for key, value in found.items()}
     return found
+
+
+def with_row(rows: list[dict[str, Any]], row: dict[str, Any]) -> list[dict[str, Any]]:
+    """Add a section's row, in place of one that the same call made before."""
+    key = row["name"], row["call"]
+    return [*(old for old in rows if (old["name"], old["call"]) != key), row]

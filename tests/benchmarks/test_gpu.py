@@ -143,5 +143,13 @@ def test_no_path_of_a_machine_is_kept() -> None:
     assert report.without_paths(row) == kept
 
 
+def test_each_call_keeps_its_row() -> None:
+    rows: list[dict[str, Any]] = []
+    for call, status in ((1, "ok"), (2, "failed"), (2, "ok")):
+        row = {"name": "time1", "call": call, "status": status}
+        rows = report.with_row(rows, row)
+    assert [(row["call"], row["status"]) for row in rows] == [(1, "ok"), (2, "ok")]
+
+
 def test_the_script_is_one_that_bash_reads() -> None:
     subprocess.run(["bash", "-n", str(GPU_SH)], check=True)
