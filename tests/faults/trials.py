@@ -151,14 +151,24 @@ def verdict(trial: Trial, code: int, out: str, err: str) -> str:
     return REPORTED if re.search(pattern, err) else UNCLEAR
 
 
+def counted(results: list[dict[str, Any]]) -> dict[str, Any]:
+    """How many trials ended in which way, and the longest."""
+    counts = collections.Counter(result["verdict"] for result in results)
+    longest = max((result["seconds"] for result in results), default=0.0)
+    verdicts = {verdict: counts[verdict] for verdict in VERDICTS}
+    return {"trials": len(results), **verdicts, "longest_s": longest}
+
+
+def by(field: str, results: list[dict[str, Any]]) -> dict[str, Any]:
+    """The same for every value of a field."""
+    names = {"kind": KINDS, "way": WAYS}[field]
+    return {name: counted([r for r in results if r[field] == name]) for name in names}
+
+
 def table(results: list[dict[str, Any]]) -> Table:
     shown = Table("fault", "trials", *VERDICTS, "longest, s")
-    kinds = [*KINDS, "all"]
-    for kind in kinds:
-        rows = [r for r in results if kind in (r["kind"], "all")]
-        counts = collections.Counter(r["verdict"] for r in rows)
-        longest = max((r["seconds"] for r in rows), default=0.0)
-        numbers = [len(rows), *(counts[v] for v in VERDICTS)]
+    for kind, found in {**by("kind", results), "all": counted(results)}.items():
+        *numbers, longest = found.values()
         shown.add_row(kind, *map(str, numbers), f"{longest:.0f}")
     return shown
 
@@ -182,20 +192,26 @@ def main(trials: int, first_seed: int, soak: int, out: Path | None) -> None:
         if "output" in results[-1]:
             console.print(json.dumps(results[-1], indent=1), markup=False)
     Console().print(table(results))
-    counts = collections.Counter(result["verdict"] for result in results)
+    wrong = [r for r in results if "output" in r]
     soaks = {way: run_soak(soak, WAYS[way]) for way in ("mpi", "mpi, own thread")}
     for way, grown in soaks.items():
         Console().print(f"{soak:,} calls, {way}: {grown}", highlight=False)
     if out is not None:
         machine = f"{platform.machine()}, Python {platform.python_version()}"
-        head = {"machine": machine, "verdicts": counts, "calls": soak, "grown": soaks}
         # What a job printed is on the console; it holds paths of this machine.
-        kept = [{k: v for k, v in r.items() if k != "output"} for r in results]
-        rows = ",\n".join(json.dumps(result) for result in kept)
+        content = {
+            "machine": machine,
+            "first_seed": first_seed,
+            "all": counted(results),
+            "by_kind": by("kind", results),
+            "by_way": by("way", results),
+            "wrong": [{k: v for k, v in r.items() if k != "output"} for r in wrong],
+            "calls": soak,
+            "grown": soaks,
+        }
         out.parent.mkdir(parents=True, exist_ok=True)
-        out.write_text(f'{json.dumps(head)[:-1]},\n"trials": [\n{rows}\n]}}\n')
-    bad = any(counts[v] for v in (UNCLEAR, WRONG, HANG))
-    sys.exit(int(bad or any(grows(grown) for grown in soaks.values())))
+        out.write_text(json.dumps(content, indent=1) + "\n")
+    sys.exit(int(bool(wrong) or any(grows(grown) for grown in soaks.values())))
 
 
 def run_soak(calls: int, env: dict[str, str]) -> dict[str, int]:
