@@ -5,13 +5,13 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-import doctest_ranks
 import pytest
-from conftest import ROOT, Launch
 
 import jaxcomm.data
+from tests.jobs import ROOT, Launch
+from tests.programs import doctest_ranks
 
-RANKS = ROOT / "tests" / "doctest_ranks.py"
+RANKS = ROOT / "tests" / "programs" / "doctest_ranks.py"
 PAGE = ROOT / "docs" / "sharp-bits.md"
 
 

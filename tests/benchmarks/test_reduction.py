@@ -11,7 +11,6 @@ from benchmarks.common import jobs, results
 from benchmarks.overlap import report as overlap
 from benchmarks.reduction import report
 from benchmarks.tracing import report as tracing
-from tests.jobs import ROOT
 
 pytestmark = pytest.mark.long
 

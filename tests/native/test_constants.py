@@ -10,12 +10,12 @@ import sys
 from pathlib import Path
 
 import pytest
-from tests.jobs import ROOT
 
 from jaxcomm import native
 from jaxcomm.errors import TransportUnavailableError
 from jaxcomm.native import constants, declarations, library
 from jaxcomm.supervision import watchdog
+from tests.jobs import ROOT
 
 SOURCES = ROOT / "jaxcomm" / "native" / "src"
 
