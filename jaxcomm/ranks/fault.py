@@ -19,7 +19,7 @@ class Fault:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._text = ""  # of the errors that follow; "" while all is well
-        self._listeners: list[Callable[[str], None]] = []
+        self._listeners: list[Callable[[str], None]] = []  # called once, by `set`
 
     def listen(self, listener: Callable[[str], None]) -> None:
         """Call `listener`, once, with the text of the errors that will follow."""

@@ -54,8 +54,9 @@ class DataParallel:
         self._bucket_bytes = bucket_bytes
         self._wire_dtype = wire_dtype
         self._allow_divergent = allow_divergent
-        self._seen: Signature | None = None
-        self._schedules: list[Schedule] = []
+        self._seen: Signature | None = None  # of the last trace's arguments
+        self._schedules: list[Schedule] = []  # of all traces
+        # Whether a program was traced that has not run: its first run is waited for.
         self._unchecked = False
 
         # jit reads argument names from the signature, which a bound method cannot take.

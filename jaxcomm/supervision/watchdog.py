@@ -48,7 +48,9 @@ class Watchdog:
         warn_after: float,
         abort_after: float,
     ):
-        self._describe = describe
+        # All but `_stop` is used by the watchdog's own thread alone.
+        self._describe = describe  # a call, in words
+        # MPI among the watchdogs; the exchanges that are watched; MPI's lock.
         self._comm, self._channel, self._turn = comm, channel, channel.turn
         self._rank, self._size = comm.Get_rank(), comm.Get_size()
         self._warn_after, self._abort_after = warn_after, abort_after
@@ -58,14 +60,15 @@ class Watchdog:
         mpi_library.describe()  # while MPI answers; it remembers
         # Of all ranks: who does not answer is asked by a signal where it waits.
         self._processes = comm.allgather(reports.Process.own(self._rank, self._size))
+        # (communicator, call) of the last warning, and of what rank 0 was last told.
         self._warned: tuple[int, int] | None = None
         self._told: tuple[int, int] | None = None
-        self._ledger = reports.Ledger()  # rank 0's
-        self._history = History()
-        self._before = 0
+        self._ledger = reports.Ledger()  # rank 0's: where all ranks wait
+        self._history = History()  # hashes of calls, of this rank and the one before
+        self._before = 0  # the rank whose hashes were heard last
         self._held = 0.0  # until when this rank does not report
-        self._asked: list[Any] = []
-        self._stop = threading.Event()
+        self._asked: list[Any] = []  # MPI requests of messages under way
+        self._stop = threading.Event()  # set by `stop`, on the main thread
         _before_finalize(self.stop)
         self._thread = threading.Thread(
             target=self._run, name="jaxcomm watchdog", daemon=True

@@ -139,6 +139,7 @@ class _Planner:
     def __init__(self, options: Options, inputs: Sequence[tuple[str, Any]]):
         self.options = options
         self.inputs = [(p, tuple(a.shape), str(a.dtype)) for p, a in inputs]
+        # Of all bodies planned so far; numbered in the order of calls at the end.
         self.leaves: list[LeafSpec] = []
         self.buckets: list[Bucket] = []
 

@@ -103,6 +103,7 @@ class KeyValueChannel:
         self.client, self._timeout = client, timeout
         self.fault = fault or Fault()
         self.who = f"rank {self.rank} of {self.size}"
+        # One round at a time: the lock is held for a whole round, `_number` is its own.
         self._lock, self._number = threading.Lock(), 0
         # An earlier channel of this name has left the keys of its last round.
         text = json.dumps([name, everyone])

@@ -36,8 +36,10 @@ class HostChannel:
         from mpi4py import MPI
 
         self._comm, self.fault = comm, fault
-        # For the watchdog: which exchange this is, of what kind, and since when.
+        # For the watchdog's thread, which only reads them: which exchange this is, of
+        # what kind, and since when (ns of time.monotonic_ns; 0 between exchanges).
         self.count, self.what, self.entered = 0, "", 0
+        # Whether threads take turns in MPI.
         self._turns = MPI.Query_thread() < MPI.THREAD_MULTIPLE
         self.rank, self.size = comm.Get_rank(), comm.Get_size()
 
