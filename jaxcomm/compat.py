@@ -44,6 +44,7 @@ __all__ = [
     "async_dispatch",
     "axes",
     "axis_groups",
+    "backend_names",
     "backends_initialized",
     "batching",
     "branches",
@@ -62,6 +63,7 @@ __all__ = [
     "instantiate_zeros",
     "is_drop_var",
     "keeps_its_place",
+    "key_impl",
     "literal",
     "mlir",
     "named",
@@ -98,6 +100,13 @@ def outside_trace() -> bool:
 def backends_initialized() -> bool:
     """Tell whether JAX's clients have been made."""
     return _xla_bridge.backends_are_initialized()
+
+
+def backend_names() -> tuple[str, ...]:
+    """Return what the running backend may be called; starts it."""
+    device: Any = jax.local_devices()[0]
+    names = (jax.default_backend(), device.platform, device.client.platform)
+    return tuple(dict.fromkeys(names))
 
 
 def async_dispatch() -> bool:
@@ -202,6 +211,11 @@ def zero_tangent(primal: Any) -> Any:
 def is_drop_var(var: Any) -> bool:
     """Tell whether an equation's output is discarded."""
     return isinstance(var, _core.DropVar)
+
+
+def key_impl(dtype: Any) -> str:
+    """Return the name of the generator that a dtype of typed PRNG keys is for."""
+    return dtype._impl.name
 
 
 def literal(value: Any, aval: Any) -> Literal:

@@ -14,13 +14,20 @@ import jax
 import jax.numpy as jnp
 
 from jaxcomm import compat
-from jaxcomm.collectives.reductions import all_reduce, flatten, leaf_specs
+from jaxcomm.collectives.reductions import (
+    all_reduce,
+    flatten,
+    leaf_specs,
+    like_key,
+    words_of,
+)
 from jaxcomm.errors import InvalidOptionError
 from jaxcomm.planning import planner
 from jaxcomm.ranks.communicator import Communicator
 from jaxcomm.startup import world
 from jaxcomm.tracing import layout
 from jaxcomm.tracing.primitives import run_schedule
+from jaxcomm.transports.base import MOVES
 
 Tree = TypeVar("Tree")
 
@@ -31,7 +38,8 @@ def all_gather(
     """Give every rank all ranks' arrays, in rank order.
 
     Args:
-      tree: arrays of any dtype; structure, shapes and dtypes equal on all ranks.
+      tree: arrays of any dtype, typed PRNG keys included; structure, shapes and dtypes
+        equal on all ranks.
       axis: where the ranks' arrays are stacked, counted in the result.
       tiled: whether they are concatenated along `axis` instead of stacked.
       comm: the ranks that take part; all by default.
@@ -133,7 +141,8 @@ def all_to_all(
     """Send the r-th part of every array to rank r, and put together what arrives.
 
     Args:
-      tree: arrays of any dtype; structure, shapes and dtypes equal on all ranks.
+      tree: arrays of any dtype, typed PRNG keys included; structure, shapes and dtypes
+        equal on all ranks.
       split_axis: the axis that is divided among the ranks: of their number, or if
         tiled of a multiple of it.
       concat_axis: where the parts are stacked, or if tiled concatenated, in rank order.
@@ -208,9 +217,12 @@ def _move(
     comm = comm or world()
     paths, leaves, treedef = flatten(tree)
     for path, leaf in zip(paths, leaves, strict=True):
-        comm.backend.check(op, str(leaf.dtype), path)
+        moved = words_of(leaf) if op in MOVES else leaf
+        comm.backend.check(op, str(moved.dtype), path)
         check(leaf, f"leaf {path}: ", comm.size)
     sent = [before(x, "", comm.size) for x in leaves]
+    if op in MOVES:
+        sent = [words_of(x) for x in sent]
     schedule = planner.make_schedule(
         leaf_specs(paths, sent),
         op=op,
@@ -219,7 +231,7 @@ def _move(
         costs=comm.costs,
     )
     out = run_schedule(sent, comm, schedule)
-    shaped = [after(y, x) for y, x in zip(out, leaves, strict=True)]
+    shaped = [after(like_key(y, x), x) for y, x in zip(out, leaves, strict=True)]
     return jax.tree.unflatten(treedef, shaped)
 
 

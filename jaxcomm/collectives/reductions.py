@@ -167,23 +167,15 @@ def broadcast(tree: Tree, *, root: int = 0, comm: Communicator | None = None) ->
             f"root={root!r}; give a rank from 0 to {comm.size - 1}"
         )
     paths, leaves, treedef = flatten(tree)
-    keys = [_is_key(x) for x in leaves]
-    data = [
-        jax.random.key_data(x) if key else x
-        for x, key in zip(leaves, keys, strict=True)
-    ]
+    data = [words_of(x) for x in leaves]
     specs = leaf_specs(paths, data)
     for spec in specs:
         comm.backend.check("broadcast", spec.dtype, spec.path)
     schedule = planner.make_schedule(
         specs, op="broadcast", size=comm.size, terms=Terms(root=root), costs=comm.costs
     )
-    out = [
-        jax.random.wrap_key_data(y, impl=jax.random.key_impl(x)) if key else y
-        for x, y, key in zip(
-            leaves, run_schedule(data, comm, schedule), keys, strict=True
-        )
-    ]
+    sent = run_schedule(data, comm, schedule)
+    out = [like_key(y, x) for y, x in zip(sent, leaves, strict=True)]
     return jax.tree.unflatten(treedef, out)
 
 
@@ -308,6 +300,18 @@ def leaf_specs(paths: Sequence[str], leaves: Sequence[Any]) -> tuple[LeafSpec, .
             LeafSpec(path, tuple(leaf.shape), names[dtype], len(leaves) - 1 - i)
         )
     return tuple(specs)
+
+
+def words_of(leaf: Any) -> Any:
+    """Return the words of an array of typed PRNG keys; any other array as it is."""
+    return jax.random.key_data(leaf) if _is_key(leaf) else leaf
+
+
+def like_key(words: Any, leaf: Any) -> Any:
+    """Undo `words_of`, where `leaf` is of typed keys."""
+    if not _is_key(leaf):
+        return words
+    return jax.random.wrap_key_data(words, impl=jax.random.key_impl(leaf))
 
 
 def _is_key(leaf: Any) -> bool:

@@ -20,6 +20,7 @@ from jaxcomm.planning.schedule import Schedule
 from jaxcomm.ranks import agreement, threads
 from jaxcomm.ranks.communicator import Communicator
 from jaxcomm.startup import world
+from jaxcomm.steps.stages import Lowered, Traced
 from jaxcomm.tracing import rewrite
 from jaxcomm.tracing.primitives import new_token
 
@@ -97,14 +98,19 @@ class DataParallel:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run the function on this rank's arguments."""
-        self._communicator().check_usable()
         # To be asked here: inside a jit of ours the answer is always no, and kept.
         if not compat.outside_trace():
+            self._communicator().check_usable()
             return self._part(*args, **kwargs)
+        return self._run(self._program, args, kwargs)
+
+    def _run(self, program: Any, args: Any, kwargs: Any) -> Any:
+        """Call a program of this function; return its result without the token."""
         comm = self._communicator()
+        comm.check_usable()
         threads.enter(comm, (args, kwargs))
         try:
-            out = self._program(*args, **kwargs)
+            out = program(*args, **kwargs)
             if self._unchecked:
                 # A failed check of this first run is ours to name; later runs stay
                 # asynchronous.
@@ -119,20 +125,19 @@ class DataParallel:
         """Bind to an instance, so that methods can be decorated."""
         return self if instance is None else BoundDataParallel(self, instance)
 
-    def lower(self, *args: Any, **kwargs: Any) -> Any:
+    def lower(self, *args: Any, **kwargs: Any) -> Lowered:
         """Lower without running, as `jax.jit(fn).lower`; never waits for other ranks.
 
-        The lowered function returns a pair: the function's result and the token that
-        orders its collectives.
+        What it compiles to returns the function's result, as a call does.
         """
-        return self._program.lower(*args, **kwargs)
+        return Lowered(self._program.lower(*args, **kwargs), self._run)
 
-    def trace(self, *args: Any, **kwargs: Any) -> Any:
+    def trace(self, *args: Any, **kwargs: Any) -> Traced:
         """Trace without lowering, as `jax.jit(fn).trace`; never waits for other ranks.
 
-        What is traced returns a pair, as with `lower`.
+        The jaxpr has one result more: the token that orders the collectives.
         """
-        return self._program.trace(*args, **kwargs)
+        return Traced(self._program.trace(*args, **kwargs), self._run)
 
     def clear_cache(self) -> None:
         """Forget compiled programs, as `jax.jit(fn).clear_cache()`."""

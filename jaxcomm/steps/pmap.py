@@ -12,13 +12,19 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from jaxcomm import compat
 from jaxcomm.errors import InvalidOptionError
+from jaxcomm.ranks.communicator import Communicator
+from jaxcomm.startup import world
 from jaxcomm.steps.data_parallel import DataParallel, data_parallel
+
+# Of an axis that no collective can name.
+_NO_NAME = "jaxcomm.pmap without axis_name"
 
 
 def pmap(
     fn: Callable[..., Any] | None = None,
-    axis_name: str = "batch",
+    axis_name: Any = "batch",
     *,
     in_axes: Any = 0,
     out_axes: Any = 0,
@@ -26,6 +32,8 @@ def pmap(
     static_broadcasted_argnums: int | Sequence[int] = (),
     axis_size: int | None = None,
     devices: Sequence[Any] | None = None,
+    backend: str | None = None,
+    global_arg_shapes: Any = None,
     **options: Any,
 ) -> Any:
     """Stand in for `jax.pmap` in a program of one process per device.
@@ -35,15 +43,18 @@ def pmap(
 
     Args:
       fn: the function; leave it out to decorate with arguments.
-      axis_name: the name that collectives inside use.
+      axis_name: the name that collectives inside use; with None there are none.
       in_axes: for each argument 0 (or another axis), or None for one that has no mapped
         axis; an int, or a tuple with an entry per argument, each also a tree of them
         that the argument has as its prefix. Keyword arguments are mapped over axis 0.
       out_axes: likewise for the result. Under None, this rank's value is returned.
       donate_argnums: as in `jax.jit`.
       static_broadcasted_argnums: arguments that are part of the program.
-      axis_size: 1 or None.
-      devices: None: which device a process drives is decided where it is launched.
+      axis_size: None, 1 (this process's devices) or the number of ranks.
+      devices: None, or this process's one device: which that is is decided where the
+        process is launched.
+      backend: None, or the platform of JAX's running backend.
+      global_arg_shapes: ignored, as JAX does.
       **options: as in `data_parallel`: comm, groups, bucket_bytes, wire_dtype,
         allow_divergent.
 
@@ -62,16 +73,18 @@ def pmap(
       >>> step(jnp.float32(2), jnp.ones((1, 3)))  # this process's one device
       Array([[2., 2., 2.]], dtype=float32)
     """
-    if devices is not None:
+    del global_arg_shapes
+    if devices is not None and list(devices) != jax.local_devices()[:1]:
         raise InvalidOptionError(
-            "pmap(devices=...): each process drives one device; choose it where the "
-            "process is launched (jaxcomm run, CUDA_VISIBLE_DEVICES), and leave "
-            "devices out"
+            f"pmap(devices={list(devices)}): each process drives one device, here "
+            f"{jax.local_devices()[:1]}; choose it where the process is launched "
+            "(jaxcomm run, CUDA_VISIBLE_DEVICES), and leave devices out"
         )
-    if axis_size not in (None, 1):
+    if backend is not None and backend not in compat.backend_names():
         raise InvalidOptionError(
-            f"pmap(axis_size={axis_size}): each process maps over the one device it "
-            "has; the axis over all ranks is as long as there are ranks. Leave it out"
+            f"pmap(backend={backend!r}): JAX runs on "
+            f"{' or '.join(map(repr, compat.backend_names()))}; leave backend out, or "
+            f"set JAX_PLATFORMS={backend} before JAX is used"
         )
     static = static_broadcasted_argnums
     static = (static,) if isinstance(static, int) else tuple(static)
@@ -79,19 +92,29 @@ def pmap(
     def make(function: Callable[..., Any]) -> DataParallel:
         @functools.wraps(function)
         def one(*args: Any, **kwargs: Any) -> Any:
+            _check_size(axis_size, options.get("comm"))
             args = _unmapped(args, in_axes, static)
             kwargs = _squeeze(0, kwargs, "keyword argument")
             return _expand(out_axes, function(*args, **kwargs))
 
         return data_parallel(
             one,
-            axis_name=axis_name,
+            axis_name=_NO_NAME if axis_name is None else axis_name,
             donate_argnums=donate_argnums,
             static_argnums=static,
             **options,
         )
 
     return make if fn is None else make(fn)
+
+
+def _check_size(axis_size: int | None, comm: Communicator | None) -> None:
+    ranks = (comm or world()).size
+    if axis_size not in (None, 1, ranks):
+        raise InvalidOptionError(
+            f"pmap(axis_size={axis_size}): each process maps over the one device it "
+            f"has, and the axis over all ranks has length {ranks}. Leave it out"
+        )
 
 
 def _is_none(value: Any) -> bool:

@@ -10,11 +10,13 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 
 from jaxcomm import compat
 from jaxcomm.planning.planner import Terms
 from jaxcomm.tracing import layout
+from jaxcomm.transports.base import MOVES
 
 _SUMS = {
     "psum": ("sum", jnp.sum),
@@ -53,6 +55,27 @@ class Meaning:
 
 def meaning_of(eqn: Any, size: int) -> Meaning:
     """Say what a collective over one named axis of `size` ranks does."""
+    meaning = _meaning(eqn, size)
+    if meaning.op not in MOVES or not eqn.invars:
+        return meaning
+    dtype = eqn.invars[0].aval.dtype
+    if not jnp.issubdtype(dtype, jax.dtypes.prng_key):
+        return meaning
+    # Of typed keys their words travel.
+    before, after = meaning.before or _same, meaning.after or _same
+    impl = compat.key_impl(dtype)
+    return dataclasses.replace(
+        meaning,
+        before=lambda x: jax.random.key_data(before(x)),
+        after=lambda y: after(jax.random.wrap_key_data(y, impl=impl)),
+    )
+
+
+def _same(x: Any) -> Any:
+    return x
+
+
+def _meaning(eqn: Any, size: int) -> Meaning:
     name, groups = eqn.primitive.name, compat.axis_groups(eqn)
     ranks = len(groups[0]) if groups else size
     terms = Terms(groups=groups)

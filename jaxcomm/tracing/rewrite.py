@@ -35,6 +35,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from jaxcomm import compat
 from jaxcomm.errors import InvalidOptionError, UnsupportedCollectiveError
@@ -64,6 +65,7 @@ from jaxcomm.tracing.primitives import (
     order_effect,
     rank_p,
 )
+from jaxcomm.transports.base import MOVES
 
 _THREADED = {compat.SCAN, compat.WHILE, compat.COND, *compat.CHECKPOINTS}
 
@@ -301,6 +303,8 @@ class _Planner:
         op = meaning_of(eqn, self.options.comm.size).op
         where = f"({compat.source_line(eqn)})"
         for var in eqn.invars:
+            if op in MOVES and jnp.issubdtype(var.aval.dtype, jax.dtypes.prng_key):
+                continue  # its words travel
             self.options.comm.backend.check(op, str(var.aval.dtype), where)
 
     def _check_pairs(self, eqn: Any) -> None:

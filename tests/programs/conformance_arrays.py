@@ -81,6 +81,34 @@ def check_all_to_all_against_numpy(comm: Communicator) -> None:
         same(np.asarray(swap(parts[comm.rank])), want, err_msg=dtype)
 
 
+def check_typed_keys_travel(comm: Communicator) -> None:
+    every = [jax.random.split(jax.random.key(r), comm.size) for r in range(comm.size)]
+    words = [np.asarray(jax.random.key_data(keys)) for keys in every]
+    mine = every[comm.rank]
+    gathered = jaxcomm.all_gather({"key": mine}, axis=1)["key"]
+    assert jax.random.key_impl(gathered) == jax.random.key_impl(mine)
+    same(np.asarray(jax.random.key_data(gathered)), np.stack(words, axis=1))
+    swapped = jax.jit(jaxcomm.all_to_all)(mine)
+    want = np.stack([words[r][comm.rank] for r in range(comm.size)])
+    same(np.asarray(jax.random.key_data(swapped)), want)
+    raises(UnsupportedDtypeError, "key", lambda: jaxcomm.reduce_scatter(mine))
+
+    @jaxcomm.data_parallel
+    def step(keys: Any) -> Any:  # which jax.pmap itself does not lower
+        around = [(r, (r + 1) % comm.size) for r in range(comm.size)]
+        return (
+            lax.all_gather(keys, "batch", axis=1),
+            lax.ppermute(keys, "batch", around),
+            lax.all_to_all(keys, "batch", 0, 0),
+        )
+
+    found = [np.asarray(jax.random.key_data(keys)) for keys in step(mine)]
+    for got, expected in zip(
+        found, (np.stack(words, axis=1), words[comm.rank - 1], want), strict=True
+    ):
+        same(got, expected)
+
+
 def check_barrier_waits_for_the_last(comm: Communicator) -> None:
     @jax.jit
     def step(x: Any) -> Any:

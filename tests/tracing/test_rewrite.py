@@ -191,8 +191,9 @@ def test_a_second_trace_says_why(caplog: pytest.LogCaptureFixture) -> None:
 def test_pmap_refuses_with_reasons() -> None:
     f = lambda x: lax.pmean(x, "batch")  # noqa: E731
     for match, call in (
-        ("devices=", lambda: jaxcomm.pmap(f, devices=jax.devices())),
-        ("axis_size=2", lambda: jaxcomm.pmap(f, axis_size=2)),
+        ("devices=", lambda: jaxcomm.pmap(f, devices=[])),
+        ("JAX runs on 'cpu'", lambda: jaxcomm.pmap(f, backend="tpu")),
+        ("axis_size=2", lambda: jaxcomm.pmap(f, axis_size=2)(jnp.ones((1, 2)))),
         (
             r"argument 0\['w'\].*\(2, 3\)",
             lambda: jaxcomm.pmap(f)({"w": jnp.ones((2, 3))}),
@@ -204,6 +205,24 @@ def test_pmap_refuses_with_reasons() -> None:
     ):
         with pytest.raises(InvalidOptionError, match=match):
             call()
+
+
+def test_pmap_accepts_what_is_harmless() -> None:
+    step = jaxcomm.pmap(
+        lambda x: 2 * x,
+        axis_name=None,
+        axis_size=1,
+        devices=jax.local_devices(),
+        backend="cpu",
+        global_arg_shapes=None,
+    )
+    np.testing.assert_array_equal(step(jnp.ones((1, 3))), np.full((1, 3), 2.0))
+    lowered = step.lower(jnp.ones((1, 3)))
+    assert lowered.out_info.shape == (1, 3)
+    compiled = lowered.compile()
+    assert compiled.out_tree == jax.tree.structure(0)
+    np.testing.assert_array_equal(compiled(jnp.ones((1, 3))), np.full((1, 3), 2.0))
+    assert "HloModule" in compiled.as_text()
 
 
 def test_pmap_honours_axes() -> None:
@@ -415,7 +434,8 @@ text = step.lower(state(), key, "static").as_text()
 texts = comm.all_gather_object(text)
 assert texts[0] == texts[1]  # equal on all ranks: no pointer, no rank
 compiled = step.lower(state(), key, "static").compile()
-(out, ranks), token = compiled(state(), key)
+out, ranks = compiled(state(), key)  # and no token
+assert jax.tree.structure(compiled.out_info) == jax.tree.structure((out, ranks))
 again, _ = step(state(), key, "static")
 np.testing.assert_array_equal(out["x"], again["x"])
 np.testing.assert_array_equal(ranks, [0, 1])
