@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import re
 import runpy
 import sys
 from pathlib import Path
@@ -104,6 +105,12 @@ def run(
 
     if module:
         command = ("-m", *command)
+    elif re.fullmatch(r"python[\d.]*", Path(command[0]).name):
+        rest = " ".join(command[1:]) or "SCRIPT"
+        raise click.UsageError(
+            f"leave out {command[0]!r}, which is started for each rank: "
+            f"jaxcomm run -n {ranks} {rest}"
+        )
     elif not Path(command[0]).is_file():
         raise click.ClickException(
             f"no script {command[0]!r} in {os.getcwd()!r}; give a path, or -m MODULE"

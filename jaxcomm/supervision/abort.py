@@ -7,10 +7,12 @@ import socket
 import sys
 import time
 import traceback
+from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 _AFTER_RANK_0 = 1.0
+_OURS = str(Path(__file__).resolve().parents[1]) + os.sep
 # Each launcher's name for rank and size; first one set wins.
 _RANK_VARIABLES = ("OMPI_COMM_WORLD_RANK", "PMI_RANK", "PMIX_RANK", "SLURM_PROCID")
 _SIZE_VARIABLES = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "SLURM_NTASKS")
@@ -43,8 +45,12 @@ def report(error: BaseException, tb: TracebackType | None) -> None:
     if mpi_running() is None and (found := _distributed()) is not None:
         rank, size = str(found.process_id), str(found.num_processes)
     who = f"rank {rank} of {size}"
-    lines = traceback.format_exception(type(error), error, tb)
-    summary = traceback.format_exception_only(type(error), error)[-1].strip()
+    told = traceback.TracebackException(type(error), error, tb)
+    if os.environ.get("JAX_TRACEBACK_FILTERING") != "off":
+        _hide_machinery(told, error)
+    lines = list(told.format())
+    # The exception itself: notes, as JAX adds one, come after it.
+    summary = f"{type(error).__name__}: {error}".partition("\n")[0]
     if rank != "0" and "ScheduleMismatchError" in summary:
         # Rank 0 has the same to say, and ends the job.
         time.sleep(_AFTER_RANK_0)
@@ -52,6 +58,33 @@ def report(error: BaseException, tb: TracebackType | None) -> None:
     sys.stdout.flush()
     sys.stderr.write(head + "".join(lines))
     sys.stderr.flush()
+
+
+def _hide_machinery(
+    told: traceback.TracebackException, error: BaseException | None
+) -> None:
+    """Leave out frames of jaxcomm and JAX between a user's lines, as JAX does its own.
+
+    They merely call what is the user's. An error that jaxcomm did not mean to raise
+    keeps them all.
+    """
+    while told is not None and error is not None:
+        places = [_is_machinery(frame.filename) for frame in told.stack]
+        ours = bool(told.stack) and told.stack[-1].filename.startswith(_OURS)
+        meant = type(error).__module__ == "jaxcomm.errors"
+        if not all(places) and (meant or not ours):
+            shown = zip(told.stack, places, strict=True)
+            told.stack[:] = [frame for frame, hidden in shown if not hidden]
+        inner = (told.__cause__, error.__cause__)
+        if told.__cause__ is None:
+            inner = (told.__context__, error.__context__)
+        if inner[0] is None:
+            return
+        told, error = inner[0], inner[1]
+
+
+def _is_machinery(file: str) -> bool:
+    return file.startswith(_OURS) or f"{os.sep}jax{os.sep}_src{os.sep}" in file
 
 
 def end_job(code: int) -> None:

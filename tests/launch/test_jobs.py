@@ -36,6 +36,28 @@ if comm.rank == comm.size - 1:
 comm.barrier()
 """
 
+RAISES_INSIDE_A_STEP = """
+import jax.numpy as jnp, jaxcomm
+from jax import lax
+
+@jaxcomm.data_parallel
+def step(x):
+    y = lax.pmean(x, "batch")
+    raise ValueError("of mine\\nin two lines")
+
+def epoch():
+    return step(jnp.ones(3))
+
+epoch()
+"""
+
+OF_JAXCOMM = """
+import jax.numpy as jnp, jaxcomm
+from jaxcomm.planning import planner
+planner.make_schedule = None
+jaxcomm.all_reduce(jnp.ones(3))
+"""
+
 PRINTS_ITS_SCHEDULE = """
 import sys
 from pathlib import Path
@@ -126,6 +148,22 @@ def test_an_exception_on_one_rank_ends_the_others(job: Launch, ranks: int) -> No
     assert f"rank {ranks - 1} of {ranks} failed" in done.stderr
     assert done.stderr.count("Traceback") == 1
     assert "runpy" not in done.stderr
+
+
+def test_a_failure_shows_the_lines_of_the_user(job: Launch) -> None:
+    """Neither JAX's note nor frames that merely call the user's come before them."""
+    done = job(1, RAISES_INSIDE_A_STEP)
+    assert done.returncode == 1
+    head, *lines = done.stderr.splitlines()
+    assert head.endswith(
+        "failed (host " + os.uname().nodename + "): ValueError: of mine"
+    )
+    files = [line for line in lines if line.startswith("  File ")]
+    assert [line.rpartition(" ")[2] for line in files] == ["<module>", "epoch", "step"]
+    whole = job(1, RAISES_INSIDE_A_STEP, env={"JAX_TRACEBACK_FILTERING": "off"})
+    assert "data_parallel.py" in whole.stderr
+    # What jaxcomm did not mean to raise is shown whole.
+    assert "reductions.py" in job(1, OF_JAXCOMM).stderr
 
 
 def test_an_exception_ends_the_job_under_plain_mpiexec(tmp_path: Path) -> None:

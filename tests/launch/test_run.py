@@ -162,10 +162,17 @@ def test_missing_mpiexec_says_what_to_do(tmp_path: Path) -> None:
     assert "pip install 'jaxcomm[mpi]'" in done.stderr
 
 
+def test_python_is_left_out() -> None:
+    done = jaxcomm("run", "-n", "2", "python3", "x.py", "-v")
+    assert done.returncode == 2
+    assert "jaxcomm run -n 2 x.py -v" in done.stderr
+
+
 def test_missing_script_and_too_many_ranks(tmp_path: Path) -> None:
     done = jaxcomm("run", "-n", "2", "no-such-script.py")
     assert done.returncode != 0
     assert "no script 'no-such-script.py'" in done.stderr
+
     script = tmp_path / "script.py"
     script.write_text("")
     done = jaxcomm("run", "-n", "4000", "--no-oversubscribe", str(script))
