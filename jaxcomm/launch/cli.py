@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import importlib.util
+import importlib
 import os
 import re
-import runpy
 import sys
 from pathlib import Path
 
@@ -22,7 +21,12 @@ def main() -> None:
 
 
 @main.command(context_settings=_PASS_THROUGH)
-@click.option("-n", "--ranks", type=click.IntRange(1), required=True, help="Processes.")
+@click.option(
+    "-n",
+    "--ranks",
+    type=click.IntRange(1),
+    help="Processes; one for each GPU of this host, or for each core, unless given.",
+)
 @click.option("-m", "module", is_flag=True, help="Run a module, as `python -m` does.")
 @click.option("--threads", type=click.IntRange(1), help="Cores (XLA threads) per rank.")
 @click.option(
@@ -81,7 +85,7 @@ def main() -> None:
 @click.option("--verbose", is_flag=True, help="Print what is run, and with what.")
 @click.argument("command", nargs=-1, required=True, type=click.UNPROCESSED)
 def run(
-    ranks: int,
+    ranks: int | None,
     module: bool,
     threads: int | None,
     output: str,
@@ -96,13 +100,18 @@ def run(
     verbose: bool,
     command: tuple[str, ...],
 ) -> None:
-    """Run COMMAND (a script, or with -m a module, and its arguments) on N ranks.
+    """Run a script on several ranks.
+
+    COMMAND is the script, or with -m a module, and its arguments.
 
     Under srun or plain mpiexec the same script works without this command.
     """
     from jaxcomm.launch import run as launcher
     from jaxcomm.launch import supervise
 
+    if ranks is None:
+        ranks, what = launcher.ranks_here(threads)
+        click.echo(f"jaxcomm: {ranks} ranks, one for each {what} (-n)", err=True)
     if module:
         command = ("-m", *command)
     elif re.fullmatch(r"python[\d.]*", Path(command[0]).name):
@@ -148,7 +157,10 @@ def run(
 @main.command()
 @click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
 def doctor(as_json: bool) -> None:
-    """Say what was found on this machine, and what to do about what is missing."""
+    """Say what this machine has, and what is missing.
+
+    With a remedy for each thing that is missing.
+    """
     from jaxcomm.launch import doctor as examination
 
     sys.exit(examination.main(as_json))
@@ -171,7 +183,9 @@ def tune(
     repeats: int,
     as_json: bool,
 ) -> None:
-    """Measure this job's communicator; later jobs of its kind plan by the profile.
+    """Measure how fast a job communicates.
+
+    Later jobs of its kind plan by the profile that it writes.
 
     Start it with -n, or under mpiexec or srun as the job itself would be.
     """
@@ -217,7 +231,10 @@ def plan(
     plot: Path | None,
     as_json: bool,
 ) -> None:
-    """Print the schedule of a tree, with its predicted times, without running it."""
+    """Print the schedule of a tree.
+
+    With its predicted times; nothing is run.
+    """
     from jaxcomm.errors import JaxcommError
     from jaxcomm.launch import plan as planning
 
@@ -284,8 +301,9 @@ def simulate(
     plot: Path | None,
     as_json: bool,
 ) -> None:
-    """Predict how six designs scale, from measured and cited parameters.
+    """Predict how six designs scale.
 
+    From measured and cited parameters:
     Horovod's coordinator, its response cache, and that with groups; PyTorch's DDP;
     XLA's psum; jaxcomm's static schedule. See docs/scaling.md.
     """
@@ -301,24 +319,28 @@ def simulate(
 @main.command(context_settings=_PASS_THROUGH | {"help_option_names": []})
 @click.argument("arguments", nargs=-1, type=click.UNPROCESSED)
 def demo(arguments: tuple[str, ...]) -> None:
-    """Train a small STEMDL network on two ranks (run it in a checkout)."""
+    """Train a small STEMDL network on two ranks.
+
+    Run it in a checkout.
+    """
     try:
-        found = importlib.util.find_spec("stemdl.__main__")
-    except ModuleNotFoundError:
-        found = None
-    if found is None:
+        module = importlib.import_module("stemdl.demo")
+    except ModuleNotFoundError as error:
         raise click.ClickException(
             "the STEMDL example is part of the repository, not of the wheel: clone it, "
-            "and say `make setup` or `pip install --editable examples/stemdl` there"
-        )
-    sys.argv = ["stemdl", "demo", *arguments]
-    runpy.run_module("stemdl", run_name="__main__", alter_sys=True)
+            "and say `make setup` or `pip install --editable examples/stemdl` there "
+            f"({error})"
+        ) from error
+    _hand_over(module.main, "demo", arguments)
 
 
 @main.command(context_settings=_PASS_THROUGH | {"help_option_names": []})
 @click.argument("arguments", nargs=-1, type=click.UNPROCESSED)
 def bench(arguments: tuple[str, ...]) -> None:
-    """Measure gradient reductions beside their peers (run it in a checkout)."""
+    """Measure gradient reductions beside their peers.
+
+    Run it in a checkout.
+    """
     here = [Path.cwd(), Path(__file__).resolve().parents[2]]
     root = next((x for x in here if (x / "benchmarks/reduction").is_dir()), None)
     if root is None:
@@ -326,6 +348,11 @@ def bench(arguments: tuple[str, ...]) -> None:
             "benchmarks/reduction is part of the repository, not of the wheel: clone "
             "it and run this there"
         )
-    sys.argv = ["jaxcomm bench", *arguments]
     sys.path.insert(0, str(root))
-    runpy.run_module("benchmarks.reduction", run_name="__main__", alter_sys=True)
+    module = importlib.import_module("benchmarks.reduction.__main__")
+    _hand_over(module.main, "bench", arguments)
+
+
+def _hand_over(command: click.Command, name: str, arguments: tuple[str, ...]) -> None:
+    """Run another package's command as one of this."""
+    command.main(arguments, f"jaxcomm {name}", help_option_names=["-h", "--help"])

@@ -180,6 +180,19 @@ def environment(job: Job) -> dict[str, str]:
     return mine | {RESTART_VARIABLE: str(job.attempt)}
 
 
+def ranks_here(threads: int | None = None) -> tuple[int, str]:
+    """Return how many ranks suit this host, and what there is one for each of.
+
+    Args:
+      threads: cores that each rank is to have, if that is said.
+    """
+    gpus = len(devices.visible()) if devices.wanted() else 0
+    if gpus:
+        return gpus, "GPU"
+    cores = len(os.sched_getaffinity(0)) // (threads or 1)
+    return max(1, cores), "core" if (threads or 1) == 1 else f"{threads} cores"
+
+
 def command_line(job: Job) -> list[str]:
     """Return the full command that starts the job.
 

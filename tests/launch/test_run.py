@@ -162,6 +162,30 @@ def test_missing_mpiexec_says_what_to_do(tmp_path: Path) -> None:
     assert "pip install 'jaxcomm[mpi]'" in done.stderr
 
 
+def test_one_rank_for_each_core_or_gpu_unless_told(tmp_path: Path) -> None:
+    script = tmp_path / "script.py"
+    script.write_text("import jaxcomm; print('ranks:', jaxcomm.init().size)")
+    cores = len(os.sched_getaffinity(0))
+    done = jaxcomm("run", str(script), JAX_PLATFORMS="cpu")
+    assert f"jaxcomm: {cores} ranks, one for each core (-n)" in done.stderr
+    assert done.stdout.count(f"ranks: {cores}") == cores
+    done = jaxcomm("run", "--threads", str(cores), str(script), JAX_PLATFORMS="cpu")
+    assert "jaxcomm: 1 ranks, one for each" in done.stderr
+    environ = {"JAXCOMM_GPUS": "3", "JAXCOMM_MPIEXEC": "no-such-program"}
+    done = jaxcomm("run", str(script), JAX_PLATFORMS="cuda", **environ)
+    assert "jaxcomm: 3 ranks, one for each GPU (-n)" in done.stderr
+
+
+def test_help_fits_the_terminal() -> None:
+    shown = jaxcomm("-h").stdout.splitlines()
+    assert len(shown) > 8 and all(len(line) <= 80 for line in shown)
+    assert not [line for line in shown[1:] if line.endswith("...")]
+    for command in ("doctor", "plan", "run", "simulate", "tune", "demo", "bench"):
+        done = jaxcomm(command, "-h")
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.startswith(f"Usage: jaxcomm {command} "), done.stdout
+
+
 def test_python_is_left_out() -> None:
     done = jaxcomm("run", "-n", "2", "python3", "x.py", "-v")
     assert done.returncode == 2
