@@ -82,7 +82,11 @@ def main() -> None:
     help="Seconds that ranks have to save and end after Ctrl-C or SIGTERM, which they "
     "get too; a second Ctrl-C ends them at once.",
 )
-@click.option("--verbose", is_flag=True, help="Print what is run, and with what.")
+@click.option(
+    "--verbose",
+    is_flag=True,
+    help="Print what is run, with what, and what mpiexec says of a failure.",
+)
 @click.argument("command", nargs=-1, required=True, type=click.UNPROCESSED)
 def run(
     ranks: int | None,
@@ -137,6 +141,7 @@ def run(
         timeout=timeout,
         max_restarts=max_restarts,
         grace=grace,
+        verbose=verbose,
     )
     try:
         if verbose:

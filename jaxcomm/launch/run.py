@@ -92,6 +92,7 @@ class Job:
       grace: seconds that the ranks have to end by themselves once asked to.
       max_restarts: how often the job is started again after it failed.
       attempt: how often it has been; the ranks read it in JAXCOMM_RESTART.
+      verbose: whether what mpiexec says of a failure is shown.
     """
 
     ranks: int
@@ -107,6 +108,7 @@ class Job:
     grace: float = 30.0
     max_restarts: int = 0
     attempt: int = 0
+    verbose: bool = False
 
 
 def find_mpiexec() -> Mpiexec:
@@ -180,6 +182,11 @@ def environment(job: Job) -> dict[str, str]:
     return mine | {RESTART_VARIABLE: str(job.attempt)}
 
 
+def started_by_mpiexec(job: Job) -> bool:
+    """Tell whether a job needs MPI, as all do but those of one rank on this host."""
+    return job.ranks > 1 or bool(job.hosts or job.hostfile)
+
+
 def ranks_here(threads: int | None = None) -> tuple[int, str]:
     """Return how many ranks suit this host, and what there is one for each of.
 
@@ -200,8 +207,8 @@ def command_line(job: Job) -> list[str]:
       LaunchError: no mpiexec, or more ranks than cores where that is refused.
     """
     worker = [sys.executable, "-m", "jaxcomm.launch.worker", *job.command]
-    if job.ranks == 1 and not (job.hosts or job.hostfile):
-        return worker  # one rank needs no MPI
+    if not started_by_mpiexec(job):
+        return worker
     cores = len(os.sched_getaffinity(0))
     local = not (job.hosts or job.hostfile)
     crowded = local and job.ranks > cores

@@ -12,12 +12,19 @@ import time
 from types import FrameType
 from typing import Any
 
-from jaxcomm.launch import processes
-from jaxcomm.launch.run import Job, command_line, environment, on_this_host
+from jaxcomm.launch import notices, processes
+from jaxcomm.launch.run import (
+    Job,
+    command_line,
+    environment,
+    on_this_host,
+    started_by_mpiexec,
+)
 
 TIMED_OUT = 124
 USAGE = 2  # as click and argparse end: the same command would fail again
 _DUMP_SECONDS = 1.0
+_COPY_SECONDS = 2.0  # for what was written before the job ended
 _SEGMENTS_VARIABLE = "OMPI_MCA_btl_sm_backing_directory"
 
 
@@ -56,6 +63,7 @@ def _attempt(job: Job, signals: _Signals, end: float | None) -> int:
     """Start the job once; leaves nothing of it behind unless it succeeds."""
     token = secrets.token_hex(8)
     line, added = command_line(job), environment(job)
+    filtered = started_by_mpiexec(job) and not job.verbose
     segments = processes.Segments(token)
     try:
         if segments.folder is not None and on_this_host(job):
@@ -63,13 +71,18 @@ def _attempt(job: Job, signals: _Signals, end: float | None) -> int:
         process = subprocess.Popen(
             line,
             env={**os.environ, **added, processes.JOB_VARIABLE: token},
+            stderr=subprocess.PIPE if filtered else None,
             start_new_session=True,
         )
+        copy = process.stderr and notices.Copy(process.stderr, 2)
         try:
             code = _wait(process, token, job, signals, end, segments)
         except BaseException:
             _kill(process, token)
             raise
+        finally:
+            if copy:
+                copy.join(_COPY_SECONDS)
         if code != 0:
             processes.end(token)
             segments.remove()
