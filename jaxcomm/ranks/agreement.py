@@ -82,7 +82,7 @@ class Agreement:
         self._key = key
         self._host = host
         self._timeout = timeout
-        self._terms = f"{versions()}, transport {transport}"
+        self._transport = transport
         # By digest: everything that was lowered in this process.
         self._entries: dict[int, _Entry] = {}
         # Several threads may lower at a time.
@@ -90,7 +90,7 @@ class Agreement:
 
     def register(self, schedule: Schedule) -> int:
         """Make a schedule known for the check; return the digest that names it."""
-        entry = _Entry(schedule, self._terms)
+        entry = _Entry(schedule, f"{versions()}, transport {self._transport}")
         # 63 bits, as an HLO attribute; 0 means that no check is wanted.
         digest = int.from_bytes(entry.hash[:8], "big") >> 1 or 1
         with self._lock:
