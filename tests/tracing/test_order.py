@@ -200,6 +200,39 @@ def test_subgroups_that_overlap(job: Launch) -> None:
     passed(job(4, OVERLAPPING, timeout=200), 4)
 
 
+AHEAD = """
+import time
+import jaxcomm
+
+comm = jaxcomm.init()
+comparison = comm._fabric._comparison
+
+class Slow:
+    # Rank 3 hears late from rank 0 that all have come; rank 1 then has gone on.
+    def __init__(self, real):
+        self._real = real
+
+    def __getattr__(self, name):
+        return getattr(self._real, name)
+
+    def isend(self, message, to, tag):
+        if to == 3 and message[1] == "":
+            time.sleep(0.5)
+        return self._real.isend(message, to, tag)
+
+if comm.rank == 0:
+    comparison._comm = Slow(comparison._comm)
+assert comm.subgroup([0, 1, 2, 3]).size == 4
+if comm.rank in (1, 3):
+    assert comm.subgroup([1, 3]).size == 2
+print("right on rank", comm.rank)
+"""
+
+
+def test_a_rank_that_is_ahead_is_no_contradiction(job: Launch) -> None:
+    passed(job(4, AHEAD, timeout=200), 4)
+
+
 # Equal shapes, one schedule: which call of its program each is tells them apart.
 SITES = """
 import sys
