@@ -205,32 +205,17 @@ import time
 import jaxcomm
 
 comm = jaxcomm.init()
-comparison = comm._fabric._comparison
-
-class Slow:
-    # Rank 3 hears late from rank 0 that all have come; rank 1 then has gone on.
-    def __init__(self, real):
-        self._real = real
-
-    def __getattr__(self, name):
-        return getattr(self._real, name)
-
-    def isend(self, message, to, tag):
-        if to == 3 and message[1] == "":
-            time.sleep(0.5)
-        return self._real.isend(message, to, tag)
-
 if comm.rank == 0:
-    comparison._comm = Slow(comparison._comm)
-assert comm.subgroup([0, 1, 2, 3]).size == 4
-if comm.rank in (1, 3):
-    assert comm.subgroup([1, 3]).size == 2
+    time.sleep(0.5)  # rank 2, which waits for it, hears first of what rank 1 asks for
+for members in ([0, 2], [1, 2]):
+    if comm.rank in members:
+        assert comm.subgroup(members).size == 2
 print("right on rank", comm.rank)
 """
 
 
 def test_a_rank_that_is_ahead_is_no_contradiction(job: Launch) -> None:
-    passed(job(4, AHEAD, timeout=200), 4)
+    passed(job(3, AHEAD, timeout=200), 3)
 
 
 # Equal shapes, one schedule: which call of its program each is tells them apart.
