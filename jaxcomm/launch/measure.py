@@ -50,17 +50,13 @@ def measure(
       progress: called with a phrase and the fraction done.
 
     Raises:
-      TransportUnavailableError: there is nothing to measure on one rank.
+      TransportUnavailableError: there is nothing to measure on one rank, or over a
+        transport that is not measured.
     """
     if comm.size < 2:
         raise TransportUnavailableError(
             "tuning measures communication between ranks, and this is a job of one: "
             "say `jaxcomm tune -n 2`, or run it under mpiexec or srun"
-        )
-    if not comm.backend.measured:
-        raise TransportUnavailableError(
-            f"tuning measures MPI and shared memory; over {comm.transport!r} set "
-            "bucket_bytes, or use transport='mpi'"
         )
     report = progress or (lambda phrase, done: None)
     buffer = np.zeros(_LARGE_BYTES // 4, np.float32)

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxcomm import compat, native
-from jaxcomm.errors import UnsupportedDtypeError
+from jaxcomm.errors import TransportUnavailableError, UnsupportedDtypeError
 from jaxcomm.planning import costs
 from jaxcomm.planning.costs import CostModel
 
@@ -165,7 +165,6 @@ class Transport(abc.ABC):
       one_thread: why one Python thread must make all calls, and what to do instead;
         "" where several may.
       marks_operands: whether a timeline can record when a bucket's operands are there.
-      measured: whether `jaxcomm tune` can measure it.
       rank_target: custom call that gives the rank.
       shared_memory: whether the connected ranks reduce through memory they share.
     """
@@ -180,7 +179,6 @@ class Transport(abc.ABC):
     waits_in_pool: ClassVar[bool] = False
     one_thread: ClassVar[str] = ""
     marks_operands: ClassVar[bool] = True
-    measured: ClassVar[bool] = False
     rank_target: ClassVar[str] = "jaxcomm_rank"
     shared_memory: bool = False
 
@@ -232,8 +230,14 @@ class Transport(abc.ABC):
         Args:
           key: of the new one.
           segment_bytes: how it divides large leaves.
+
+        Raises:
+          TransportUnavailableError: this transport is not measured.
         """
-        raise NotImplementedError(f"transport {self.name!r} is not measured")
+        raise TransportUnavailableError(
+            f"tuning measures MPI and shared memory; over {self.name!r} set "
+            "bucket_bytes, or use transport='mpi'"
+        )
 
     def refuse(self, text: str) -> None:  # noqa: B027
         """Let every custom call fail from now on, with a text."""

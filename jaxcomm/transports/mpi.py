@@ -33,7 +33,6 @@ class Mpi(Transport):
 
     name = "mpi"
     waits_in_pool = True
-    measured = True
 
     def __init__(self) -> None:
         # MPI communicators and shared memory that the native library uses: they live
