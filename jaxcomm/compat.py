@@ -34,7 +34,6 @@ __all__ = [
     "DistributedClient",
     "Effect",
     "JaxRuntimeError",
-    "Literal",
     "Primitive",
     "Scan",
     "Tracer",
@@ -62,6 +61,7 @@ __all__ = [
     "inner_eqns",
     "instantiate_zeros",
     "is_drop_var",
+    "is_var",
     "keeps_its_place",
     "key_impl",
     "literal",
@@ -216,6 +216,11 @@ def is_drop_var(var: Any) -> bool:
 def key_impl(dtype: Any) -> str:
     """Return the name of the generator that a dtype of typed PRNG keys is for."""
     return dtype._impl.name
+
+
+def is_var(value: Any) -> bool:
+    """Tell an equation's variable from a literal."""
+    return not isinstance(value, Literal)
 
 
 def literal(value: Any, aval: Any) -> Literal:

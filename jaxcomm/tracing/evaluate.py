@@ -16,8 +16,8 @@ from jaxcomm.errors import UnsupportedCollectiveError
 from jaxcomm.planning.schedule import Schedule
 from jaxcomm.ranks.communicator import Communicator
 from jaxcomm.supervision import timeline
-from jaxcomm.tracing.jaxprs import Body, Unit, is_var
 from jaxcomm.tracing.primitives import bind_bucket, mark
+from jaxcomm.tracing.reading import Body, Unit
 from jaxcomm.transports.base import local_result
 
 
@@ -39,7 +39,7 @@ class Evaluator:
         env.update(zip(body.invars, args, strict=True))
 
         def read(var: Any) -> Any:
-            return env[var] if is_var(var) else var.val
+            return env[var] if compat.is_var(var) else var.val
 
         for unit in body.units:
             values = [read(v) for v in unit.inputs]

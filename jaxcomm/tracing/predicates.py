@@ -23,43 +23,45 @@ from typing import Any
 import numpy as np
 
 from jaxcomm import compat
-from jaxcomm.ranks.communicator import Communicator
-from jaxcomm.tracing.jaxprs import is_var
-from jaxcomm.tracing.named_axis import EQUAL_RESULTS
+from jaxcomm.errors import UnsupportedCollectiveError
 from jaxcomm.tracing.primitives import BoundBucket, bucket_p, mark_of
+from jaxcomm.tracing.reading import EQUAL_RESULTS, Reader
 
 # A digest of how a value that is the same on all ranks came about; None: unknown.
 Origin = str | None
 _ADDRESS = re.compile(r"0x[0-9a-f]+")
 
 
-class Checker:
-    """Finds predicates that may differ between ranks."""
+def check_predicates(closed: Any, reader: Reader) -> str:
+    """Refuse collectives under predicates that may differ between ranks.
 
-    def __init__(
-        self,
-        *,
-        comm: Communicator,
-        is_collective: Callable[[Any], bool],
-        has_collective: Callable[[Any], bool],
-        refuse: Callable[[Any, str], Exception],
-    ):
-        self._comm = comm
-        self._is_collective = is_collective
-        self._has_collective = has_collective
-        self._refuse = refuse
+    Returns:
+      A digest of what the others are made of, or "" where nothing depends on any.
+
+    Raises:
+      UnsupportedCollectiveError: for the first equation that may divide the ranks.
+    """
+    if not reader.branches_communicate(closed.jaxpr):
+        return ""
+    checker = _Checker(reader)
+    checker.body(closed, [None] * len(closed.jaxpr.invars))
+    return checker.digest
+
+
+class _Checker:
+    """Follows values through a program, and finds predicates that may differ."""
+
+    def __init__(self, reader: Reader):
+        self._reader = reader
+        # The predicates that decide about a collective, as a set in order.
         self._used: dict[str, None] = {}
 
     @property
     def digest(self) -> str:
-        """What the predicates are made of, or "" where nothing depends on any."""
         return _hash(*self._used) if self._used else ""
 
     def body(self, closed: Any, inputs: Sequence[Origin]) -> list[Origin]:
-        """Check one jaxpr; return its outputs' origins.
-
-        Raises what `refuse` makes, for the first equation that may divide the ranks.
-        """
+        """Check one jaxpr; return its outputs' origins."""
         jaxpr = getattr(closed, "jaxpr", closed)
         consts = getattr(closed, "consts", ())
         known: dict[Any, Origin] = dict(zip(jaxpr.invars, inputs, strict=True))
@@ -68,7 +70,7 @@ class Checker:
                 known[var] = _constant(value)
 
         def origin(var: Any) -> Origin:
-            return known.get(var) if is_var(var) else _constant(var.val)
+            return known.get(var) if compat.is_var(var) else _constant(var.val)
 
         for eqn in jaxpr.eqns:
             outs = self._equation(eqn, [origin(v) for v in eqn.invars])
@@ -77,12 +79,12 @@ class Checker:
 
     def _equation(self, eqn: Any, inputs: list[Origin]) -> list[Origin]:
         name, count = eqn.primitive.name, len(eqn.outvars)
-        if self._is_collective(eqn):
+        if eqn.primitive is bucket_p or self._reader.uses_axis(eqn):
             if made := self._made_equal(eqn):
                 where = f"{made} at {compat.source_line(eqn)}"
                 return [_hash(where, str(k)) for k in range(count)]
             return [None] * count
-        if compat.named(eqn) == mark_of(self._comm):
+        if compat.named(eqn) == mark_of(self._reader.comm):
             return [_hash(f"one rank at {compat.source_line(eqn)}")]
         if name == compat.COND:
             return self._cond(eqn, inputs)
@@ -96,7 +98,7 @@ class Checker:
             if len(outs) == count:
                 return outs
         for body in bodies:
-            if any(map(self._has_collective, body.eqns)):
+            if any(map(self._reader.communicates, body.eqns)):
                 self.body(body, [None] * len(body.invars))
         if bodies or None in inputs or eqn.effects or "callback" in name:
             return [None] * count
@@ -111,19 +113,30 @@ class Checker:
             return name if name in EQUAL_RESULTS and not grouped else ""
         call = BoundBucket(**eqn.params)
         # What a subgroup has agreed on, another may not have.
-        if not call.bucket.makes_equal or call.comm != self._comm:
+        if not call.bucket.makes_equal or call.comm != self._reader.comm:
             return ""
         return f"{call.bucket.op} of {call.schedule.fingerprint}, bucket {call.index},"
 
     def _decide(self, eqn: Any, predicate: Origin, what: str) -> None:
         if predicate is None:
-            raise self._refuse(eqn, what)
+            raise self._divergent(eqn, what)
         self._used[predicate] = None
+
+    def _divergent(self, eqn: Any, what: str) -> UnsupportedCollectiveError:
+        return UnsupportedCollectiveError(
+            f"{eqn.primitive.name} at {compat.source_line(eqn) or 'an unknown line'} "
+            f"contains a collective over axis {self._reader.axis_name!r}, and {what} "
+            "may differ between ranks: some would call it and wait for the others "
+            f"forever. Make {what} equal on all ranks, for instance by lax.pmax over "
+            "the axis, or move the collective out. If it is equal for a reason that "
+            "the program does not show (a step counter that all ranks keep alike), say "
+            "allow_divergent=True."
+        )
 
     def _cond(self, eqn: Any, inputs: list[Origin]) -> list[Origin]:
         predicate, *operands = inputs
         branches = compat.branches(eqn)
-        if self._has_collective(eqn):
+        if self._reader.communicates(eqn):
             self._decide(eqn, predicate, "the predicate")
         outs = [self.body(branch, operands) for branch in branches]
         if predicate is None:
@@ -140,7 +153,7 @@ class Checker:
             inputs[n_cond + n_body :], lambda state: self.body(step, [*of_step, *state])
         )
         (predicate,) = self.body(test, [*of_test, *carry])
-        if self._has_collective(eqn):
+        if self._reader.communicates(eqn):
             self._decide(eqn, predicate, "the condition")
         return carry if predicate is not None else [None] * len(carry)
 

@@ -31,33 +31,19 @@ import bisect
 import dataclasses
 import heapq
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 
 from jaxcomm import compat
-from jaxcomm.errors import InvalidOptionError, UnsupportedCollectiveError
 from jaxcomm.planning import planner
 from jaxcomm.planning.planner import Groups
 from jaxcomm.planning.schedule import Bucket, LeafSpec, Schedule
 from jaxcomm.ranks.communicator import Communicator
 from jaxcomm.tracing.evaluate import Evaluator
-from jaxcomm.tracing.jaxprs import (
-    EFFECT,
-    Body,
-    Unit,
-    Var,
-    awaited_by,
-    bodies_of,
-    flatten,
-    is_var,
-    means_of,
-)
 from jaxcomm.tracing.leaf_names import Reduction, name_leaves
-from jaxcomm.tracing.named_axis import COLLECTIVES, Meaning, meaning_of
-from jaxcomm.tracing.predicates import Checker
+from jaxcomm.tracing.predicates import check_predicates
 from jaxcomm.tracing.primitives import (
     BoundBucket,
     bucket_p,
@@ -65,9 +51,16 @@ from jaxcomm.tracing.primitives import (
     order_effect,
     rank_p,
 )
-from jaxcomm.transports.base import MOVES
-
-_THREADED = {compat.SCAN, compat.WHILE, compat.COND, *compat.CHECKPOINTS}
+from jaxcomm.tracing.reading import (
+    EFFECT,
+    Body,
+    Equation,
+    Meaning,
+    Reader,
+    Unit,
+    Var,
+    bodies_of,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -116,7 +109,9 @@ def program(
       InvalidOptionError: the pairs of a `ppermute` are no partial permutation.
     """
     planned = _Planner(options, inputs)
-    predicates = planned.check_predicates(closed_jaxpr)
+    predicates = ""
+    if not options.allow_divergent:
+        predicates = check_predicates(closed_jaxpr, planned.reader)
     body = planned.body(closed_jaxpr)
     buckets = _number(body, planned.buckets, [])
     schedule = Schedule(
@@ -140,6 +135,7 @@ class _Planner:
 
     def __init__(self, options: Options, inputs: Sequence[tuple[str, Any]]):
         self.options = options
+        self.reader = Reader(options.axis_name, options.comm)
         self.inputs = [(p, tuple(a.shape), str(a.dtype)) for p, a in inputs]
         # Of all bodies planned so far; numbered in the order of calls at the end.
         self.leaves: list[LeafSpec] = []
@@ -147,21 +143,7 @@ class _Planner:
 
     def body(self, closed: Any) -> Body:
         """Plan one jaxpr, open or closed, and the bodies inside it."""
-        jaxpr = getattr(closed, "jaxpr", closed)
-        eqns, rename = flatten(jaxpr, self._has_collective)
-        means = means_of(
-            eqns, jaxpr, rename, self.options.axis_name, self.options.comm.size
-        )
-        kinds = [self._kind(eqn) for eqn, _, _ in eqns]
-        placed = [
-            kind in (None, "body") and compat.keeps_its_place(eqn)
-            for kind, (eqn, _, _) in zip(kinds, eqns, strict=True)
-        ]
-        owns = [
-            self._is_stage(kind, eqn)
-            for kind, (eqn, _, _) in zip(kinds, eqns, strict=True)
-        ]
-        awaited = awaited_by(eqns, owns, placed)
+        read, returned = self.reader.read(closed)
         stage: dict[Any, int] = {}
         ready: dict[Any, int] = {}
         # The least stage and moment of the next ordered call, and those of the last.
@@ -172,69 +154,45 @@ class _Planner:
         chain: list[Unit] = []  # with calls of this function's communicator
         foreign: list[Unit] = []  # with calls of others alone
 
-        for position, (eqn, invars, outvars) in enumerate(eqns):
-            level = max([stage.get(v, 0) for v in invars if is_var(v)], default=0)
-            when = max([ready.get(v, 0) for v in invars if is_var(v)], default=0)
-            collective, own = kinds[position], owns[position]
+        for position, equation in enumerate(read):
+            eqn, own = equation.eqn, equation.own
+            operands = [v for v in equation.operands if compat.is_var(v)]
+            level = max([stage.get(v, 0) for v in operands], default=0)
+            when = max([ready.get(v, 0) for v in operands], default=0)
             if own and order_effect in eqn.effects:
                 if not _is_same_call(last, eqn):
                     preceding = following
                 level, when = max(level, preceding[0]), max(when, preceding[1])
                 following = max(following[0], level + 1), max(following[1], when)
                 last = eqn
-            if placed[position]:
+            if equation.placed:
                 level = max(level, stage.get(EFFECT, 0))
                 stage[EFFECT] = level + own
-            for var in outvars:
+            for var in equation.results:
                 stage[var] = level + own
                 ready[var] = position + 1
-            if position in means.skipped:
-                ready[outvars[0]] = when
+            if equation.folded:
+                ready[equation.results[0]] = when
                 continue
-            if collective == "collective":
-                meaning = meaning_of(eqn, self.options.comm.size)
-                for operand, result in zip(invars, outvars, strict=True):
-                    at = ready.get(operand, 0) if is_var(operand) else 0
-                    mean = means.result.get(result)
-                    if mean is not None:
-                        result = mean
-                        stage[mean] = level + 1
-                    if meaning.before is not None:
-                        fed = _derived(meaning.before, operand)
-                        units.append(
-                            _function(meaning.before, [operand], fed, level, at)
-                        )
-                        operand = fed
-                    given = result
-                    if meaning.after is not None:
-                        given = Var(self._moved(meaning, operand))
-                        units.append(
-                            _function(meaning.after, [given], result, level + 1, at)
-                        )
-                    reductions.append(
-                        Reduction(
-                            "mean" if mean is not None else meaning.op,
-                            operand,
-                            given,
-                            at,
-                            level,
-                            position in awaited,
-                            compat.source_line(eqn),
-                            meaning.terms,
-                            position,
-                        )
-                    )
+            if equation.meaning is not None:
+                for mean in equation.means.values():
+                    stage[mean] = level + 1
+                for found, around in self._reductions(equation, position, level, ready):
+                    reductions.append(found)
+                    units += around
                 continue
-            if collective == "rank":
-                units.append(_function(self._rank, [], outvars[0], level, position))
+            if equation.kind == "rank":
+                (number,) = equation.results
+                units.append(_function(self._rank, [], number, level, position))
                 continue
-            unit = Unit("equation", eqn, invars, outvars, level, position)
-            unit.urgent, unit.placed = position in awaited, placed[position]
+            unit = Unit("equation", eqn, equation.operands, equation.results)
+            unit.stage, unit.ready = level, position
+            unit.urgent, unit.placed = equation.awaited, equation.placed
             unit.first = unit.last = position
-            if collective is not None:
-                unit.kind, unit.ready = collective, when
+            if equation.kind is not None:
+                unit.kind, unit.ready = equation.kind, when
                 (chain if own else foreign).append(unit)
-            if collective == "bucket":
+            if equation.kind == "bucket":
                 unit.index = self._adopt(eqn, level)
             units.append(unit)
 
@@ -242,140 +200,41 @@ class _Planner:
         for unit in chain:
             if unit.kind == "body":
                 unit.bodies = [self.body(j) for j in bodies_of(unit.eqn)]
-        outs = [rename.get(v, v) if is_var(v) else v for v in jaxpr.outvars]
         order = _in_order([*units, *buckets], chain)
-        consts = getattr(closed, "consts", ())
-        return Body(jaxpr.constvars, consts, jaxpr.invars, outs, order)
+        jaxpr, consts = getattr(closed, "jaxpr", closed), getattr(closed, "consts", ())
+        return Body(jaxpr.constvars, consts, jaxpr.invars, returned, order)
 
-    def _kind(self, eqn: Any) -> str | None:
-        name = eqn.primitive.name
-        if eqn.primitive is bucket_p:
-            return "bucket" if self._is_own(eqn) else "foreign"
-        if self._uses_axis(eqn):
-            if name == compat.AXIS_INDEX:
-                return "rank"
-            if name in COLLECTIVES:
-                self._check(eqn)
-                return "collective"
-            raise self._unsupported(eqn, "is not scheduled")
-        if self._has_collective(eqn):
-            if name in _THREADED:
-                return "body"
-            raise self._unsupported(eqn, "contains a collective and is not supported")
-        return None
-
-    def _is_own(self, eqn: Any) -> bool:
-        """Tell whether a jaxcomm collective is one of this function's communicator."""
-        return BoundBucket(**eqn.params).comm == self.options.comm
-
-    def _is_stage(self, kind: str | None, eqn: Any) -> bool:
-        """Tell whether what depends on an equation is of a later stage."""
-        return kind in ("bucket", "collective") or (
-            kind == "body" and any(map(self._has_own, compat.inner_eqns(eqn)))
-        )
-
-    def _has_own(self, eqn: Any) -> bool:
-        if eqn.primitive is bucket_p:
-            return self._is_own(eqn)
-        return self._uses_axis(eqn) or any(map(self._has_own, compat.inner_eqns(eqn)))
-
-    def _uses_axis(self, eqn: Any) -> bool:
-        return self.options.axis_name in compat.axes(eqn)
-
-    def _has_collective(self, eqn: Any) -> bool:
-        if eqn.primitive is bucket_p or self._uses_axis(eqn):
-            return True
-        return any(map(self._has_collective, compat.inner_eqns(eqn)))
-
-    def _check(self, eqn: Any) -> None:
-        names = [a for a in compat.axes(eqn) if not isinstance(a, int)]
-        if names != [self.options.axis_name]:
-            raise self._unsupported(eqn, f"over axes {names} at once is not scheduled")
-        if groups := compat.axis_groups(eqn):
-            ranks = sorted(rank for group in groups for rank in group)
-            if ranks != list(range(self.options.comm.size)):
-                shown = list(map(list, groups))
-                raise self._unsupported(
-                    eqn, f"has axis_index_groups {shown}, which do not divide the ranks"
-                )
-        if eqn.primitive.name == "ppermute":
-            self._check_pairs(eqn)
-        op = meaning_of(eqn, self.options.comm.size).op
-        where = f"({compat.source_line(eqn)})"
-        for var in eqn.invars:
-            if op in MOVES and jnp.issubdtype(var.aval.dtype, jax.dtypes.prng_key):
-                continue  # its words travel
-            self.options.comm.backend.check(op, str(var.aval.dtype), where)
-
-    def _check_pairs(self, eqn: Any) -> None:
-        """Refuse pairs that are no partial permutation: no rank would know of it."""
-        size, sources, targets = self.options.comm.size, set(), set()
-        for source, target in compat.permutation(eqn):
-            if not (0 <= source < size and 0 <= target < size):
-                why = f"ranks go from 0 to {size - 1}"
-            elif source in sources:
-                why = f"rank {source} sends to two ranks"
-            elif target in targets:
-                why = f"rank {target} receives from two ranks"
-            else:
-                sources.add(source)
-                targets.add(target)
-                continue
-            raise InvalidOptionError(
-                f"ppermute over axis {self.options.axis_name!r} at "
-                f"{compat.source_line(eqn) or 'an unknown line'}: in the pair "
-                f"({source}, {target}) of (source, target), {why}. Each rank may be "
-                "the source of one pair and the target of one."
+    def _reductions(
+        self, equation: Equation, position: int, level: int, ready: dict[Any, int]
+    ) -> Iterator[tuple[Reduction, list[Unit]]]:
+        """Make one reduction for each operand, and the units before and after it."""
+        meaning = equation.meaning
+        assert meaning is not None
+        pairs = zip(equation.operands, equation.results, strict=True)
+        for operand, result in pairs:
+            at = ready.get(operand, 0) if compat.is_var(operand) else 0
+            mean = equation.means.get(result)
+            around = []
+            fed, given = operand, result if mean is None else mean
+            if meaning.before is not None:
+                fed = _derived(meaning.before, operand)
+                around.append(_function(meaning.before, [operand], fed, level, at))
+            if meaning.after is not None:
+                moved = Var(self._moved(meaning, fed))
+                around.append(_function(meaning.after, [moved], given, level + 1, at))
+                given = moved
+            reduction = Reduction(
+                meaning.op if mean is None else "mean",
+                fed,
+                given,
+                at,
+                level,
+                equation.awaited,
+                compat.source_line(equation.eqn),
+                meaning.terms,
+                position,
             )
-
-    def check_predicates(self, closed: Any) -> str:
-        """Refuse collectives under predicates that may differ between ranks.
-
-        Returns:
-          A digest of what the others are made of, or "".
-        """
-        if self.options.allow_divergent or not self._branches(
-            getattr(closed, "jaxpr", closed)
-        ):
-            return ""
-        checker = Checker(
-            comm=self.options.comm,
-            is_collective=lambda e: e.primitive is bucket_p or self._uses_axis(e),
-            has_collective=self._communicates,
-            refuse=self._divergent,
-        )
-        checker.body(closed, [None] * len(closed.jaxpr.invars))
-        return checker.digest
-
-    def _branches(self, jaxpr: Any) -> bool:
-        """Tell whether a collective lies inside a cond or while_loop."""
-        return any(
-            (
-                eqn.primitive.name in (compat.COND, compat.WHILE)
-                and self._communicates(eqn)
-            )
-            or any(map(self._branches, compat.sub_jaxprs(eqn)))
-            for eqn in jaxpr.eqns
-        )
-
-    def _communicates(self, eqn: Any) -> bool:
-        """As `_has_collective`, but axis_index, which sends nothing, is none."""
-        if eqn.primitive is bucket_p:
-            return True
-        if self._uses_axis(eqn):
-            return eqn.primitive.name != compat.AXIS_INDEX
-        return any(map(self._communicates, compat.inner_eqns(eqn)))
-
-    def _divergent(self, eqn: Any, what: str) -> UnsupportedCollectiveError:
-        return UnsupportedCollectiveError(
-            f"{eqn.primitive.name} at {compat.source_line(eqn) or 'an unknown line'} "
-            f"contains a collective over axis {self.options.axis_name!r}, and {what} "
-            "may differ between ranks: some would call it and wait for the others "
-            f"forever. Make {what} equal on all ranks, for instance by lax.pmax over "
-            "the axis, or move the collective out. If it is equal for a reason that "
-            "the program does not show (a step counter that all ranks keep alike), say "
-            "allow_divergent=True."
-        )
+            yield reduction, around
 
     def _rank(self) -> Any:
         return rank_p.bind(comm=self.options.comm)
@@ -388,15 +247,6 @@ class _Planner:
             self.options.comm.size,
         )
         return compat.shaped_array(shape, operand.aval.dtype)
-
-    def _unsupported(self, eqn: Any, why: str) -> UnsupportedCollectiveError:
-        return UnsupportedCollectiveError(
-            f"{eqn.primitive.name} over axis {self.options.axis_name!r} at "
-            f"{compat.source_line(eqn) or 'an unknown line'} {why}. Scheduled are "
-            "psum, pmean, pmax, pmin, all_gather, psum_scatter, all_to_all, ppermute, "
-            "pbroadcast and axis_index, also inside jit, scan, while_loop, cond and "
-            "checkpoint, and jaxcomm's own collectives."
-        )
 
     def _adopt(self, eqn: Any, stage: int) -> int:
         """Take over a bucket that a jaxcomm collective has planned itself."""
@@ -553,7 +403,11 @@ def _in_order(units: list[Unit], chain: list[Unit]) -> list[Unit]:
     before: list[set[int]] = []
     for unit in units:
         before.append(
-            {producer[id(v)] for v in unit.inputs if is_var(v) and id(v) in producer}
+            {
+                producer[id(v)]
+                for v in unit.inputs
+                if compat.is_var(v) and id(v) in producer
+            }
         )
     # What has effects keeps its order: it may be tied by nothing else.
     placed = [unit for unit in units if unit.placed]
