@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import itertools
 import math
 import os.path
@@ -58,24 +60,29 @@ __all__ = [
     "exchange_layout",
     "failing_call",
     "gather_layout",
+    "gloo_listens_on",
     "inner_eqns",
     "instantiate_zeros",
     "is_drop_var",
     "is_var",
+    "join_distributed",
     "keeps_its_place",
     "key_impl",
+    "leave_distributed",
     "literal",
     "mlir",
     "named",
     "outside_trace",
     "parameters",
     "permutation",
+    "process_count",
     "register_ordered_effect",
     "scan",
     "scatter_layout",
     "set_async_dispatch",
     "shaped_array",
     "source_line",
+    "start_backends",
     "sub_jaxprs",
     "trace_with_axis",
     "while_loop",
@@ -100,6 +107,31 @@ def outside_trace() -> bool:
 def backends_initialized() -> bool:
     """Tell whether JAX's clients have been made."""
     return _xla_bridge.backends_are_initialized()
+
+
+@contextlib.contextmanager
+def gloo_listens_on(address: str) -> Iterator[None]:
+    """Let gloo, while JAX makes its backend, listen on one address alone.
+
+    It would take the address of the host's name, which may be a public one.
+    """
+    library: Any = vars(_xla_bridge)["_jax"]
+    make = library.make_gloo_tcp_collectives
+    library.make_gloo_tcp_collectives = functools.partial(make, hostname=address)
+    try:
+        yield
+    finally:
+        library.make_gloo_tcp_collectives = make
+
+
+def process_count() -> int:
+    """Return how many processes JAX knows of; starts its backends."""
+    return jax.process_count()
+
+
+def start_backends() -> None:
+    """Make JAX's backends, if they are not there yet."""
+    jax.local_devices()
 
 
 def backend_names() -> tuple[str, ...]:
@@ -456,3 +488,31 @@ def distributed_client() -> DistributedClient | None:
     if state.client is None:
         return None
     return DistributedClient(state.client, state.process_id, state.num_processes)
+
+
+def join_distributed(
+    address: str, process_id: int, num_processes: int, seconds: int
+) -> None:
+    """Connect to a coordination service that runs, as jax.distributed.initialize does.
+
+    Unlike that it starts no service, leaves SIGTERM to Python, and has no heartbeats:
+    a process that is stopped for a while is not taken for dead.
+    """
+    library: Any = vars(_xla_bridge)["_jax"]
+    client = library.get_distributed_runtime_client(
+        address,
+        process_id,
+        init_timeout=seconds,
+        heartbeat_timeout=10**7,
+        shutdown_on_destruction=False,
+        use_compression=True,
+    )
+    client.connect()
+    state = _distributed.global_state
+    state.client, state.coordinator_address = client, address
+    state.process_id, state.num_processes = process_id, num_processes
+
+
+def leave_distributed() -> None:
+    """Forget the client that `join_distributed` made; others are not told."""
+    _distributed.global_state.client = None

@@ -14,7 +14,9 @@ STAGING_VARIABLE = "JAXCOMM_STAGING_BYTES"
 SHARED_MEMORY_VARIABLE = "JAXCOMM_SHARED_MEMORY"
 OWN_THREAD_VARIABLE = "JAXCOMM_OWN_THREAD"
 CHECK_VARIABLE = "JAXCOMM_CHECK"
+DISTRIBUTED_VARIABLE = "JAXCOMM_DISTRIBUTED"
 CHECKS = ("once", "every")
+DISTRIBUTED = ("on", "off")
 DEFAULT_TIMEOUT = 600.0
 STAGING_BYTES = 8 << 20
 _MIN_STAGING = 4096
@@ -52,6 +54,22 @@ def check_every() -> bool:
             "across ranks when it first runs, or 'every' for every call, to debug"
         )
     return check == "every"
+
+
+def distributed(given: bool | None) -> str:
+    """Return one of `DISTRIBUTED`: as given, or as the environment says; else "on"."""
+    if isinstance(given, bool):
+        return "on" if given else "off"
+    found: Any = given
+    where = "init(distributed=...)"
+    if given is None:
+        found, where = os.environ.get(DISTRIBUTED_VARIABLE, "on"), DISTRIBUTED_VARIABLE
+    if found not in DISTRIBUTED:
+        raise InvalidOptionError(
+            f"{where}: {found!r}; give True ('on'), so that JAX knows which process of "
+            "how many each rank is, or False ('off') to leave JAX as it is"
+        )
+    return found
 
 
 def seconds(name: str, given: float | None, default: float) -> float:

@@ -22,6 +22,7 @@ from jaxcomm.errors import (
     TransportUnavailableError,
 )
 from jaxcomm.ranks import threads as _threads
+from jaxcomm.ranks import topology
 from jaxcomm.ranks.communicator import Communicator, wait_for_pending_work
 from jaxcomm.ranks.fabric import Alone, Fabric, KeyValueFabric, MpiFabric
 from jaxcomm.settings import Settings
@@ -49,6 +50,7 @@ def init(
     staging_bytes: int | None = None,
     warn_after: float | None = None,
     abort_after: float | None = None,
+    distributed: bool | None = None,
 ) -> Communicator:
     """Connect this process to the other ranks; the first use of anything does it too.
 
@@ -69,6 +71,11 @@ def init(
         not answer; JAXCOMM_ABORT_AFTER or 600 unless given, 0 for never. Where both
         are 0, which all ranks must say alike, nothing watches. Over NCCL also how long
         a collective may run on the GPU.
+      distributed: whether JAX is told which of how many processes this is, so that
+        jax.process_index(), device_count() and what asks them are right: through
+        jax.distributed, over an address that the ranks agree on. It must come before
+        JAX's first use, and a warning says so if it did not. JAXCOMM_DISTRIBUTED ("on"
+        or "off") or True unless given.
 
     Returns:
       The communicator of all ranks; the same object at every call. Called again, it
@@ -102,12 +109,14 @@ def init(
         _settings.seconds("warn_after", warn_after, watchdog.WARN_AFTER),
         _settings.seconds("abort_after", abort_after, watchdog.ABORT_AFTER),
     )
+    mode = _settings.distributed(distributed)
     given = {
         "transport": None if transport == "auto" else transport,
         "timeout": timeout,
         "staging_bytes": staging_bytes,
         "warn_after": warn_after,
         "abort_after": abort_after,
+        "distributed": distributed,
     }
     with _lock:
         if _forked:
@@ -117,13 +126,14 @@ def init(
                 "do with multiprocessing's 'spawn' or 'forkserver'."
             )
         if _world is None:
-            _world = _start(transport, settings, limits)
+            _world = _start(transport, settings, limits, mode)
             in_force = {
                 "transport": _world.transport,
                 "timeout": _world.timeout,
                 "staging_bytes": _world.staging_bytes,
                 "warn_after": limits[0],
                 "abort_after": limits[1],
+                "distributed": mode == "on",
             }
             # What was asked for may differ: sizes are rounded, and are rank 0's.
             _chosen = {name: (in_force[name], given[name]) for name in given}
@@ -207,15 +217,19 @@ def launched_ranks() -> int:
 
 
 def _start(
-    transport: str, settings: Settings, limits: tuple[float, float]
+    transport: str, settings: Settings, limits: tuple[float, float], mode: str
 ) -> Communicator:
     launched = launched_ranks()
-    if transport == "auto":
-        transport = _automatic(launched)
-    backend = transports.find(transport)()
-    _threads.prepare(waits_in_pool=backend.waits_in_pool)
-    if not backend.connects:
-        return Communicator("world", backend, settings, Alone())
+    by_mpi = launched > 1 or ("mpi4py.MPI" in sys.modules and _mpi_size() > 1)
+    known = compat.distributed_client()
+    if (
+        transport == "auto"
+        and not by_mpi
+        and (known is None or known.num_processes < 2)
+    ):
+        transport = "local"
+    if transport == "local":
+        return _alone(settings)
     # Many ranks that start from one file system differ by more than steps do.
     patience = max(limits[1], _LEAST_PATIENCE) if limits[1] else 0.0
     late = (
@@ -225,13 +239,38 @@ def _start(
         "sets the time.\n"
     )
     with native.deadline(patience, late, watchdog.STALLED):
-        return _connect(backend, launched, settings, limits)
+        auto = transport == "auto"
+        waits = auto or transports.find(transport).waits_in_pool
+        # Before JAX has a backend.
+        _threads.prepare(waits_in_pool=waits)
+        fabric = None
+        if by_mpi and known is None:
+            fabric = _by_mpi(transport, launched, settings, mode)
+        if auto:
+            transport = transports.automatic(jax.default_backend())
+            if transports.find(transport).needs_mpi and not by_mpi:
+                return _alone(settings)
+        backend = transports.find(transport)()
+        if fabric is None and not backend.needs_mpi:
+            fabric = KeyValueFabric.world(settings.timeout)
+            if fabric is None and launched == 1 and "mpi4py.MPI" not in sys.modules:
+                fabric = Alone()
+        if fabric is None:
+            fabric = _by_mpi(transport, launched, settings, mode)
+        return _connect(backend, fabric, settings, limits)
+
+
+def _alone(settings: Settings) -> Communicator:
+    backend = transports.find("local")()
+    _threads.prepare(waits_in_pool=backend.waits_in_pool)
+    return Communicator("world", backend, settings, Alone())
 
 
 def _connect(
-    backend: Transport, launched: int, settings: Settings, limits: tuple[float, float]
+    backend: Transport, fabric: Fabric, settings: Settings, limits: tuple[float, float]
 ) -> Communicator:
-    fabric = _fabric(backend, launched, settings)
+    if isinstance(fabric, MpiFabric):
+        _check_thread_level(backend)
     backend.open(fabric, limits[1])
     atexit.register(backend.close)
     _at_exit.append(backend.close)
@@ -271,29 +310,10 @@ def _leave_to_parent() -> None:
         atexit.unregister(call)
 
 
-def _automatic(launched: int) -> str:
-    """Choose a transport: for one rank none, else what suits JAX's backend."""
-    mpi_ready = "mpi4py.MPI" in sys.modules and _mpi_size() > 1
-    by_mpi = launched > 1 or mpi_ready
-    distributed = compat.distributed_client()
-    several = by_mpi or (distributed is not None and distributed.num_processes > 1)
-    if not several:
-        return "local"
-    # Asking for the backend makes JAX's client of the CPU, so that comes first.
-    _threads.prepare(waits_in_pool=True)
-    name = transports.automatic(jax.default_backend())
-    return "local" if transports.find(name).needs_mpi and not by_mpi else name
-
-
-def _fabric(backend: Transport, launched: int, settings: Settings) -> Fabric:
-    """Connect the processes: by jax.distributed or alone where that will do, or MPI."""
-    if not backend.needs_mpi:
-        fabric = KeyValueFabric.world(settings.timeout)
-        if fabric is not None:
-            return fabric
-        if launched == 1 and "mpi4py.MPI" not in sys.modules:
-            return Alone()
-    mpi = _import_mpi(backend, launched)
+def _by_mpi(transport: str, launched: int, settings: Settings, mode: str) -> MpiFabric:
+    """Connect the ranks by MPI, and tell JAX of them."""
+    service = topology.expected_service(mode)
+    mpi = _import_mpi(transport, launched)
     if launched > 1 and mpi.COMM_WORLD.Get_size() == 1:
         raise TransportUnavailableError(
             f"the launcher started {launched} ranks, but each of them is alone in its "
@@ -302,15 +322,19 @@ def _fabric(backend: Transport, launched: int, settings: Settings) -> Fabric:
             "under Slurm try `srun --mpi=pmix`, or on GPUs call "
             "jax.distributed.initialize() before jaxcomm.init()."
         )
-    return MpiFabric(mpi.COMM_WORLD, settings.timeout)
+    fabric = MpiFabric(mpi.COMM_WORLD, settings.timeout)
+    if topology.introduce(fabric, mode, service):
+        atexit.register(topology.leave)
+        _at_exit.append(topology.leave)
+    return fabric
 
 
-def _import_mpi(backend: Transport, launched: int) -> Any:
+def _import_mpi(transport: str, launched: int) -> Any:
     remedy = (
         "Install it with `pip install 'jaxcomm[mpi]'`, or mpi4py against your "
         "cluster's MPI; `jaxcomm doctor` shows what is found."
     )
-    why = f"transport {backend.name!r}"
+    why = f"transport {transport!r}"
     if launched > 1:
         why += f" (this process is one of {launched} ranks)"
     if importlib.util.find_spec("mpi4py") is None:
@@ -328,16 +352,21 @@ def _import_mpi(backend: Transport, launched: int) -> Any:
             f"{why}: MPI is not initialised, or already finalised; leave mpi4py's "
             "automatic initialisation on, or call MPI.Init_thread() before jaxcomm"
         )
+    return MPI
+
+
+def _check_thread_level(backend: Transport) -> None:
+    from mpi4py import MPI
+
     least, name = MPI.THREAD_SERIALIZED, "MPI_THREAD_SERIALIZED"
     if backend.concurrent_mpi_calls:
         least, name = MPI.THREAD_MULTIPLE, "MPI_THREAD_MULTIPLE"
     if MPI.Query_thread() < least:
         raise TransportUnavailableError(
-            f"{why}: MPI runs with a thread level below {name}, and the custom calls "
-            "run on XLA's threads. Leave mpi4py.rc.thread_level at 'multiple', and "
-            "check that the MPI library was built with threads."
+            f"transport {backend.name!r}: MPI runs with a thread level below {name}, "
+            "and the custom calls run on XLA's threads. Leave mpi4py.rc.thread_level "
+            "at 'multiple', and check that the MPI library was built with threads."
         )
-    return MPI
 
 
 def _mpi_size() -> int:

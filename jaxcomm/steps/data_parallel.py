@@ -17,7 +17,7 @@ from jaxcomm.errors import InvalidOptionError, JaxcommError
 from jaxcomm.planning import planner
 from jaxcomm.planning.planner import Groups
 from jaxcomm.planning.schedule import Schedule
-from jaxcomm.ranks import agreement, threads
+from jaxcomm.ranks import agreement, threads, topology
 from jaxcomm.ranks.communicator import Communicator
 from jaxcomm.startup import world
 from jaxcomm.steps.stages import Lowered, Traced
@@ -172,6 +172,7 @@ class DataParallel:
             return self._fn(*a, **k)
 
         values = [leaf for _, leaf in inputs]
+        topology.check_known(world().rank, world().size)
         self._log_change(Signature.of(paths, treedef))
         try:
             closed, shapes = compat.trace_with_axis(

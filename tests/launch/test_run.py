@@ -236,7 +236,11 @@ if comm.rank == 0:
                 sockets.add(os.readlink(f"/proc/{pid}/fd/{number}"))
             except OSError:
                 pass
-    local = ("0100007F", "00000000000000000000000001000000")
+    local = (
+        "0100007F",
+        "00000000000000000000000001000000",
+        "0000000000000000FFFF00000100007F",  # 127.0.0.1 by IPv6
+    )
     for name in ("tcp", "tcp6"):
         for line in open(f"/proc/net/{name}").read().splitlines()[1:]:
             words = line.split()

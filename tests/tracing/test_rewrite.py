@@ -447,7 +447,7 @@ with jax.enable_x64(True):
     mean = jaxcomm.data_parallel(lambda x: lax.pmean(x, "batch"))
     wide = mean(np.float64(1 + comm.rank))
     assert wide.dtype == np.float64 and float(wide) == 1.5
-sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+sharding = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
 total = jaxcomm.data_parallel(lambda x: lax.psum(x, "batch"))
 placed = jax.device_put(jnp.ones(3), sharding)
 np.testing.assert_array_equal(total(placed), 2)
