@@ -39,6 +39,8 @@ if TYPE_CHECKING:
     from jaxcomm.startup import world as world
     from jaxcomm.steps.data_parallel import data_parallel as data_parallel
     from jaxcomm.steps.pmap import pmap as pmap
+    from jaxcomm.steps.shard_map import local_block as local_block
+    from jaxcomm.steps.shard_map import shard_map as shard_map
 
 _MODULES = ("checkpoint", "data", "errors", "flax", "optax")
 _NAMES = {
@@ -53,6 +55,7 @@ _NAMES = {
     "Communicator": "ranks.communicator",
     "data_parallel": "steps.data_parallel",
     "init": "startup",
+    "local_block": "steps.shard_map",
     "local_rank": "startup",
     "local_size": "startup",
     "plan": "collectives.reductions",
@@ -60,6 +63,7 @@ _NAMES = {
     "rank": "startup",
     "reduce_scatter": "collectives.arrays",
     "Schedule": "planning.schedule",
+    "shard_map": "steps.shard_map",
     "size": "startup",
     "world": "startup",
 }

@@ -24,6 +24,8 @@ from jax._src.lib.mlir.dialects import hlo as _hlo
 from jax.extend.core import Literal, Primitive
 from jax.interpreters import ad, batching, mlir
 
+from jaxcomm.errors import UnsupportedCollectiveError
+
 __all__ = [
     "AXIS_INDEX",
     "CALLS",
@@ -84,6 +86,7 @@ __all__ = [
     "source_line",
     "start_backends",
     "sub_jaxprs",
+    "trace_shard_map",
     "trace_with_axis",
     "while_loop",
     "zero_tangent",
@@ -197,6 +200,212 @@ def trace_with_axis(
     """Trace `fun(*args)` with a named axis in scope; (closed jaxpr, output shapes)."""
     traced = jax.make_jaxpr(fun, axis_env=[(axis_name, size)], return_shape=True)
     return traced(*args)
+
+
+def trace_shard_map(
+    fun: Callable[..., Any],
+    axis_name: str,
+    size: int,
+    args: Sequence[Any],
+    local: Sequence[Any],
+    local_results: Sequence[Any] = (),
+) -> tuple[Any, Any]:
+    """Trace a function of global arrays that calls `jax.shard_map`, for one rank.
+
+    Args:
+      fun: takes and returns whole arrays, and does nothing with them but call
+        functions that `jax.shard_map` made, over a mesh of `axis_name` alone.
+      axis_name: the axis.
+      size: its length.
+      args: shapes of whole arrays.
+      local: shapes of the blocks that one rank has of each.
+      local_results: likewise of the results, where some may be constants.
+
+    Returns:
+      A closed jaxpr of the blocks, with the collectives that `trace_with_axis` would
+      give; and the shapes of the whole results.
+    """
+    empty = jax.sharding.AbstractMesh((), ())
+    with jax.sharding.use_abstract_mesh(empty):
+        traced, shapes = jax.make_jaxpr(fun, return_shape=True)(*args)
+    block = _Block(axis_name, size).program(traced, local, local_results)
+    return block, shapes
+
+
+class _Block:
+    """Writes jaxprs of `jax.shard_map` down as one rank's program.
+
+    Types that say how a value varies along the axis go, and so do the equations that
+    only change these types.
+    """
+
+    _CASTS = frozenset({"pvary", "pcast"})
+
+    class _Constant(NamedTuple):
+        """An array that one number fills."""
+
+        eqn: Any
+
+    # Where arrays are whole, these do to each block what they do to all of them.
+    _ELEMENTWISE = frozenset(
+        {"add_any", "convert_element_type", "copy", "div", "mul", "neg"}
+    )
+
+    def __init__(self, axis_name: str, size: int):
+        # Equations as they are without those types.
+        axis = [(axis_name, size)]
+
+        def plain(fun: Callable[[Any], Any]) -> Any:
+            return jax.make_jaxpr(fun, axis_env=axis)(1.0).jaxpr.eqns[-1]
+
+        self._plain = {
+            "psum_invariant": plain(lambda x: jax.lax.psum(x, axis_name)),
+            "all_gather_invariant": plain(lambda x: jax.lax.all_gather(x, axis_name)),
+        }
+        self._context = self._plain["psum_invariant"].ctx
+        self._mesh = plain(jax.jit(lambda x: x + 1)).params.get("ctx_mesh")
+
+    def program(
+        self, traced: Any, local: Sequence[Any], local_results: Sequence[Any]
+    ) -> Any:
+        jaxpr = traced.jaxpr
+        eqns: list[Any] = []
+        env: dict[Any, Any] = {}
+        constvars = [self._fresh(var, env) for var in jaxpr.constvars]
+        invars = []
+        for var, block in zip(jaxpr.invars, local, strict=True):
+            aval = _core.ShapedArray(tuple(block.shape), block.dtype)
+            env[var] = _core.Var(aval)
+            invars.append(env[var])
+        self._outside(jaxpr, env, eqns)
+        outvars = [
+            self._whole(var, env, local_results[k].shape if local_results else (), eqns)
+            for k, var in enumerate(jaxpr.outvars)
+        ]
+        new = jaxpr.replace(
+            constvars=constvars, invars=invars, outvars=outvars, eqns=eqns
+        )
+        return traced.replace(jaxpr=new) if new is not traced else new
+
+    def _whole(
+        self, var: Any, env: dict[Any, Any], shape: tuple[int, ...], out: list[Any]
+    ) -> Any:
+        """Read what is whole, or a block of it; make a block of a constant."""
+        found = self._read(var, env)
+        if not isinstance(found, self._Constant):
+            return found
+        aval = _core.ShapedArray(tuple(shape), found.eqn.outvars[0].aval.dtype)
+        made = _core.Var(aval)
+        params = {**found.eqn.params, "shape": aval.shape, "sharding": None}
+        values = [literal(v.val, self._type(v.aval)) for v in found.eqn.invars]
+        out.append(
+            found.eqn.replace(
+                invars=values, outvars=[made], params=params, ctx=self._context
+            )
+        )
+        return made
+
+    def _outside(self, jaxpr: Any, env: dict[Any, Any], out: list[Any]) -> None:
+        """Put the bodies of `jax.shard_map` in place of its equations."""
+        for eqn in jaxpr.eqns:
+            name = eqn.primitive.name
+            if name == "shard_map" or name in CALLS:
+                body = called(eqn)
+                inner = getattr(body, "jaxpr", body)
+                values = [self._read(var, env) for var in eqn.invars]
+                if name == "shard_map":
+                    values = [
+                        self._whole(outer, env, own.aval.shape, out)
+                        for outer, own in zip(eqn.invars, inner.invars, strict=True)
+                    ]
+                names = dict(zip(inner.invars, values, strict=True))
+                consts = getattr(body, "consts", ())
+                for var, value in zip(inner.constvars, consts, strict=True):
+                    names[var] = literal(value, self._type(var.aval))
+                run = self._inside if name == "shard_map" else self._outside
+                run(inner, names, out)
+                for var, result in zip(eqn.outvars, inner.outvars, strict=True):
+                    env[var] = self._read(result, names)
+            elif name == "broadcast_in_dim" and not any(map(is_var, eqn.invars)):
+                (result,) = eqn.outvars
+                env[result] = self._Constant(eqn)  # how much is needed, its use says
+            elif name in self._ELEMENTWISE:
+                operands = [self._read(var, env) for var in eqn.invars]
+                (result,) = eqn.outvars
+                shape = max((v.aval.shape for v in operands), key=len)
+                aval = _core.ShapedArray(shape, result.aval.dtype)
+                env[result] = _core.Var(aval)
+                out.append(
+                    eqn.replace(
+                        invars=operands, outvars=[env[result]], ctx=self._context
+                    )
+                )
+            else:
+                raise UnsupportedCollectiveError(
+                    f"{name} at {source_line(eqn)} on whole arrays, outside the body "
+                    "of shard_map, cannot be done by one rank"
+                )
+
+    def _inside(self, jaxpr: Any, env: dict[Any, Any], out: list[Any]) -> None:
+        for eqn in jaxpr.eqns:
+            name = eqn.primitive.name
+            if name in self._CASTS:
+                for var, value in zip(eqn.outvars, eqn.invars, strict=True):
+                    env[var] = self._read(value, env)
+                continue
+            primitive = eqn.primitive
+            params = {key: self._parameter(key, v) for key, v in eqn.params.items()}
+            if (plain := self._plain.get(name)) is not None:
+                primitive = plain.primitive
+                params = {key: params.get(key, v) for key, v in plain.params.items()}
+            out.append(
+                eqn.replace(
+                    primitive=primitive,
+                    params=params,
+                    invars=[self._read(var, env) for var in eqn.invars],
+                    outvars=[self._fresh(var, env) for var in eqn.outvars],
+                    ctx=self._context,
+                )
+            )
+
+    def _parameter(self, key: str, value: Any) -> Any:
+        found: Any = value
+        if isinstance(value, tuple | list):
+            return type(value)(self._parameter("", v) for v in value)
+        if hasattr(found, "jaxpr") and hasattr(found, "consts"):
+            return found.replace(jaxpr=self._body(found.jaxpr))
+        if isinstance(found, _core.Jaxpr):
+            return self._body(found)
+        if key == "ctx_mesh":
+            return self._mesh
+        if key in ("sharding", "out_sharding"):
+            return None
+        return value
+
+    def _body(self, jaxpr: Any) -> Any:
+        env: dict[Any, Any] = {}
+        eqns: list[Any] = []
+        constvars = [self._fresh(var, env) for var in jaxpr.constvars]
+        invars = [self._fresh(var, env) for var in jaxpr.invars]
+        self._inside(jaxpr, env, eqns)
+        outvars = [self._read(var, env) for var in jaxpr.outvars]
+        return jaxpr.replace(
+            constvars=constvars, invars=invars, outvars=outvars, eqns=eqns
+        )
+
+    def _fresh(self, var: Any, env: dict[Any, Any]) -> Any:
+        kind = _core.DropVar if is_drop_var(var) else _core.Var
+        env[var] = kind(self._type(var.aval))
+        return env[var]
+
+    def _read(self, var: Any, env: dict[Any, Any]) -> Any:
+        return env[var] if is_var(var) else literal(var.val, self._type(var.aval))
+
+    @staticmethod
+    def _type(aval: Any) -> Any:
+        if not isinstance(aval, _core.ShapedArray):
+            return aval
+        return _core.ShapedArray(aval.shape, aval.dtype, weak_type=aval.weak_type)
 
 
 def eval_eqn(eqn: Any, values: Sequence[Any]) -> list[Any]:

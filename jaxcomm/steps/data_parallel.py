@@ -67,7 +67,7 @@ class DataParallel:
 
         @functools.wraps(fn)
         def part(*args: Any, **kwargs: Any) -> Any:
-            return self._trace(args, kwargs, None)[0]
+            return self._as_part(args, kwargs)
 
         # As a program of its own, its calls are chained by a token and have no effect.
         self._program = jax.jit(
@@ -175,9 +175,7 @@ class DataParallel:
         topology.check_known(world().rank, world().size)
         self._log_change(Signature.of(paths, treedef))
         try:
-            closed, shapes = compat.trace_with_axis(
-                call, self._axis_name, comm.size, values
-            )
+            closed, shapes = self._read(call, args, values)
         except NameError as error:  # JAX's answer to an unbound axis name
             if "unbound axis" not in str(error):
                 raise
@@ -187,6 +185,30 @@ class DataParallel:
                 f"axis_name={self._axis_name!r}; use that name in its collectives "
                 "and in layers such as BatchNorm(axis_name=...)."
             ) from error
+        with _no_garbage():
+            out, token = self._plan(closed, inputs, comm).run(values, token)
+        if comm.alone:
+            token = None  # a result more costs time on a GPU
+        self._unchecked |= token is not None
+        return jax.tree.unflatten(jax.tree.structure(shapes), out), token
+
+    def _as_part(self, args: Any, kwargs: Any) -> Any:
+        """Trace as part of another program."""
+        return self._trace(args, kwargs, None)[0]
+
+    def _read(
+        self, call: Callable[..., Any], args: Any, values: Sequence[Any]
+    ) -> tuple[Any, Any]:
+        """Trace the function of its arrays; return a jaxpr and the results' shapes."""
+        del args
+        return compat.trace_with_axis(
+            call, self._axis_name, self._communicator().size, values
+        )
+
+    def _plan(
+        self, closed: Any, inputs: Sequence[tuple[str, Any]], comm: Communicator
+    ) -> rewrite.Program:
+        """Plan what was traced, and keep its schedule."""
         options = rewrite.Options(
             self._axis_name,
             comm,
@@ -195,16 +217,11 @@ class DataParallel:
             self._wire_dtype,
             self._allow_divergent,
         )
-        with _no_garbage():
-            program = rewrite.program(closed, options, inputs)
-            out, token = program.run(values, token)
+        program = rewrite.program(closed, options, inputs)
         self._schedules.append(program.schedule)
-        if comm.alone:
-            token = None  # a result more costs time on a GPU
-        self._unchecked |= token is not None
         if log.isEnabledFor(logging.DEBUG):
             log.debug("%s: %s", _name(self._fn), program.schedule.explain())
-        return jax.tree.unflatten(jax.tree.structure(shapes), out), token
+        return program
 
     def _log_change(self, signature: Signature) -> None:
         """Say why a function is traced again."""
