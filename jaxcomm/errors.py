@@ -20,6 +20,10 @@ class ScheduleMismatchError(JaxcommError):
     """The ranks of a communicator hold different schedules; nothing was sent."""
 
 
+class ReplicationError(JaxcommError, AssertionError):
+    """A tree that should be the same on all ranks is not."""
+
+
 class StallError(JaxcommError):
     """Some ranks did not arrive within the time that `init(timeout=)` allows."""
 

@@ -15,7 +15,8 @@ SHARED_MEMORY_VARIABLE = "JAXCOMM_SHARED_MEMORY"
 OWN_THREAD_VARIABLE = "JAXCOMM_OWN_THREAD"
 CHECK_VARIABLE = "JAXCOMM_CHECK"
 DISTRIBUTED_VARIABLE = "JAXCOMM_DISTRIBUTED"
-CHECKS = ("once", "every")
+CHECKS = ("once", "every", "replicas")
+REPLICAS_EVERY = 100  # calls
 DISTRIBUTED = ("on", "off")
 DEFAULT_TIMEOUT = 600.0
 STAGING_BYTES = 8 << 20
@@ -47,13 +48,36 @@ def staging_bytes(given: int | None) -> int:
 
 def check_every() -> bool:
     """Return whether the environment asks to compare every call across ranks."""
-    check = os.environ.get(CHECK_VARIABLE, "once")
-    if check not in CHECKS:
+    return "every" in _checks()
+
+
+def check_replicas(given: bool | int | None) -> int:
+    """Return after how many calls arguments are compared again; 0 for never.
+
+    Args:
+      given: by a decorator; None for what the environment says.
+    """
+    if given is None:
+        return REPLICAS_EVERY if "replicas" in _checks() else 0
+    if isinstance(given, bool):
+        return REPLICAS_EVERY if given else 0
+    if not isinstance(given, int) or given < 1:
         raise InvalidOptionError(
-            f"{CHECK_VARIABLE}: {check!r}; give 'once' to compare every schedule "
-            "across ranks when it first runs, or 'every' for every call, to debug"
+            f"check_replicas={given!r}; give True, False, or a number of calls from 1"
         )
-    return check == "every"
+    return given
+
+
+def _checks() -> list[str]:
+    checks = os.environ.get(CHECK_VARIABLE, "once").split(",")
+    if not set(checks) <= set(CHECKS):
+        raise InvalidOptionError(
+            f"{CHECK_VARIABLE}: {','.join(checks)!r}; give 'once' to compare every "
+            "schedule across ranks when it first runs, 'every' for every call, to "
+            "debug, and 'replicas' to compare what should be equal on all ranks, "
+            "parameters above all; several with commas"
+        )
+    return checks
 
 
 def distributed(given: bool | None) -> str:

@@ -222,13 +222,9 @@ def _start(
     launched = launched_ranks()
     by_mpi = launched > 1 or ("mpi4py.MPI" in sys.modules and _mpi_size() > 1)
     known = compat.distributed_client()
-    if (
-        transport == "auto"
-        and not by_mpi
-        and (known is None or known.num_processes < 2)
-    ):
-        transport = "local"
-    if transport == "local":
+    several = by_mpi or (known is not None and known.num_processes > 1)
+    auto = transport == "auto"
+    if not (several if auto else transports.find(transport).connects):
         return _alone(settings)
     # Many ranks that start from one file system differ by more than steps do.
     patience = max(limits[1], _LEAST_PATIENCE) if limits[1] else 0.0
@@ -239,7 +235,6 @@ def _start(
         "sets the time.\n"
     )
     with native.deadline(patience, late, watchdog.STALLED):
-        auto = transport == "auto"
         waits = auto or transports.find(transport).waits_in_pool
         # Before JAX has a backend.
         _threads.prepare(waits_in_pool=waits)

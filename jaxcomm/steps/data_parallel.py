@@ -7,22 +7,27 @@ import dataclasses
 import functools
 import gc
 import logging
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, cast, overload
 
 import jax
 
 from jaxcomm import compat
-from jaxcomm.errors import InvalidOptionError, JaxcommError
+from jaxcomm.collectives import replication
+from jaxcomm.errors import InvalidOptionError, JaxcommError, ReplicationError
 from jaxcomm.planning import planner
 from jaxcomm.planning.planner import Groups
 from jaxcomm.planning.schedule import Schedule
 from jaxcomm.ranks import agreement, threads, topology
 from jaxcomm.ranks.communicator import Communicator
 from jaxcomm.startup import world
+from jaxcomm.steps import replicas
 from jaxcomm.steps.stages import Lowered, Traced
 from jaxcomm.tracing import rewrite
+from jaxcomm.tracing.predicates import kept_equal
 from jaxcomm.tracing.primitives import new_token
+from jaxcomm.tracing.reading import Reader
 
 log = logging.getLogger(__name__)
 
@@ -39,13 +44,14 @@ class DataParallel:
         fn: Callable[..., Any],
         *,
         axis_name: str,
-        comm: Communicator | None,
-        groups: Groups,
-        bucket_bytes: int | None,
-        wire_dtype: str | None,
-        donate_argnums: int | Sequence[int],
-        static_argnums: int | Sequence[int],
+        comm: Communicator | None = None,
+        groups: Groups = None,
+        bucket_bytes: int | None = None,
+        wire_dtype: str | None = None,
+        donate_argnums: int | Sequence[int] = (),
+        static_argnums: int | Sequence[int] = (),
         allow_divergent: bool = False,
+        check_replicas: bool | int | None = None,
     ):
         functools.update_wrapper(self, fn)
         self._fn = fn
@@ -55,10 +61,14 @@ class DataParallel:
         self._bucket_bytes = bucket_bytes
         self._wire_dtype = wire_dtype
         self._allow_divergent = allow_divergent
+        self._replicas = replicas.Check(check_replicas)
         self._seen: Signature | None = None  # of the last trace's arguments
         self._schedules: list[Schedule] = []  # of all traces
         # Whether a program was traced that has not run: its first run is waited for.
         self._unchecked = False
+        self._call = _Call()
+        # Fingerprints of schedules whose predicates' arguments were compared.
+        self._compared: set[str] = set()
 
         # jit reads argument names from the signature, which a bound method cannot take.
         @functools.wraps(fn)
@@ -109,6 +119,9 @@ class DataParallel:
         comm = self._communicator()
         comm.check_usable()
         threads.enter(comm, (args, kwargs))
+        before = self._replicas.before(comm, (args, kwargs))
+        # For the trace, if this call makes one: it sees no values.
+        self._call.given = (args, kwargs)
         try:
             out = program(*args, **kwargs)
             if self._unchecked:
@@ -119,6 +132,10 @@ class DataParallel:
         except compat.CALL_ERRORS as error:
             agreement.raise_failure(error)
             raise
+        finally:
+            self._call.given = None
+        if before is not None:
+            self._replicas.compare(comm, before, _name(self._fn))
         return out[0]
 
     def __get__(self, instance: Any, owner: type | None = None) -> Any:
@@ -185,8 +202,19 @@ class DataParallel:
                 f"axis_name={self._axis_name!r}; use that name in its collectives "
                 "and in layers such as BatchNorm(axis_name=...)."
             ) from error
+        numbers = [k for k, traced in enumerate(dynamic) if traced]
+        equal = functools.partial(
+            self._kept_equal, closed, (args, kwargs), numbers, shapes
+        )
         with _no_garbage():
-            out, token = self._plan(closed, inputs, comm).run(values, token)
+            # Inside another program nobody compares the arguments' first values.
+            top = token is not None
+            program = self._plan(closed, inputs, comm, equal if top else None)
+            self._check_results(closed, args, shapes)
+            out, token = program.run(values, token)
+        if top:
+            self._compare_equal(program, inputs, numbers, comm)
+            self._replicas.traced(closed, inputs, equal, self._reader())
         if comm.alone:
             token = None  # a result more costs time on a GPU
         self._unchecked |= token is not None
@@ -205,8 +233,73 @@ class DataParallel:
             call, self._axis_name, self._communicator().size, values
         )
 
+    def _declared(self, args: Any, kwargs: Any) -> Sequence[bool]:
+        """Tell of each leaf whether it is declared to be the same on all ranks."""
+        return [False] * len(jax.tree.leaves((args, kwargs)))
+
+    def _check_results(self, closed: Any, args: Any, shapes: Any) -> None:
+        """Refuse results that are declared equal and may not be."""
+
+    def _reader(self) -> Reader:
+        return Reader(self._axis_name, self._communicator())
+
+    def _kept_equal(
+        self,
+        closed: Any,
+        arguments: Any,
+        numbers: Sequence[int],
+        shapes: Any,
+        reader: Reader,
+    ) -> frozenset[int]:
+        """Find the arguments that are the same on all ranks, if they were once.
+
+        Args:
+          closed: the function's jaxpr.
+          arguments: (args, kwargs).
+          numbers: which of their leaves the jaxpr takes.
+          shapes: of the results.
+          reader: the function's.
+        """
+        declared = self._declared(*arguments)
+        known = {k for k, number in enumerate(numbers) if declared[number]}
+        carried = replicas.carried(arguments, numbers, shapes)
+        return kept_equal(closed, reader, known, carried)
+
+    def _compare_equal(
+        self,
+        program: rewrite.Program,
+        inputs: Sequence[tuple[str, Any]],
+        numbers: Sequence[int],
+        comm: Communicator,
+    ) -> None:
+        """Compare across ranks the arguments that predicates are made of, once.
+
+        If they differ, some ranks do not come to the first call, where schedules are
+        compared.
+        """
+        fingerprint = program.schedule.fingerprint
+        wanted = program.equal_inputs and self._call.given is not None
+        if not wanted or comm.size == 1 or fingerprint in self._compared:
+            return
+        leaves = jax.tree.leaves(self._call.given)
+        mine = {
+            inputs[k][0]: replication.describe(leaves[numbers[k]])
+            for k in sorted(program.equal_inputs)
+        }
+        every = comm.all_gather_object(mine)
+        if found := replication.difference(every, f"{_name(self._fn)}: argument"):
+            raise ReplicationError(
+                f"{found}. It decides about collectives that all ranks must call, so "
+                "it must be equal on all of them; nothing was sent"
+            )
+        self._compared.add(fingerprint)
+
     def _plan(
-        self, closed: Any, inputs: Sequence[tuple[str, Any]], comm: Communicator
+        self,
+        closed: Any,
+        inputs: Sequence[tuple[str, Any]],
+        comm: Communicator,
+        equal: Callable[[Reader], frozenset[int]] | None = None,
     ) -> rewrite.Program:
         """Plan what was traced, and keep its schedule."""
         options = rewrite.Options(
@@ -217,7 +310,7 @@ class DataParallel:
             self._wire_dtype,
             self._allow_divergent,
         )
-        program = rewrite.program(closed, options, inputs)
+        program = rewrite.program(closed, options, inputs, equal)
         self._schedules.append(program.schedule)
         if log.isEnabledFor(logging.DEBUG):
             log.debug("%s: %s", _name(self._fn), program.schedule.explain())
@@ -229,6 +322,12 @@ class DataParallel:
             change = self._seen.change(signature)
             log.info("%s is traced again: %s", _name(self._fn), change)
         self._seen = signature
+
+
+class _Call(threading.local):
+    """The arguments of the call that each thread is in."""
+
+    given: Any = None
 
 
 class BoundDataParallel(functools.partial[Any]):
@@ -329,6 +428,7 @@ def data_parallel(
     donate_argnums: int | Sequence[int] = ...,
     static_argnums: int | Sequence[int] = ...,
     allow_divergent: bool = ...,
+    check_replicas: bool | int | None = ...,
 ) -> DataParallel: ...
 @overload
 def data_parallel(
@@ -342,6 +442,7 @@ def data_parallel(
     donate_argnums: int | Sequence[int] = ...,
     static_argnums: int | Sequence[int] = ...,
     allow_divergent: bool = ...,
+    check_replicas: bool | int | None = ...,
 ) -> Callable[[Callable[..., Any]], DataParallel]: ...
 
 
@@ -356,6 +457,7 @@ def data_parallel(
     donate_argnums: int | Sequence[int] = (),
     static_argnums: int | Sequence[int] = (),
     allow_divergent: bool = False,
+    check_replicas: bool | int | None = None,
 ) -> Any:
     """Jit a function of one rank's data, with its collectives on a static schedule.
 
@@ -381,6 +483,11 @@ def data_parallel(
       allow_divergent: accept a collective inside a `cond` or `while_loop` whose
         predicate is not provably equal on all ranks. Where it then differs, ranks wait
         for each other forever.
+      check_replicas: compare across ranks, in the first call and every hundredth (or
+        every n-th, for a number), the arguments that should be the same on all ranks:
+        those that the function gives back equal if it is given them equal, as
+        parameters are. Equal batches and equal PRNG keys raise a warning. None:
+        JAXCOMM_CHECK=replicas says it for all functions.
 
     Returns:
       A `DataParallel`: a callable with `.schedule`, `.schedules`, `.trace` and
@@ -394,6 +501,8 @@ def data_parallel(
         that some ranks may not reach.
       ScheduleMismatchError: at the first call: the ranks' schedules differ; raised on
         every rank before anything is sent.
+      ReplicationError: `check_replicas` found parameters that differ between ranks, or
+        an argument does that decides about a collective.
 
     Example:
       >>> @jaxcomm.data_parallel(axis_name="batch")
@@ -420,6 +529,7 @@ def data_parallel(
         donate_argnums=donate_argnums,
         static_argnums=static_argnums,
         allow_divergent=allow_divergent,
+        check_replicas=check_replicas,
     )
     if fn is None:
         return make

@@ -97,15 +97,44 @@ def pmap(
             kwargs = _squeeze(0, kwargs, "keyword argument")
             return _expand(out_axes, function(*args, **kwargs))
 
-        return data_parallel(
+        return Pmap(
             one,
+            in_axes=in_axes,
             axis_name=_NO_NAME if axis_name is None else axis_name,
             donate_argnums=donate_argnums,
             static_argnums=static,
             **options,
         )
 
+    name = _NO_NAME if axis_name is None else axis_name
+    data_parallel(axis_name=name, **options)  # for its checks of options
     return make if fn is None else make(fn)
+
+
+class Pmap(DataParallel):
+    """A jitted function of arrays with a mapped axis of length 1."""
+
+    def __init__(self, fn: Callable[..., Any], *, in_axes: Any, **options: Any):
+        self._in_axes = in_axes
+        super().__init__(fn, **options)
+
+    def _declared(self, args: Any, kwargs: Any) -> Sequence[bool]:
+        axes = self._in_axes
+        if not isinstance(axes, tuple | list):
+            axes = (axes,) * len(args)
+
+        def spread(axis: Any, part: Any) -> Any:
+            return jax.tree.map(lambda _: axis is None, part)
+
+        # Static arguments are not mapped, and may be no trees.
+        found: list[bool] = []
+        for axis, arg in zip(axes, args, strict=True):
+            count = len(jax.tree.leaves(arg))
+            if isinstance(axis, int):
+                found += [False] * count
+            else:
+                found += jax.tree.leaves(_over_prefix(spread, axis, arg, "in_axes"))
+        return found + [False] * len(jax.tree.leaves(kwargs))
 
 
 def _check_size(axis_size: int | None, comm: Communicator | None) -> None:

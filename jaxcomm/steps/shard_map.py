@@ -13,11 +13,12 @@ import numpy as np
 from jax.sharding import AbstractMesh, AxisType, PartitionSpec
 
 from jaxcomm import compat
-from jaxcomm.errors import InvalidOptionError
+from jaxcomm.errors import InvalidOptionError, UnsupportedCollectiveError
 from jaxcomm.planning.planner import Groups
 from jaxcomm.ranks.communicator import Communicator
 from jaxcomm.startup import world
 from jaxcomm.steps.data_parallel import DataParallel, data_parallel
+from jaxcomm.tracing.predicates import equal_results
 
 
 def shard_map(
@@ -35,6 +36,7 @@ def shard_map(
     wire_dtype: str | None = None,
     donate_argnums: int | Sequence[int] = (),
     allow_divergent: bool = False,
+    check_replicas: bool | int | None = None,
 ) -> Any:
     """Stand in for `jax.shard_map` in a program of one process per device.
 
@@ -62,6 +64,7 @@ def shard_map(
       donate_argnums: as in `jax.jit`.
       allow_divergent: as in `data_parallel`; what `out_specs` takes for replicated is
         not looked at either.
+      check_replicas: as in `data_parallel`; what `P()` says is replicated is compared.
 
     Returns:
       A `DataParallel`. Called inside another program, it can be differentiated in
@@ -96,6 +99,7 @@ def shard_map(
         donate_argnums=donate_argnums,
         static_argnums=(),
         allow_divergent=allow_divergent,
+        check_replicas=check_replicas,
     )
     # For its checks of the other options.
     data_parallel(axis_name=axis, bucket_bytes=bucket_bytes, wire_dtype=wire_dtype)
@@ -198,14 +202,30 @@ class ShardMap(DataParallel):
             values,
         )
 
-    def _results(self, shapes: Any) -> list[bool]:
-        """Tell which leaves of the result should be equal on all ranks."""
-        if self._specs.check_vma:  # JAX has seen to that
-            return []
+    def _declared(self, args: Any, kwargs: Any) -> Sequence[bool]:
+        del kwargs
+        return [not any(_sharded(spec)) for spec in self._flat_specs(args)]
+
+    def _check_results(self, closed: Any, args: Any, shapes: Any) -> None:
+        if self._specs.check_vma or self._allow_divergent:  # JAX has seen to it
+            return
         specs = _spread("out_specs", self._specs.outputs, shapes)
-        return [
+        whole = [
             not any(_sharded(spec)) for spec in jax.tree.leaves(specs, is_leaf=_is_spec)
         ]
+        inputs = {k for k, equal in enumerate(self._declared(args, {})) if equal}
+        equal = equal_results(closed, self._reader(), inputs)
+        paths = [path for path, _ in jax.tree_util.tree_leaves_with_path(shapes)]
+        for path, declared, found in zip(paths, whole, equal, strict=True):
+            if declared and found is None:
+                name = jax.tree_util.keystr(path)
+                raise UnsupportedCollectiveError(
+                    f"shard_map(check_vma=False): out_specs takes result "
+                    f"{name or 'of the function'} for equal on all ranks, and nothing "
+                    "in the program makes it so. Reduce it over the axis, give it a "
+                    "sharded spec, or, if it is equal for another reason, say "
+                    "allow_divergent=True"
+                )
 
     def _as_part(self, args: Any, kwargs: Any) -> Any:
         """As part of another program, with the derivative that JAX gives it."""

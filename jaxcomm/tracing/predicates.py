@@ -1,24 +1,23 @@
 """Which values of a program are the same on all ranks, and where that must be so.
 
 A collective inside `cond` or `while_loop` is only met by all ranks if all take the same
-way. `check` follows every predicate that decides about a collective back to where it
-comes from: literals, constants and what a collective has made equal are the same on all
-ranks, and so is what is computed from these alone. A function's arguments are not:
-nothing compares their values.
+way. `check_predicates` follows every predicate that decides about a collective back to
+where it comes from: literals, constants and what a collective has made equal are the
+same on all ranks, and so is what is computed from these alone. Of a function's
+arguments those count that are declared so, or that the function gives back equal if it
+was given them equal, as it does with a step counter; their first values are compared.
 
 Literals and constants are those of this rank's trace. So that ranks with other ones
 are found, a digest of what every such predicate is made of goes into the schedule,
 which the ranks compare before its first byte moves.
-
-Internal to `rewrite`.
 """
 
 from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -27,38 +26,107 @@ from jaxcomm.errors import UnsupportedCollectiveError
 from jaxcomm.tracing.primitives import BoundBucket, bucket_p, mark_of
 from jaxcomm.tracing.reading import EQUAL_RESULTS, Reader
 
-# A digest of how a value that is the same on all ranks came about; None: unknown.
-Origin = str | None
+
+class Known(NamedTuple):
+    """How a value that is the same on all ranks came about.
+
+    Attributes:
+      digest: of what it is made of.
+      inputs: which of the function's arguments must be the same for that.
+    """
+
+    digest: str
+    inputs: frozenset[int] = frozenset()
+
+
+Origin = Known | None  # None: nothing is known
 _ADDRESS = re.compile(r"0x[0-9a-f]+")
 
 
-def check_predicates(closed: Any, reader: Reader) -> str:
+class Checked(NamedTuple):
+    """What `check_predicates` has found.
+
+    Attributes:
+      digest: of what the predicates are made of; "" where nothing depends on any.
+      inputs: the arguments that must be the same on all ranks.
+    """
+
+    digest: str = ""
+    inputs: frozenset[int] = frozenset()
+
+
+def check_predicates(closed: Any, reader: Reader, inputs: Collection[int]) -> Checked:
     """Refuse collectives under predicates that may differ between ranks.
 
-    Returns:
-      A digest of what the others are made of, or "" where nothing depends on any.
+    Args:
+      closed: the function's jaxpr.
+      reader: the function's.
+      inputs: arguments that are the same on all ranks.
 
     Raises:
       UnsupportedCollectiveError: for the first equation that may divide the ranks.
     """
-    if not reader.branches_communicate(closed.jaxpr):
-        return ""
     checker = _Checker(reader)
-    checker.body(closed, [None] * len(closed.jaxpr.invars))
-    return checker.digest
+    checker.body(closed, _origins(closed, inputs))
+    return Checked(checker.digest, checker.inputs)
+
+
+def equal_results(closed: Any, reader: Reader, inputs: Collection[int]) -> list[Origin]:
+    """Tell why each result is the same on all ranks if these arguments are."""
+    checker = _Checker(reader, refuses=False)
+    return checker.body(closed, _origins(closed, inputs))
+
+
+def kept_equal(
+    closed: Any, reader: Reader, declared: Collection[int], carried: Mapping[int, int]
+) -> frozenset[int]:
+    """Find arguments that are the same on all ranks in every call, if in the first.
+
+    Results that a collective makes equal whatever it is given tell nothing of the
+    arguments at their place.
+
+    Args:
+      closed: the function's jaxpr.
+      reader: the function's.
+      declared: arguments that are said to be.
+      carried: arguments, and the results that the next call is given for them.
+    """
+    kept = frozenset({*declared, *carried})
+    while True:
+        results = equal_results(closed, reader, kept)
+        lost = set[int]()
+        for k in kept - set(declared):
+            result = results[carried[k]]
+            if result is None or k not in result.inputs:
+                lost.add(k)
+        if not lost:
+            return kept
+        kept -= lost
+
+
+def _origins(closed: Any, inputs: Collection[int]) -> list[Origin]:
+    return [
+        Known(_hash(f"argument {k}"), frozenset({k})) if k in inputs else None
+        for k in range(len(closed.jaxpr.invars))
+    ]
 
 
 class _Checker:
     """Follows values through a program, and finds predicates that may differ."""
 
-    def __init__(self, reader: Reader):
+    def __init__(self, reader: Reader, *, refuses: bool = True):
         self._reader = reader
+        self._refuses = refuses
         # The predicates that decide about a collective, as a set in order.
-        self._used: dict[str, None] = {}
+        self._used: dict[Known, None] = {}
 
     @property
     def digest(self) -> str:
-        return _hash(*self._used) if self._used else ""
+        return _hash(*(known.digest for known in self._used)) if self._used else ""
+
+    @property
+    def inputs(self) -> frozenset[int]:
+        return frozenset[int]().union(*(known.inputs for known in self._used))
 
     def body(self, closed: Any, inputs: Sequence[Origin]) -> list[Origin]:
         """Check one jaxpr; return its outputs' origins."""
@@ -82,10 +150,10 @@ class _Checker:
         if eqn.primitive is bucket_p or self._reader.uses_axis(eqn):
             if made := self._made_equal(eqn):
                 where = f"{made} at {compat.source_line(eqn)}"
-                return [_hash(where, str(k)) for k in range(count)]
+                return [_made(where, str(k)) for k in range(count)]
             return [None] * count
         if compat.named(eqn) == mark_of(self._reader.comm):
-            return [_hash(f"one rank at {compat.source_line(eqn)}")]
+            return [_made(f"one rank at {compat.source_line(eqn)}")]
         if name == compat.COND:
             return self._cond(eqn, inputs)
         if name == compat.WHILE:
@@ -103,8 +171,8 @@ class _Checker:
         if bodies or None in inputs or eqn.effects or "callback" in name:
             return [None] * count
         params = _ADDRESS.sub("", compat.parameters(eqn))
-        made = _hash(name, params, *[x or "" for x in inputs])
-        return [_hash(made, str(k)) for k in range(count)]
+        made = _made(name, params, *inputs)
+        return [_made(made, str(k)) for k in range(count)]
 
     def _made_equal(self, eqn: Any) -> str:
         """Name a collective whose results are the same on all ranks; else ""."""
@@ -118,9 +186,10 @@ class _Checker:
         return f"{call.bucket.op} of {call.schedule.fingerprint}, bucket {call.index},"
 
     def _decide(self, eqn: Any, predicate: Origin, what: str) -> None:
-        if predicate is None:
+        if predicate is not None:
+            self._used[predicate] = None
+        elif self._refuses:
             raise self._divergent(eqn, what)
-        self._used[predicate] = None
 
     def _divergent(self, eqn: Any, what: str) -> UnsupportedCollectiveError:
         return UnsupportedCollectiveError(
@@ -129,8 +198,10 @@ class _Checker:
             "may differ between ranks: some would call it and wait for the others "
             f"forever. Make {what} equal on all ranks, for instance by lax.pmax over "
             "the axis, or move the collective out. If it is equal for a reason that "
-            "the program does not show (a step counter that all ranks keep alike), say "
-            "allow_divergent=True."
+            "the program does not show, say allow_divergent=True. Of arguments those "
+            "count as equal that pmap maps over None or shard_map over P(), or that "
+            "the function gives back at the same place of the same structure, as it "
+            "does with a step counter; but not where it is called in another program."
         )
 
     def _cond(self, eqn: Any, inputs: list[Origin]) -> list[Origin]:
@@ -142,7 +213,7 @@ class _Checker:
         if predicate is None:
             return [None] * len(eqn.outvars)
         return [
-            None if None in each else _hash(compat.COND, predicate, *map(str, each))
+            None if None in each else _made(compat.COND, predicate, *each)
             for each in zip(*outs, strict=True)
         ]
 
@@ -182,7 +253,7 @@ class _Checker:
             if not any(lost):
                 # Not the first iteration's alone: what the body does to it counts too.
                 return [
-                    None if b is None else _hash("loop", b, str(a))
+                    None if b is None else _made("loop", b, a)
                     for a, b in zip(after, carry, strict=True)
                 ]
             carry = [None if gone else b for gone, b in zip(lost, carry, strict=True)]
@@ -192,9 +263,18 @@ def _constant(value: Any) -> Origin:
     try:
         array = np.asarray(value)
         content = hashlib.sha256(array.tobytes()).hexdigest()
-        return _hash(str(array.dtype), str(array.shape), content)
+        return _made(str(array.dtype), str(array.shape), content)
     except (TypeError, ValueError):  # a key array, or nothing NumPy knows
         return None
+
+
+def _made(*parts: str | Origin) -> Known:
+    """Say how a value came about, of texts and of values that it was made of."""
+    known = [part for part in parts if isinstance(part, Known)]
+    texts = [part.digest if isinstance(part, Known) else str(part) for part in parts]
+    return Known(
+        _hash(*texts), frozenset[int]().union(*(part.inputs for part in known))
+    )
 
 
 def _hash(*texts: str) -> str:

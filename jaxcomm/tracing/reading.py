@@ -122,6 +122,12 @@ class Reader:
             return True
         return any(map(self.has_collective, compat.inner_eqns(eqn)))
 
+    def asks_rank(self, eqn: Any) -> bool:
+        """Tell whether an equation, or one inside it, gives this rank's number."""
+        if self.uses_axis(eqn) and eqn.primitive.name == compat.AXIS_INDEX:
+            return True
+        return any(map(self.asks_rank, compat.inner_eqns(eqn)))
+
     def _check(self, eqn: Any) -> None:
         names = [a for a in compat.axes(eqn) if not isinstance(a, int)]
         if names != [self.axis_name]:

@@ -31,7 +31,7 @@ import bisect
 import dataclasses
 import heapq
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -43,7 +43,7 @@ from jaxcomm.planning.schedule import Bucket, LeafSpec, Schedule
 from jaxcomm.ranks.communicator import Communicator
 from jaxcomm.tracing.evaluate import Evaluator
 from jaxcomm.tracing.leaf_names import Reduction, name_leaves
-from jaxcomm.tracing.predicates import check_predicates
+from jaxcomm.tracing.predicates import Checked, check_predicates
 from jaxcomm.tracing.primitives import (
     BoundBucket,
     bucket_p,
@@ -82,6 +82,8 @@ class Program:
     schedule: Schedule
     comm: Communicator
     body: Body
+    # Arguments that must be the same on all ranks, because predicates are made of them.
+    equal_inputs: frozenset[int] = frozenset()
 
     def run(self, args: Sequence[Any], token: Any = None) -> tuple[list[Any], Any]:
         """Evaluate under the current trace; returns (flat outputs, last token).
@@ -93,7 +95,10 @@ class Program:
 
 
 def program(
-    closed_jaxpr: Any, options: Options, inputs: Sequence[tuple[str, Any]]
+    closed_jaxpr: Any,
+    options: Options,
+    inputs: Sequence[tuple[str, Any]],
+    equal_inputs: Callable[[Reader], Collection[int]] | None = None,
 ) -> Program:
     """Plan all collectives of a traced function.
 
@@ -102,6 +107,8 @@ def program(
       options: axis, communicator and planner options.
       inputs: (path, aval) of the function's array arguments; reductions whose shapes
         run parallel to a stretch of them are named after them.
+      equal_inputs: says which of these are the same on all ranks; asked where a
+        predicate decides about a collective. None: none is.
 
     Raises:
       UnsupportedCollectiveError: a collective that cannot be scheduled; names the
@@ -109,9 +116,12 @@ def program(
       InvalidOptionError: the pairs of a `ppermute` are no partial permutation.
     """
     planned = _Planner(options, inputs)
-    predicates = ""
-    if not options.allow_divergent:
-        predicates = check_predicates(closed_jaxpr, planned.reader)
+    predicates = Checked()
+    if not options.allow_divergent and planned.reader.branches_communicate(
+        closed_jaxpr.jaxpr
+    ):
+        equal = equal_inputs(planned.reader) if equal_inputs else ()
+        predicates = check_predicates(closed_jaxpr, planned.reader, equal)
     body = planned.body(closed_jaxpr)
     buckets = _number(body, planned.buckets, [])
     schedule = Schedule(
@@ -123,11 +133,11 @@ def program(
             ("bucket_bytes", str(options.bucket_bytes)),
             ("costs", options.comm.costs.source),
             ("groups", _name(options.groups)),
-            ("predicates", predicates),
+            ("predicates", predicates.digest),
             ("wire_dtype", str(options.wire_dtype)),
         ),
     )
-    return Program(schedule, options.comm, body)
+    return Program(schedule, options.comm, body, predicates.inputs)
 
 
 class _Planner:

@@ -86,7 +86,7 @@ refused("wire_dtype", lambda: make(in_specs=S, out_specs=S, wire_dtype="int3"))
 # JAX's own checks, as there.
 refused("out_specs", lambda: make(in_specs=S, out_specs=P())(x), ValueError)
 # Without them a result that ranks may have differently is refused too.
-refused("out_specs takes result [0] for equal on all ranks", lambda: make(
+refused("out_specs takes result of the function for equal", lambda: make(
     in_specs=S, out_specs=P(), check_vma=False)(x), JaxcommError)
 jaxcomm.shard_map(lambda x: lax.pmean(x, "batch"), in_specs=S, out_specs=P(),
                   check_vma=False)(x)
