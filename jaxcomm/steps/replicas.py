@@ -22,8 +22,8 @@ class Check:
     """Compares a function's arguments across ranks, in every so many calls."""
 
     def __init__(self, given: bool | int | None):
-        self._given = given
-        settings.check_replicas(given)  # refuses what is no option
+        # After how many calls arguments are compared again; 0 for never.
+        self._every = settings.check_replicas(given)
         self._calls = 0
         # Of the last trace: the paths of arguments that should be equal, of batches,
         # and of keys that ranks should not share.
@@ -33,11 +33,10 @@ class Check:
 
     def before(self, comm: Communicator, arguments: Any) -> dict[str, Described] | None:
         """Describe the arguments if this call is to be checked; they may be donated."""
-        every = settings.check_replicas(self._given) if comm.size > 1 else 0
-        if not every:
+        if not self._every or comm.size == 1:
             return None
         number, self._calls = self._calls, self._calls + 1
-        if number % every:
+        if number % self._every:
             return None
         paths = jax.tree_util.tree_leaves_with_path(arguments)
         return {
@@ -54,7 +53,7 @@ class Check:
         reader: Reader,
     ) -> None:
         """Find out what should be equal, when the function has been traced."""
-        if not settings.check_replicas(self._given):
+        if not self._every:
             return
         keys = {path for path, leaf in inputs if _may_be_key(leaf)}
         found = {inputs[k][0] for k in equal(reader)}

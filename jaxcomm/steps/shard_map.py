@@ -178,15 +178,17 @@ class ShardMap(DataParallel):
 
     def __call__(self, *args: Any) -> Any:
         """Run the body on this rank's blocks."""
-        for path, leaf in jax.tree_util.tree_leaves_with_path(args):
-            if isinstance(leaf, compat.Tracer) or not isinstance(leaf, jax.Array):
-                continue
-            if not leaf.is_fully_addressable:
-                raise InvalidOptionError(
-                    f"shard_map: argument {jax.tree_util.keystr(path)} is an array of "
-                    "several processes. Each rank passes its own block, and needs no "
-                    "mesh: jaxcomm.local_block cuts it out of a whole array"
-                )
+        if compat.outside_trace() and not all(map(_is_own, jax.tree.leaves(args))):
+            path = next(
+                path
+                for path, leaf in jax.tree_util.tree_leaves_with_path(args)
+                if not _is_own(leaf)
+            )
+            raise InvalidOptionError(
+                f"shard_map: argument {jax.tree_util.keystr(path)} is an array of "
+                "several processes. Each rank passes its own block, and needs no mesh: "
+                "jaxcomm.local_block cuts it out of a whole array"
+            )
         return super().__call__(*args)
 
     def _read(
@@ -356,6 +358,10 @@ class ShardMap(DataParallel):
                     shape[k] *= comm.size
             whole.append(jax.ShapeDtypeStruct(tuple(shape), jnp.result_type(value)))
         return whole
+
+
+def _is_own(leaf: Any) -> bool:
+    return not isinstance(leaf, jax.Array) or leaf.is_fully_addressable
 
 
 def _axis(axis_name: str | None, mesh: Any, axis_names: Any) -> str:
