@@ -12,7 +12,7 @@ import grimp
 PAGE = Path(__file__).with_name("architecture.md")
 BEGIN, END = "<!-- made by draw_architecture.py -->\n", "<!-- until here -->\n"
 # What nearly everything imports would hide the rest.
-LEFT_OUT = {"errors", "compat", "plots", "__main__"}
+LEFT_OUT = {"errors", "compat", "plots", "terminal", "__main__"}
 
 
 def arrows() -> list[tuple[str, str]]:

@@ -10,11 +10,13 @@ from pathlib import Path
 
 import click
 
+from jaxcomm import terminal
+
 # Everything after the script's name belongs to the script.
 _PASS_THROUGH = {"ignore_unknown_options": True, "allow_interspersed_args": False}
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.group(context_settings=terminal.HELP)
 @click.version_option(package_name="jaxcomm")
 def main() -> None:
     """Collective communication for JAX on a static schedule."""
@@ -360,4 +362,4 @@ def bench(arguments: tuple[str, ...]) -> None:
 
 def _hand_over(command: click.Command, name: str, arguments: tuple[str, ...]) -> None:
     """Run another package's command as one of this."""
-    command.main(arguments, f"jaxcomm {name}", help_option_names=["-h", "--help"])
+    command.main(arguments, f"jaxcomm {name}", **terminal.HELP)

@@ -16,9 +16,10 @@ import sys
 import tempfile
 from pathlib import Path
 
-from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
+from jaxcomm import terminal
 from jaxcomm.launch import doctor_gpu
 from jaxcomm.launch import run as launcher
 from jaxcomm.launch.finding import SECONDS, Finding, look
@@ -91,13 +92,15 @@ def main(as_json: bool) -> int:
 
 def _print(findings: list[Finding]) -> None:
     colours = {"ok": "green", "warn": "yellow", "missing": "red"}
-    table = Table(title="jaxcomm doctor", title_justify="left")
+    console = terminal.console()
+    console.print("jaxcomm doctor", style="italic")
+    table = Table()
     for name in ("", "", "found", "what to do"):
         table.add_column(name, overflow="fold")
     for f in findings:
-        status = f"[{colours[f.status]}]{f.status}[/]"
+        status = Text(f.status, colours[f.status])
         table.add_row(f.what, status, f.found, f.remedy)
-    Console().print(table)
+    console.print(table)
 
 
 def _python() -> Finding:

@@ -6,10 +6,10 @@ import json
 from pathlib import Path
 
 from rich import box
-from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
+from jaxcomm import terminal
 from jaxcomm.simulate import machines, report, workloads
 
 
@@ -36,7 +36,7 @@ def main(
         from jaxcomm.plots import pyplot
 
         pyplot()
-    with Progress(console=Console(stderr=True), transient=True) as bar:
+    with Progress(console=terminal.console(stderr=True), transient=True) as bar:
         task = bar.add_task("simulating", total=1.0)
         found = report.make(
             where,
@@ -61,8 +61,9 @@ def main(
 
 def show(found: report.Report, what: str, where: str) -> None:
     """Print results and validation as tables."""
-    console = Console()
-    table = Table(title=f"{what}\n{where}", title_justify="left", box=box.SIMPLE_HEAD)
+    console = terminal.console()
+    console.print(f"{what}\n{where}", style="italic", highlight=False)
+    table = Table(box=box.SIMPLE_HEAD)
     for name in ("ranks", "design", "eff.", "range", "step", "control", "exposed"):
         side = "left" if name == "design" else "right"
         table.add_column(name, justify=side, no_wrap=True)
@@ -89,8 +90,8 @@ def show(found: report.Report, what: str, where: str) -> None:
     )
     if any(row["extrapolated"] for row in found["results"]):
         console.print("* more ranks than the machine has")
-    title = "Published figures and the model, on Summit"
-    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD)
+    console.print("Published figures and the model, on Summit", style="italic")
+    table = Table(box=box.SIMPLE_HEAD)
     for name in ("anchor", "published", "model", "range", "error", "fitted"):
         anchor = name == "anchor"
         table.add_column(
@@ -98,7 +99,7 @@ def show(found: report.Report, what: str, where: str) -> None:
         )
     for row in found["validation"]:
         table.add_row(
-            row["anchor"].replace("[", "\\["),
+            row["anchor"],
             f"{row['published']:g}",
             f"{row['predicted']:.3f}",
             _span(row["low"], row["high"]),

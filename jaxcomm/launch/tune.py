@@ -5,11 +5,10 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
-from jaxcomm import startup
+from jaxcomm import startup, terminal
 from jaxcomm.errors import InvalidOptionError
 from jaxcomm.launch import measure as tuning
 from jaxcomm.planning import costs as costmodel
@@ -31,7 +30,8 @@ def main(
         raise InvalidOptionError(
             f"{costmodel.PROFILE_VARIABLE}=off; unset it, or say where with --out"
         )
-    with Progress(console=Console(stderr=True), disable=comm.rank != 0) as progress:
+    console = terminal.console(stderr=True)
+    with Progress(console=console, disable=comm.rank != 0) as progress:
         task = progress.add_task("measuring", total=1.0)
         measured = tuning.measure(
             comm,
@@ -55,29 +55,31 @@ def main(
         print(json.dumps(found, indent=1))
         return
     show(measured)
-    Console().print(f"profile: {path}", soft_wrap=True)
+    terminal.console().print(f"profile: {path}", soft_wrap=True)
 
 
 def show(measured: tuning.Measured) -> None:
     """Print the curve, the segments and what the planner takes from them."""
-    model = measured.model
-    table = Table(title=f"One all-reduce message, {model.source}", title_justify="left")
+    model, console = measured.model, terminal.console()
+    console.print(f"One all-reduce message, {model.source}", style="italic")
+    table = Table()
     for name in ("bytes", "us", "GB/s"):
         table.add_column(name, justify="right")
     for nbytes, seconds in model.curve:
         table.add_row(
             f"{nbytes:,}", f"{1e6 * seconds:.1f}", f"{nbytes / seconds / 1e9:.2f}"
         )
-    Console().print(table)
-    table = Table(title="A leaf of 32 MiB in segments", title_justify="left")
+    console.print(table)
+    console.print("A leaf of 32 MiB in segments", style="italic")
+    table = Table()
     for name in ("segment", "ms", ""):
         table.add_column(name, justify="right")
     for segment, seconds in measured.segment_seconds.items():
         mark = "chosen" if segment == model.segment_bytes else ""
         table.add_row(f"{segment >> 10:,} KiB", f"{1e3 * seconds:.2f}", mark)
-    Console().print(table)
+    console.print(table)
     found = costmodel.summary(model)
-    Console().print(
+    console.print(
         f"a bucket costs {found['latency_us']:.1f} us before its first byte; leaves "
         f"up to {found['pack_bytes']:,} bytes are packed; buckets of "
         f"{found['bucket_bytes']:,} bytes keep latency below 2%"

@@ -12,9 +12,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
 from rich.progress import Progress
 
+from jaxcomm import terminal
 from jaxcomm.plots import pyplot
 from jaxcomm.simulate import (
     experiment,
@@ -166,7 +166,7 @@ def main(docs: str) -> None:
     """Simulate, draw, and fill in the page."""
     folder = Path(docs)
     pyplot()  # says now, not after the work, if matplotlib is missing
-    with Progress(console=Console(stderr=True)) as bar:
+    with Progress(console=terminal.console(stderr=True)) as bar:
         found = collect(bar)
     draw(found, folder / "images")
     (folder / "scaling.json").write_text(json.dumps(tables.rounded(found)) + "\n")
