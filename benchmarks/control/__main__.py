@@ -21,6 +21,7 @@ from typing import Any
 import click
 
 from benchmarks.common import jobs, results
+from jaxcomm import terminal
 from jaxcomm.launch import run as launcher
 
 HERE = Path(__file__).resolve().parent
@@ -93,7 +94,7 @@ def request_us(
     return (without - cached) / (tensors * ranks)
 
 
-@click.command()
+@click.command(context_settings=terminal.HELP)
 @click.option("--repeats", type=click.IntRange(10), default=200, show_default=True)
 @click.option("--out", type=click.Path(path_type=Path), default=results.FOLDER)
 def main(repeats: int, out: Path) -> None:

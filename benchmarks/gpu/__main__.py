@@ -30,6 +30,7 @@ from typing import Any
 from benchmarks.common import results
 from benchmarks.gpu import report, sections
 from benchmarks.gpu.sections import Machine, Section
+from jaxcomm import terminal
 from jaxcomm.launch import devices
 from jaxcomm.launch import run as launcher
 
@@ -216,7 +217,13 @@ def batches(chosen: Sequence[Section], dry: bool) -> Iterator[list[Section]]:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(
+        "python -m benchmarks.gpu",
+        description=__doc__,
+        formatter_class=lambda prog: argparse.HelpFormatter(
+            prog, width=terminal.HELP_WIDTH
+        ),
+    )
     parser.add_argument("--dry", action="store_true", help="without a GPU")
     parser.add_argument("--call", type=int, choices=[1, 2], default=1)
     parser.add_argument("--only", default="", help="sections, separated by commas")

@@ -22,6 +22,7 @@ import click
 from benchmarks.common import jobs, results, taking_turns
 from benchmarks.reduction import report
 from benchmarks.stemdl.sizes import SIZES
+from jaxcomm import terminal
 
 RANKS = (4, 8, 16)
 LIMIT = "memory limit (NumPy)"
@@ -90,7 +91,7 @@ def summary(result: dict[str, Any]) -> dict[str, Any]:
     return found
 
 
-@click.command()
+@click.command(context_settings=terminal.HELP)
 @click.argument("out", type=click.Path(path_type=Path))
 @click.option("--quick", is_flag=True, help="few ranks and small trees")
 @click.option("--seconds", type=float, default=240, help="start no job after them")

@@ -20,19 +20,18 @@ from pathlib import Path
 from typing import Any
 
 import click
-from rich.console import Console
-from rich.markdown import Markdown
 from rich.progress import track
 
 from benchmarks.common import jobs, results
 from benchmarks.overlap import report, two_hosts
+from jaxcomm import terminal
 from jaxcomm.planning import costs
 
 PICTURE = jobs.ROOT / "docs" / "images" / "timeline.png"
 NAMES = {"resnet": "residual network", "stemdl": "STEMDL"}
 
 
-@click.command()
+@click.command(context_settings=terminal.HELP)
 @click.option("--megabits", default=400.0, show_default=True, help="Of the wire.")
 @click.option("--rounds", type=click.IntRange(1), default=2, show_default=True)
 @click.option("--repeats", type=click.IntRange(1), default=5, show_default=True)
@@ -67,7 +66,7 @@ def main(megabits: float, rounds: int, repeats: int, out: Path) -> None:
         }
         if jobs.PEERS_PYTHON.exists():
             work["residual network, PyTorch DDP over gloo"] = torch
-        for _ in track(range(rounds), "rounds"):
+        for _ in track(range(rounds), "rounds", console=terminal.console(stderr=True)):
             for name, run in work.items():
                 part = run()
                 job = found.setdefault(name, {**part, "samples": {}})
@@ -97,7 +96,7 @@ def main(megabits: float, rounds: int, repeats: int, out: Path) -> None:
     (out / "overlap.md").write_text(report.markdown(result))
     PICTURE.parent.mkdir(parents=True, exist_ok=True)
     report.draw(timeline, shown["buckets"]["planner"], PICTURE)
-    Console().print(Markdown(report.markdown(result)))
+    terminal.markdown(terminal.console(), report.markdown(result))
 
 
 if __name__ == "__main__":

@@ -20,8 +20,6 @@ from pathlib import Path
 from typing import Any
 
 import click
-from rich.console import Console
-from rich.markdown import Markdown
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -32,6 +30,7 @@ from rich.progress import (
 
 from benchmarks.common import jobs, results
 from benchmarks.reduction import report, worker
+from jaxcomm import terminal
 
 PEERS = ("mpi", "apart", "mpi4jax", "devices", "gloo")
 LARGE = ("stemdl", "gpt2", "one_leaf")
@@ -113,7 +112,7 @@ def other_measures(progress: Progress) -> dict[str, Any]:
     }
 
 
-@click.command()
+@click.command(context_settings=terminal.HELP)
 @click.option("--rounds", type=click.IntRange(1), default=3, show_default=True)
 @click.option("--repeats", type=click.IntRange(1), default=7, show_default=True)
 @click.option(
@@ -124,7 +123,7 @@ def other_measures(progress: Progress) -> dict[str, Any]:
 )
 def main(rounds: int, repeats: int, out: Path) -> None:
     """Measure all workloads in all ways and write the results."""
-    console = Console()
+    console = terminal.console()
     works = list(worker.WORKLOADS)
     samples: dict[tuple[str, int], dict[str, dict[str, list[float]]]] = defaultdict(
         lambda: defaultdict(lambda: defaultdict(list))
@@ -171,7 +170,7 @@ def main(rounds: int, repeats: int, out: Path) -> None:
     (out / "reduction.json").write_text(json.dumps(result, indent=1) + "\n")
     (out / "reduction.md").write_text(report.markdown(result))
     report.plot(result, out / "reduction.png")
-    console.print(Markdown(report.markdown(result)))
+    terminal.markdown(console, report.markdown(result))
 
 
 if __name__ == "__main__":

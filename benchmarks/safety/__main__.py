@@ -12,10 +12,10 @@ import datetime
 import json
 
 import click
-from rich.console import Console
 from rich.progress import track
 
 from benchmarks.common import jobs, results
+from jaxcomm import terminal
 
 SETTINGS = {
     "no watchdog": jobs.UNWATCHED,
@@ -24,13 +24,13 @@ SETTINGS = {
 }
 
 
-@click.command()
+@click.command(context_settings=terminal.HELP)
 @click.option("--rounds", default=10, show_default=True)
 @click.option("--write/--no-write", default=True, show_default=True)
 def main(rounds: int, write: bool) -> None:
     """Time reductions with each setting, in turn."""
     samples: dict[str, dict[str, list[float]]] = {name: {} for name in SETTINGS}
-    for _ in track(range(rounds), "rounds", console=Console(stderr=True)):
+    for _ in track(range(rounds), "rounds", console=terminal.console(stderr=True)):
         for name, env in SETTINGS.items():
             for tree, seconds in jobs.run_safety(2, env).items():
                 samples[name].setdefault(tree, []).append(1e6 * seconds)

@@ -22,12 +22,11 @@ from pathlib import Path
 from typing import Any
 
 import click
-from rich.console import Console
-from rich.markdown import Markdown
 
 from benchmarks.common import jobs, results, taking_turns
 from benchmarks.stemdl import report
 from benchmarks.stemdl.sizes import SIZES
+from jaxcomm import terminal
 from stemdl.model.network import NETWORKS
 
 NETWORKS_TIMED = ("tiny", "small", "medium")
@@ -130,7 +129,7 @@ def _on_ranks(name: str, *options: object) -> None:
         raise jobs.JobError(f"{' '.join(command)}\n{done.stderr[-3000:]}")
 
 
-@click.command()
+@click.command(context_settings=terminal.HELP)
 @click.option("--quick", is_flag=True, help="one round of few repeats, to try it")
 @click.option("--rounds", type=click.IntRange(1), default=2, show_default=True)
 @click.option(
@@ -144,7 +143,7 @@ def _on_ranks(name: str, *options: object) -> None:
 @click.option("--out", type=click.Path(path_type=Path), default=results.FOLDER)
 def main(quick: bool, rounds: int, names: tuple[str, ...], out: Path) -> None:
     """Time all networks in all ways and write the results."""
-    console = Console(stderr=True)
+    console = terminal.console(stderr=True)
     cores = sorted(os.sched_getaffinity(0))
     if len(cores) < taking_turns.RANKS:
         raise click.ClickException("one core: weak scaling needs two")
@@ -186,7 +185,7 @@ def main(quick: bool, rounds: int, names: tuple[str, ...], out: Path) -> None:
     except jobs.JobError as error:
         raise click.ClickException(str(error)) from error
     write()
-    console.print(Markdown(report.markdown(result)))
+    terminal.markdown(console, report.markdown(result))
 
 
 if __name__ == "__main__":

@@ -15,14 +15,13 @@ import tempfile
 from pathlib import Path
 
 import click
-from rich.console import Console
-from rich.markdown import Markdown
 
 from benchmarks.common import jobs, results
 from benchmarks.tracing import report
+from jaxcomm import terminal
 
 
-@click.command()
+@click.command(context_settings=terminal.HELP)
 @click.option("--repeats", type=click.IntRange(1), default=15, show_default=True)
 @click.option("--out", type=click.Path(path_type=Path), default=results.FOLDER)
 def main(repeats: int, out: Path) -> None:
@@ -43,7 +42,7 @@ def main(repeats: int, out: Path) -> None:
     out.mkdir(parents=True, exist_ok=True)
     (out / "tracing.json").write_text(json.dumps(result, indent=1) + "\n")
     (out / "tracing.md").write_text(report.markdown(result))
-    Console().print(Markdown(report.markdown(result)))
+    terminal.markdown(terminal.console(), report.markdown(result))
 
 
 if __name__ == "__main__":

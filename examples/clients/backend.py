@@ -24,6 +24,8 @@ from rich.progress import (
     TimeElapsedColumn,
 )
 
+from jaxcomm import terminal
+
 AXIS = "batch"
 OUT = Path("out") / "clients"
 
@@ -87,7 +89,7 @@ def options(command: Callable[..., None]) -> click.Command:
         ),
     ):
         command = option(command)
-    return click.command()(command)
+    return click.command(context_settings=terminal.HELP)(command)
 
 
 def train(
@@ -112,7 +114,12 @@ def train(
     """
     losses, seconds = [], []
     columns = (TextColumn(f"{name}, {backend.name}"), BarColumn(), MofNCompleteColumn())
-    with Progress(*columns, TimeElapsedColumn(), disable=backend.first > 0) as progress:
+    with Progress(
+        *columns,
+        TimeElapsedColumn(),
+        console=terminal.console(stderr=True),
+        disable=backend.first > 0,
+    ) as progress:
         task = progress.add_task("", total=steps)
         for _ in range(steps):
             batch = backend.shard(next(batches))

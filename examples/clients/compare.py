@@ -7,10 +7,10 @@ import sys
 from pathlib import Path
 
 import click
-from rich.console import Console
 from rich.table import Table
 
 import backend
+from jaxcomm import terminal
 
 HERE = Path(__file__).resolve().parent
 # Batch normalisation on so few images magnifies rounding a hundredfold a step: the
@@ -25,7 +25,7 @@ COMPARED = ("resnet-x64", "transformer", "mlp")
 TOLERANCE = 1e-6
 
 
-@click.command()
+@click.command(context_settings=terminal.HELP)
 @click.option("--steps", type=click.IntRange(4), default=20, show_default=True)
 @click.option("--ranks", type=click.IntRange(1), default=2, show_default=True)
 def main(steps: int, ranks: int) -> None:
@@ -44,7 +44,7 @@ def main(steps: int, ranks: int) -> None:
         table.add_column(column, justify="right")
     for name, row in found.items():
         table.add_row(name, *(f"{value:.3g}" for value in row.values()))
-    Console().print(table)
+    terminal.console().print(table)
     gaps = {name: found[name]["relative difference"] for name in COMPARED}
     if bad := {name: gap for name, gap in gaps.items() if not gap <= TOLERANCE}:
         raise click.ClickException(f"parameters differ by more than {TOLERANCE}: {bad}")

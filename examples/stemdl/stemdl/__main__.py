@@ -6,6 +6,8 @@ import importlib
 
 import click
 
+from jaxcomm import terminal
+
 COMMANDS = {
     "pipeline": "stemdl.pipeline",
     "demo": "stemdl.demo",
@@ -35,7 +37,7 @@ class Commands(click.Group):
         return getattr(importlib.import_module(module), name or "main")
 
 
-@click.group(cls=Commands)
+@click.group(cls=Commands, context_settings=terminal.HELP)
 def main() -> None:
     """Simulate electron diffraction, train networks on it, and evaluate them.
 

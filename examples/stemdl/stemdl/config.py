@@ -448,11 +448,17 @@ def config_options(command: Callable[..., Any]) -> Callable[..., Any]:
 
 @click.command()
 def print_settings() -> None:
-    """Print a TOML file of all settings of a training, with their defaults."""
+    """Print a TOML file of all settings of a training.
+
+    With their defaults.
+    """
     click.echo(Config().to_toml(), nl=False)
 
 
 @click.command()
 def print_microscope() -> None:
-    """Print a TOML file of the microscope and the preparation, with their defaults."""
+    """Print a TOML file of the microscope and the preparation.
+
+    With their defaults.
+    """
     click.echo(microscope_toml(), nl=False)

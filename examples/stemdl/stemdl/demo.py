@@ -17,6 +17,7 @@ import click
 from rich.console import Console
 from rich.table import Table
 
+from jaxcomm import terminal
 from stemdl.config import versions
 from stemdl.data.cache import data_config, data_option, simulate
 from stemdl.data.dataset import load
@@ -101,8 +102,11 @@ def show(console: Console, report: dict[str, Any]) -> None:
     "--out", type=click.Path(path_type=Path), default="out/demo", show_default=True
 )
 def main(steps: int, network: str, data_dir: Path, out: Path) -> None:
-    """Train a small STEMDL network on two MPI ranks and show what it learned."""
-    console = Console(stderr=True)
+    """Train a small STEMDL network on two MPI ranks.
+
+    Then show what it learned.
+    """
+    console = terminal.console(stderr=True)
     runs = out / "runs"
     # Results of an earlier demo must not pass for this one's; others' files stay.
     for name in RUNS:
@@ -114,25 +118,29 @@ def main(steps: int, network: str, data_dir: Path, out: Path) -> None:
     samples = min(SAMPLES, max(160, SAMPLES * steps // STEPS))
     config = data_config(samples)
 
-    console.rule("1  simulate diffraction")
+    terminal.heading(console, "1  simulate diffraction")
     simulate(config, data_dir, os.cpu_count() or 1, console)
     console.print(f"{config.samples} samples in {config.path(data_dir)}")
     common = ("--samples", str(samples), "--data", str(data_dir))
     common += ("--network", network)
     common += ("--compare-steps", str(COMPARE_STEPS), "--steps", str(steps))
 
-    console.rule(f"2  train on {RANKS} MPI ranks: jaxcomm")
+    terminal.heading(console, f"2  train on {RANKS} MPI ranks: jaxcomm")
     ours = on_ranks(runs / "jaxcomm", *common)
 
-    console.rule(f"3  train the same under jax.pmap on {RANKS} host devices")
+    terminal.heading(
+        console, f"3  train the same under jax.pmap on {RANKS} host devices"
+    )
     pmap = under_pmap(runs / "pmap", *common, "--stop", str(min(steps, PMAP_STEPS)))
 
-    console.rule("4  both once more, briefly, in float64: is the difference rounding?")
+    terminal.heading(
+        console, "4  both once more, briefly, in float64: is the difference rounding?"
+    )
     double = (*common, "--float64", "--stop", str(COMPARE_STEPS))
     on_ranks(runs / "jaxcomm64", *double)
     under_pmap(runs / "pmap64", *double)
 
-    console.rule("5  evaluate on materials the network has never seen")
+    terminal.heading(console, "5  evaluate on materials the network has never seen")
     dataset = load(config, data_dir)
     scores = evaluate(dataset, runs / "jaxcomm", out)
     shutil.copy(runs / "jaxcomm" / "schedule.txt", out)

@@ -15,6 +15,7 @@ import click
 from rich.console import Console
 from rich.table import Table
 
+from jaxcomm import terminal
 from stemdl import config
 from stemdl.config import SAMPLES, Config
 
@@ -33,7 +34,7 @@ BUDGETS = {
 
 def run(title: str, console: Console, *command: str | Path) -> float:
     """Run a step and return its minutes; ends this process where it fails."""
-    console.rule(title)
+    terminal.heading(console, title)
     began = time.monotonic()
     done = subprocess.run([sys.executable, *map(str, command)], check=False)
     if done.returncode:
@@ -64,7 +65,7 @@ def trained_by(resolved: Config, samples: int, directory: Path) -> bool:
 )
 def main(recipe: str, data: Path, out: Path | None) -> None:
     """Run the whole example and leave a report."""
-    console = Console(stderr=True)
+    console = terminal.console(stderr=True)
     named = recipe in BUDGETS
     path = RECIPES / f"{recipe}.toml" if named else Path(recipe)
     try:

@@ -20,6 +20,7 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
+from jaxcomm import terminal
 from stemdl import config
 from stemdl.classification import data, scores, space_groups, training
 from stemdl.classification.network import NETWORKS
@@ -85,11 +86,14 @@ def main(
     data_dir: Path,
     out: Path,
 ) -> None:
-    """Train a ResNet; rank 0 writes classify.json and confusion.png to --out."""
+    """Train a ResNet.
+
+    Rank 0 writes classify.json and confusion.png to --out.
+    """
     jax.config.update("jax_enable_x64", float64)
     backend = BACKENDS[backend_name]()
     root = backend.rank == 0
-    console = Console(stderr=True)
+    console = terminal.console(stderr=True)
     if batch % backend.size:
         raise click.UsageError(
             f"--batch {batch} does not divide over {backend.size} devices"

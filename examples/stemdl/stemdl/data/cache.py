@@ -14,6 +14,7 @@ import click
 from rich.console import Console
 from rich.progress import Progress
 
+from jaxcomm import terminal
 from stemdl.config import SAMPLES
 from stemdl.data import dataset
 
@@ -60,7 +61,7 @@ def simulate(
 @click.option("--processes", default=os.cpu_count() or 1, show_default=True)
 def main(samples: int, data_dir: Path, processes: int) -> None:
     """Simulate the data set, unless it is cached."""
-    console = Console(stderr=True)
+    console = terminal.console(stderr=True)
     config = data_config(samples)
     simulate(config, data_dir, processes, console)
     console.print(f"{config.path(data_dir)}: {config.samples} samples")

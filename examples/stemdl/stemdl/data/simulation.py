@@ -26,6 +26,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
 
 import jaxcomm
+from jaxcomm import terminal
 from stemdl.config import SAMPLES, load_microscope
 from stemdl.data import manifest, shards
 from stemdl.data.cache import data_config
@@ -237,8 +238,11 @@ def configured(
     "--out", type=click.Path(path_type=Path), default="data/shards", show_default=True
 )
 def main(samples: int, count: int, out: Path, **physics: Any) -> None:
-    """Simulate the data set into shards; goes on where it was interrupted."""
-    comm, console = jaxcomm.world(), Console(stderr=True)
+    """Simulate the data set into shards.
+
+    It goes on where it was interrupted.
+    """
+    comm, console = jaxcomm.world(), terminal.console(stderr=True)
     began = time.monotonic()
     try:
         config = configured(comm, samples, **physics)

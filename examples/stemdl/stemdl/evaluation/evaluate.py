@@ -13,8 +13,8 @@ from typing import Any
 import click
 import jax
 import numpy as np
-from rich.console import Console
 
+from jaxcomm import terminal
 from stemdl import config
 from stemdl.config import Config
 from stemdl.data import augmentation, loading, manifest
@@ -185,8 +185,11 @@ def main(
     orientations: bool,
     out: Path | None,
 ) -> None:
-    """Score a run beside linear baselines; writes report.md, report.json, pictures."""
-    console = Console(stderr=True)
+    """Score a run beside linear baselines.
+
+    It writes report.md, report.json and pictures.
+    """
+    console = terminal.console(stderr=True)
     out = out or run / "evaluation"
     for name in ("params.npz", "config.toml", "train.json"):
         if not (run / name).exists():

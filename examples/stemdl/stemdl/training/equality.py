@@ -24,9 +24,8 @@ import click
 import numpy as np
 from matplotlib import colormaps
 from matplotlib.figure import Figure
-from rich.console import Console
-from rich.markdown import Markdown
 
+from jaxcomm import terminal
 from stemdl.config import versions
 from stemdl.data.cache import data_config, data_option, simulate
 from stemdl.model.network import NETWORKS
@@ -237,9 +236,10 @@ def draw(report: dict[str, Any], path: Path) -> None:
 @click.option(
     "--run",
     "chosen",
+    metavar="NAME",
     type=click.Choice(list(RUNS)),
     multiple=True,
-    help=f"only this, beside {REFERENCE}; may be repeated",
+    help=f"only this, beside {REFERENCE}; may be repeated: {'; '.join(RUNS)}",
 )
 @click.option(
     "--dtype",
@@ -261,8 +261,11 @@ def main(
     data_dir: Path,
     out: Path,
 ) -> None:
-    """Train in all ways and compare; exit code 1 where what must be equal is not."""
-    console = Console(stderr=True)
+    """Train in all ways and compare.
+
+    The exit code is 1 where what must be equal is not.
+    """
+    console = terminal.console(stderr=True)
     names = [name for name in RUNS if not chosen or name in (REFERENCE, *chosen)]
     simulate(data_config(samples), data_dir, os.cpu_count() or 1, console)
     common = ["--network", network, "--steps", str(steps), "--batch", str(batch)]
@@ -292,7 +295,7 @@ def main(
     (out / "equality.json").write_text(json.dumps(report, indent=1) + "\n")
     (out / "equality.md").write_text(markdown(report))
     draw(report, out / "equality.png")
-    console.print(Markdown(markdown(report)))
+    terminal.markdown(console, markdown(report))
     console.print(f"Report, table and picture: {out}")
     if wrong:
         raise click.ClickException("\n".join(wrong))

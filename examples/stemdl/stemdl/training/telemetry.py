@@ -9,8 +9,9 @@ from typing import Any, Generic, TypeVar
 
 import jax
 import numpy as np
-from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+from jaxcomm import terminal
 
 UNTIMED_STEPS = 3
 """First steps, which compile and touch memory; left out of the speed."""
@@ -40,7 +41,7 @@ class Telemetry:
         self._losses: list[Any] = before.tolist()
         self._read: list[float] = before.tolist()
         self._started = self._seconds = 0.0
-        console = Console(stderr=True)
+        console = terminal.console(stderr=True)
         # Where there is no terminal, a log gets a line now and then.
         self._log = console if shown and not console.is_terminal else None
         self._bar = Progress(

@@ -21,9 +21,9 @@ from typing import Any, NoReturn
 import click
 import jax
 import numpy as np
-from rich.console import Console
 
 import jaxcomm
+from jaxcomm import terminal
 from jaxcomm.checkpoint import CheckpointError, Stop, clear, restore, save
 from stemdl import config
 from stemdl.config import SAMPLES, Communication, Config, config_options
@@ -135,7 +135,10 @@ def main(
     stage: Path | None,
     out: Path,
 ) -> None:
-    """Train the network; rank 0 writes parameters and train.json to --out."""
+    """Train the network.
+
+    Rank 0 writes parameters and train.json to --out.
+    """
     jax.config.update("jax_enable_x64", resolved.training.float64)
     if backend_name == "jaxcomm":
         # The first call decides; the backend's own returns the same communicator.
@@ -190,7 +193,7 @@ def main(
         # Lowering plans and neither runs nor waits: one rank may do it alone.
         train_step.lower(state, next(source.batches(0)))
         schedule = train_step.schedule.explain()
-        Console(stderr=True).print(schedule, highlight=False, soft_wrap=True)
+        terminal.console(stderr=True).print(schedule, highlight=False, soft_wrap=True)
         (out / "schedule.txt").write_text(schedule + "\n")
 
     monitor = Monitor(model, source.held_out(), backend) if evaluate_every else None
@@ -292,7 +295,7 @@ def _simulated(
         )
     data = data_config(samples)
     if backend.rank == 0:
-        simulate(data, directory, 1, Console(stderr=True))
+        simulate(data, directory, 1, terminal.console(stderr=True))
     backend.barrier()
     dataset = load(data, directory)
     source = Cached(dataset, backend, training.batch, training.seed, resolved.noise)
