@@ -77,6 +77,7 @@ __all__ = [
     "outside_trace",
     "parameters",
     "permutation",
+    "print_parameters",
     "process_count",
     "register_ordered_effect",
     "scan",
@@ -576,6 +577,18 @@ def named(eqn: Any) -> str | None:
 def parameters(eqn: Any) -> str:
     """Return an equation's parameters as text, the same for equal equations."""
     return str(sorted(eqn.params.items(), key=lambda pair: pair[0]))
+
+
+def print_parameters(
+    primitive: Primitive, shown: Callable[..., dict[str, Any]]
+) -> None:
+    """Let jaxprs show of a primitive's parameters what a function makes of them."""
+
+    def rule(eqn: Any, context: Any, settings: Any) -> Any:
+        eqn = eqn.replace(params=shown(**eqn.params))
+        return _core._pp_eqn(eqn, context, settings)
+
+    _core.pp_eqn_rules[primitive] = rule
 
 
 def axes(eqn: Any) -> tuple[Any, ...]:

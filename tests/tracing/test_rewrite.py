@@ -24,6 +24,7 @@ from jaxcomm.ranks.communicator import Communicator
 from jaxcomm.ranks.fabric import Alone
 from jaxcomm.settings import Settings
 from jaxcomm.tracing import rewrite
+from jaxcomm.tracing.primitives import new_token
 from jaxcomm.transports.local import Local
 
 Job = Callable[..., "subprocess.CompletedProcess[str]"]
@@ -308,6 +309,25 @@ def planned(nodes: list[Node], order: list[int], size: int) -> Any:
     closed, _ = compat.trace_with_axis(run, "batch", size, args)
     options = rewrite.Options("batch", comm)
     return rewrite.program(closed, options, [("x", args[0])])
+
+
+def test_jaxprs_show_of_a_bucket_a_few_words() -> None:
+    x = jnp.ones(3)
+    program = planned([Node("psum", 0, 0, True)], [0], 2)
+    fingerprint = program.schedule.fingerprint
+
+    def shown(rank: int, token: Any) -> str:
+        program.comm.rank = rank
+        jaxpr = jax.make_jaxpr(lambda v: program.run([v], token)[0])(x)
+        return jaxpr.pretty_print(use_color=False)
+
+    for name, token in (("bucket", None), ("chained_bucket", new_token())):
+        text = shown(0, token)
+        assert f"jaxcomm_{name}[" in text
+        words = ("bucket=0/1", "op=sum", f"schedule={fingerprint[:12]}")
+        assert set(words) <= set(text.split())
+        assert "KiB" not in text and "LeafSpec" not in text
+        assert shown(1, token) == text
 
 
 def values_if_all_are_alike(program: Any, x: Any) -> list[Any]:
