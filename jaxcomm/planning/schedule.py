@@ -20,8 +20,10 @@ from __future__ import annotations
 import dataclasses
 import functools
 import hashlib
+import html
 import json
 import math
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -33,6 +35,9 @@ FORMAT = 3
 
 # What adds up or compares; all else moves data as it is.
 REDUCTIONS = ("mean", "sum", "min", "max", "prod")
+
+# So many buckets from either end are shown where a schedule shows itself.
+_ENDS = 10
 
 
 @dataclasses.dataclass(frozen=True)
@@ -106,7 +111,7 @@ class Schedule:
     """The buckets of a tree or of a whole program, in their total order.
 
     `jaxcomm.plan` returns one, and so does `.schedule` of a decorated function.
-    `explain()` shows it as a table.
+    It shows itself as a table; `explain()` shows all of a long one.
 
     Attributes:
       leaves: every leaf that travels.
@@ -252,45 +257,78 @@ class Schedule:
     def explain(self, costs: CostModel | None = None) -> str:
         """Return the schedule as a table for people: one line a bucket.
 
+        At the prompt and in notebooks a schedule shows itself so, a long one in part.
+
         Args:
           costs: a model whose predicted time is shown for every bucket.
         """
-        head: tuple[str, ...] = ("bucket", "stage", "op", "dtype", "leaves", "packed")
-        head += ("KiB", *(["us"] if costs else []), "what")
-        rows: list[tuple[str, ...]] = [head]
-        for k, bucket in enumerate(self.buckets):
-            first = self.leaves[bucket.leaves[0]].path if bucket.leaves else ""
-            more = len(bucket.leaves) - 1
-            what = bucket.label or first + (f" +{more} more" if more > 0 else "")
-            rows.append(
-                (
-                    str(k),
-                    str(bucket.stage),
-                    bucket.op,
-                    f"{bucket.dtype}>{bucket.wire}" if bucket.wire else bucket.dtype,
-                    str(len(bucket.leaves)),
-                    str(len(self.packed(bucket))),
-                    f"{self.bucket_nbytes(bucket) / 1024:.1f}",
-                    *(
-                        [f"{1e6 * self.bucket_seconds(bucket, costs):.0f}"]
-                        if costs
-                        else []
-                    ),
-                    what,
-                )
-            )
-        widths = [max(len(row[c]) for row in rows) for c in range(len(head) - 1)]
-        lines = [
-            "  ".join(
-                [*(f"{x:>{w}}" for x, w in zip(row, widths, strict=False)), row[-1]]
-            )
-            for row in rows
-        ]
-        title = (
+        rows = self._rows(range(len(self.buckets)), costs)
+        return "\n".join([self._title, *_aligned([_head(costs), *rows])])
+
+    def __repr__(self) -> str:
+        first, last = self._shown()
+        try:
+            rows = [*self._rows(first), *self._rows(last)]
+            lines = [self._title, *_aligned([_head(), *rows])]
+        except (IndexError, TypeError):
+            # Also debuggers and failing tests show one, of leaves that do not exist.
+            return f"<schedule of {self.leaves!r} in {self.buckets!r}>"
+        if left_out := self._left_out():
+            lines.insert(2 + len(first), f"({left_out})")
+        return "\n".join(lines)
+
+    def _repr_html_(self) -> str:
+        """Return the same for notebooks."""
+        first, last = self._shown()
+        head = "".join(f"<th>{name}</th>" for name in _head())
+        parts = [*map(_html_row, self._rows(first))]
+        if left_out := self._left_out():
+            parts.append(f'<tr><td colspan="{len(_head())}">{left_out}</td></tr>')
+        parts += map(_html_row, self._rows(last))
+        return (
+            f"<table><caption>{self._title}</caption>"
+            f"<thead><tr>{head}</tr></thead><tbody>{''.join(parts)}</tbody></table>"
+        )
+
+    @property
+    def _title(self) -> str:
+        return (
             f"schedule {self.fingerprint[:12]}: {len(self.leaves)} leaves, "
             f"{self.nbytes:,} bytes, {len(self.buckets)} buckets, {self.size} ranks"
         )
-        return "\n".join([title, *lines])
+
+    def _shown(self) -> tuple[range, range]:
+        """Which buckets a repr shows: the first of them, and the last."""
+        count = len(self.buckets)
+        if count <= 2 * _ENDS + 1:
+            return range(count), range(0)
+        return range(_ENDS), range(count - _ENDS, count)
+
+    def _left_out(self) -> str:
+        first, last = self._shown()
+        count = len(self.buckets) - len(first) - len(last)
+        return f"{count} buckets left out; explain() shows all" if count else ""
+
+    def _rows(
+        self, shown: Iterable[int], costs: CostModel | None = None
+    ) -> Iterator[tuple[str, ...]]:
+        for k in shown:
+            bucket = self.buckets[k]
+            first = self.leaves[bucket.leaves[0]].path if bucket.leaves else ""
+            more = len(bucket.leaves) - 1
+            what = bucket.label or first + (f" +{more} more" if more > 0 else "")
+            seconds = [self.bucket_seconds(bucket, costs)] if costs else []
+            yield (
+                str(k),
+                str(bucket.stage),
+                bucket.op,
+                f"{bucket.dtype}>{bucket.wire}" if bucket.wire else bucket.dtype,
+                str(len(bucket.leaves)),
+                str(len(self.packed(bucket))),
+                f"{self.bucket_nbytes(bucket) / 1024:.1f}",
+                *(f"{1e6 * x:.0f}" for x in seconds),
+                what,
+            )
 
     def summary(self) -> str:
         """Return one line: how many leaves, from which on."""
@@ -329,6 +367,23 @@ class Schedule:
         if self.options != other.options:
             return f"options {dict(self.options)} against {dict(other.options)}"
         return ""
+
+
+def _head(costs: CostModel | None = None) -> tuple[str, ...]:
+    names = ("bucket", "stage", "op", "dtype", "leaves", "packed", "KiB")
+    return (*names, *(["us"] if costs else []), "what")
+
+
+def _aligned(rows: Sequence[tuple[str, ...]]) -> list[str]:
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)][:-1]
+    return [
+        "  ".join([*(f"{x:>{w}}" for x, w in zip(row, widths, strict=False)), row[-1]])
+        for row in rows
+    ]
+
+
+def _html_row(row: tuple[str, ...]) -> str:
+    return f"<tr>{''.join(f'<td>{html.escape(cell)}</td>' for cell in row)}</tr>"
 
 
 def _pairs(rows: list[list[int]]) -> tuple[Any, ...]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from xml.etree import ElementTree
 
 import jax
 import jax.numpy as jnp
@@ -122,7 +123,7 @@ def test_cache_clear_forgets_the_plans_of_calls_too():
 
 WITHOUT_JAX = """
 import sys
-for name in ("jax", "jaxlib", "ml_dtypes"):
+for name in ("jax", "jaxlib", "ml_dtypes", "rich"):
     sys.modules[name] = None  # cannot be imported
 from jaxcomm.planning import planner
 from jaxcomm.planning.schedule import LeafSpec
@@ -133,6 +134,7 @@ except planner.InvalidOptionError as error:
     assert "wire_dtype='bfloat17'" in str(error)
 leaves = (LeafSpec("a", (3,), "float32", 0), LeafSpec("b", (4,), "bfloat16", 1))
 schedule = planner.make_schedule(leaves, op="sum", size=2, wire_dtype="bfloat16")
+assert repr(schedule).startswith("schedule ") and schedule._repr_html_()
 print([bucket.wire for bucket in schedule.buckets], schedule.wire_nbytes)
 """
 
@@ -197,6 +199,58 @@ def test_explain_is_a_table():
     assert "2 leaves, 360,012 bytes" in title
     assert head.split()[:4] == ["bucket", "stage", "op", "dtype"]
     assert len(rows) >= 1
+
+
+def cells(text: str) -> list[list[str]]:
+    return [line.split() for line in text.splitlines()]
+
+
+@given(leaf_lists(), OPTIONS)
+def test_a_schedule_shows_itself_as_its_table(leaves, options):
+    schedule = planner.make_schedule(leaves, op="sum", size=2, **options)
+    shown, whole = cells(repr(schedule)), cells(schedule.explain())
+    assert cells(str(schedule)) == shown
+    assert len(shown) <= 25
+    if len(schedule.buckets) <= 21:
+        assert repr(schedule) == schedule.explain()
+    else:
+        assert shown[:12] == whole[:12]
+        assert shown[-10:] == whole[-10:]
+        assert shown[12][0] == f"({len(schedule.buckets) - 20}"
+        assert len(shown) == 23
+
+
+@given(leaf_lists(), st.text(st.characters(codec="utf-8", exclude_categories=["C"])))
+def test_notebooks_get_the_same_table(leaves, label):
+    schedule = planner.make_schedule(
+        leaves, op="sum", size=2, groups=lambda path: label + path
+    )
+    table = ElementTree.fromstring(schedule._repr_html_())
+    assert {e.tag for e in table.iter()} <= {
+        "table", "caption", "thead", "tbody", "tr", "th", "td",
+    }  # fmt: skip
+    assert {name for e in table.iter() for name in e.attrib} <= {"colspan"}
+    title, head, *_ = schedule.explain().splitlines()
+    assert table.findtext("caption") == title
+    assert [e.text for e in table.iter("th")] == head.split()
+    found = [[e.text or "" for e in row] for row in table.find("tbody") or ()]
+    assert len(found) <= 21
+    for row in found:
+        if len(row) == 1:
+            assert row == [f"{len(schedule.buckets) - 20} buckets left out; "
+                           "explain() shows all"]  # fmt: skip
+        else:
+            bucket = schedule.buckets[int(row[0])]
+            assert row[2:4] == [bucket.op, bucket.dtype]
+            assert row[-1] == bucket.label
+
+
+def test_what_is_no_schedule_can_be_shown():
+    nobody = Schedule((), (Bucket("sum", "float32", (0,), 0),), 2)
+    leaf = LeafSpec("a", (1,), "floating", 0)
+    no_dtype = Schedule((leaf,), (Bucket("sum", "floating", (0,), 0),), 2)
+    for broken in (nobody, no_dtype):
+        assert "Bucket(op='sum'" in repr(broken)
 
 
 @pytest.mark.parametrize(
