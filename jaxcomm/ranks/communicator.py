@@ -94,6 +94,8 @@ class Communicator:
         self.key = _key(lineage)
         self.rank, self.size = fabric.rank, fabric.size
         self.local_rank, self.local_size = fabric.local_rank, fabric.local_size
+        # How many hosts; None where that would have to be asked of the other ranks.
+        self._hosts = 1 if self.local_size == self.size else None
         self.alone = self.size == 1 and not backend.calls_when_alone
         self.registry = Registry() if registry is None else registry
         self.agreement = Agreement(self.key, fabric.check, self.timeout, self.transport)
@@ -146,6 +148,8 @@ class Communicator:
     def _find_settings(self) -> None:
         """Read the profile on rank 0 and give it to all, so that all plan alike."""
         local_sizes = self.all_gather_object(self.local_size)
+        # Ranks of one host make up one together.
+        self._hosts = round(sum(1 / ranks for ranks in local_sizes))
         self.topology = costmodel.topology(
             self.transport, self._fabric.name, local_sizes
         )
@@ -313,7 +317,7 @@ class Communicator:
     def __repr__(self) -> str:
         return (
             f"Communicator({self.lineage!r}, transport={self.transport!r}, "
-            f"rank={self.rank}, size={self.size})"
+            f"rank={self.rank}, size={self.size}, hosts={self._hosts or 'several'})"
         )
 
 

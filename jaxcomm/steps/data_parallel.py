@@ -160,6 +160,12 @@ class DataParallel:
         """Forget compiled programs, as `jax.jit(fn).clear_cache()`."""
         self._program.clear_cache()  # pyright: ignore[reportAttributeAccessIssue]
 
+    def __repr__(self) -> str:
+        return (
+            f"DataParallel({_name(self._fn)}, axis_name={self._axis_name!r}, "
+            f"schedules={len(self._schedules)})"
+        )
+
     def _communicator(self) -> Communicator:
         return self._comm or world()
 
@@ -361,6 +367,10 @@ class BoundDataParallel(functools.partial[Any]):
     def clear_cache(self) -> None:
         """Forget compiled programs, those for other instances too."""
         self._method.clear_cache()
+
+    def __repr__(self) -> str:
+        # An instance may hold a whole model.
+        return f"<{self._method!r} of a {type(self.args[0]).__name__}>"
 
 
 @contextlib.contextmanager
