@@ -24,8 +24,8 @@ _FORCED = ("FORCE_COLOR", "TTY_COMPATIBLE")
 def is_terminal(stream: TextIO) -> bool:
     """Tell whether a stream is a terminal whose width is known.
 
-    Open MPI gives every rank a pseudo-terminal for its standard output, wherever
-    mpiexec's own goes. That has no size.
+    Open MPI gives every rank a pseudo-terminal for its standard output, which has a
+    width only where mpiexec's own is a terminal.
     """
     try:
         return stream.isatty() and os.get_terminal_size(stream.fileno()).columns > 0

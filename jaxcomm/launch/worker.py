@@ -14,6 +14,7 @@ import sys
 from collections.abc import Sequence
 from types import TracebackType
 
+from jaxcomm import terminal
 from jaxcomm.launch import devices
 from jaxcomm.supervision import abort
 
@@ -24,6 +25,10 @@ def main(arguments: Sequence[str]) -> None:
     """Run a script or `-m module` as `__main__`; a failure ends the whole job."""
     faulthandler.register(signal.SIGUSR1, all_threads=True)
     _pin_to_cores()
+    if not terminal.is_terminal(sys.stdout):
+        # As Open MPI's pseudo-terminal says it is. Whoever asks, as JAX does before it
+        # prints a jaxpr, would write codes into a file.
+        vars(sys.stdout)["isatty"] = lambda: False
     # Before anything in this process starts CUDA.
     os.environ.update(devices.settings())
     try:
