@@ -23,7 +23,7 @@ import numpy as np
 
 from jaxcomm import compat
 from jaxcomm.errors import UnsupportedCollectiveError
-from jaxcomm.tracing.primitives import BoundBucket, bucket_p, mark_of
+from jaxcomm.tracing.primitives import BoundBucket, bucket_p, mark_of, rank_p
 from jaxcomm.tracing.reading import EQUAL_RESULTS, Reader
 
 
@@ -152,6 +152,8 @@ class _Checker:
                 where = f"{made} at {compat.source_line(eqn)}"
                 return [_made(where, str(k)) for k in range(count)]
             return [None] * count
+        if eqn.primitive is rank_p:  # of a decorated function that was called inside
+            return [None]
         if compat.named(eqn) == mark_of(self._reader.comm):
             return [_made(f"one rank at {compat.source_line(eqn)}")]
         if name == compat.COND:

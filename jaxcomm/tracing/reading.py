@@ -21,7 +21,7 @@ from jaxcomm.errors import InvalidOptionError, UnsupportedCollectiveError
 from jaxcomm.planning.planner import Terms
 from jaxcomm.ranks.communicator import Communicator
 from jaxcomm.tracing import layout
-from jaxcomm.tracing.primitives import BoundBucket, bucket_p
+from jaxcomm.tracing.primitives import BoundBucket, bucket_p, rank_p
 from jaxcomm.transports.base import MOVES
 
 _SUMS = {
@@ -124,6 +124,8 @@ class Reader:
 
     def asks_rank(self, eqn: Any) -> bool:
         """Tell whether an equation, or one inside it, gives this rank's number."""
+        if eqn.primitive is rank_p:
+            return True
         if self.uses_axis(eqn) and eqn.primitive.name == compat.AXIS_INDEX:
             return True
         return any(map(self.asks_rank, compat.inner_eqns(eqn)))

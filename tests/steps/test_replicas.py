@@ -63,6 +63,9 @@ refused(lambda s, x: (State(s.w, s.step + x[0].astype(jnp.int32)),
                       sometimes(s.step, x)), state, x)
 refused(lambda s, x: (State(s.w, s.step + lax.axis_index("batch")),
                       sometimes(s.step, x)), state, x)
+# A rank's number, found by a decorated function inside.
+number = jaxcomm.data_parallel(lambda: lax.axis_index("batch"))
+refused(lambda x: sometimes(number(), x), x)
 # Inside another program nobody compares it.
 try:
     jax.jit(train)(state, x)
