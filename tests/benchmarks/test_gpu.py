@@ -35,6 +35,7 @@ def run(out: Path, *arguments: str, **env: str) -> tuple[int, dict[str, Any], st
     return done.returncode, rows, done.stderr
 
 
+@pytest.mark.thorough
 @pytest.mark.timeout(400)
 def test_the_whole_of_the_first_call(tmp_path: Path) -> None:
     done = subprocess.run(

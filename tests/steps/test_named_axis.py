@@ -48,8 +48,8 @@ def results(
 @pytest.mark.parametrize(
     ("transport", "ranks"),
     [
-        pytest.param("mpi", 2, marks=pytest.mark.thorough),
-        ("mpi", 4),
+        ("mpi", 2),
+        pytest.param("mpi", 4, marks=pytest.mark.thorough),
         pytest.param("nccl", 2, marks=pytest.mark.thorough),
     ],
 )

@@ -17,7 +17,7 @@ pytestmark = pytest.mark.long
 LIMIT = 600  # seconds of a job, for hangs only
 
 JOBS = [
-    ("local", 1),
+    pytest.param("local", 1, marks=pytest.mark.thorough),
     pytest.param("mpi", 1, marks=pytest.mark.thorough),
     ("mpi", 2),
     pytest.param("mpi", 4, marks=pytest.mark.thorough),
@@ -104,7 +104,12 @@ def test_conformance(
 @pytest.mark.timeout(LIMIT + 100)
 @pytest.mark.parametrize(
     ("transport", "ranks"),
-    [("mpi", 3), ("mpi", 4), ("mpi apart", 3), ("mpi4jax", 2)],
+    [
+        ("mpi", 3),
+        ("mpi", 4),
+        pytest.param("mpi apart", 3, marks=pytest.mark.thorough),
+        ("mpi4jax", 2),
+    ],
 )
 @pytest.mark.parametrize("check", SOME)
 def test_some_checks(
