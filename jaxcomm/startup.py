@@ -318,9 +318,10 @@ def _by_mpi(transport: str, launched: int, settings: Settings, mode: str) -> Mpi
             "jax.distributed.initialize() before jaxcomm.init()."
         )
     fabric = MpiFabric(mpi.COMM_WORLD, settings.timeout)
-    if topology.introduce(fabric, mode, service):
-        atexit.register(topology.leave)
-        _at_exit.append(topology.leave)
+    place = topology.introduce(fabric, mode, service)
+    if place is not None:
+        atexit.register(place.leave)
+        _at_exit.append(place.leave)
     return fabric
 
 

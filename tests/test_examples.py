@@ -1,4 +1,4 @@
-"""The examples of docstrings and of docs/sharp-bits.md say what happens."""
+"""The examples of docstrings and of two pages say what happens."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from tests.jobs import ROOT, Launch
 from tests.programs import doctest_ranks
 
 RANKS = ROOT / "tests" / "programs" / "doctest_ranks.py"
-PAGE = ROOT / "docs" / "sharp-bits.md"
+PAGES = [ROOT / "docs" / "sharp-bits.md", ROOT / "docs" / "porting.md"]
 
 
 def without_example() -> list[str]:
@@ -40,13 +40,14 @@ def test_docstrings(launch: Launch, ranks: int) -> None:
     assert len(counts) == ranks and min(counts) >= least, done.stdout
 
 
-def test_sharp_bits(launch: Launch) -> None:
-    done = launch(2, [RANKS, PAGE], timeout=300)
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_pages(launch: Launch, page: Path) -> None:
+    done = launch(2, [RANKS, page], timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr
-    blocks = len(doctest_ranks.blocks(PAGE))
+    blocks = len(doctest_ranks.blocks(page))
     assert done.stdout.count(f"ran {blocks} examples") == 2
     # None was missed for how its fences are written.
-    assert PAGE.read_text().count("```") == 2 * blocks
+    assert page.read_text().count("```") == 2 * blocks
 
 
 WRONG_ON_RANK_1 = {

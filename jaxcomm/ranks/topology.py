@@ -80,10 +80,12 @@ class Service:
             raise OSError(f"JAX's coordination service did not start on {address}")
 
     def close(self) -> None:
-        """Let it end when the last rank has gone."""
-        assert self._process.stdin is not None
-        with contextlib.suppress(OSError):
-            self._process.stdin.close()
+        """Let it end when the last rank has gone, which nobody waits for."""
+        for pipe in (self._process.stdin, self._process.stdout):
+            if pipe is not None:
+                with contextlib.suppress(OSError):
+                    pipe.close()
+        self._process.returncode = 0  # else Popen warns that it still runs
 
 
 def expected_service(mode: str) -> Service | None:
@@ -94,7 +96,7 @@ def expected_service(mode: str) -> Service | None:
     return Service() if wanted else None
 
 
-def introduce(fabric: MpiFabric, mode: str, service: Service | None) -> bool:
+def introduce(fabric: MpiFabric, mode: str, service: Service | None) -> Place | None:
     """Tell JAX which process of how many this is; all ranks call it.
 
     Args:
@@ -103,7 +105,7 @@ def introduce(fabric: MpiFabric, mode: str, service: Service | None) -> bool:
       service: what `expected_service` has started.
 
     Returns:
-      Whether JAX was told; `leave` is then to be called at the end.
+      What is to be left at the end; None where JAX was not told.
 
     Raises:
       InvalidOptionError: the ranks have different modes; raised on all.
@@ -122,7 +124,7 @@ def introduce(fabric: MpiFabric, mode: str, service: Service | None) -> bool:
     if not _agreed(found, fabric.rank):
         if service is not None:
             service.close()
-        return False
+        return None
     address = _LOOPBACK
     if any(rank.local_size < fabric.size for rank in found):
         address = shared_address([rank.interfaces for rank in found])
@@ -142,20 +144,30 @@ def introduce(fabric: MpiFabric, mode: str, service: Service | None) -> bool:
                 error = str(caught)
     coordinator, error = fabric.host.broadcast((coordinator, error), 0)
     errors = fabric.host.all_gather(error or _join(coordinator, fabric))
+    place = Place(service)
     if any(errors):
-        leave()
+        place.leave()
         first = next(rank for rank, error in enumerate(errors) if error)
         _say(
             fabric.rank,
             f"rank {first} could not join jax.distributed ({errors[first]})",
             "JAX_COORDINATOR_ADDRESS=host:port says where rank 0 can be reached",
         )
-    return not any(errors)
+    return None if any(errors) else place
 
 
-def leave() -> None:
-    """Leave jax.distributed, without waiting for others: MPI_Finalize does."""
-    compat.leave_distributed()
+class Place:
+    """JAX's among the ranks."""
+
+    def __init__(self, service: Service | None):
+        # Held: its pipe tells the service that rank 0 is still there.
+        self._service = service
+
+    def leave(self) -> None:
+        """Leave jax.distributed, without waiting for others: MPI_Finalize does."""
+        compat.leave_distributed()
+        if self._service is not None:
+            self._service.close()
 
 
 @functools.cache

@@ -220,7 +220,8 @@ class DataParallel:
             out, token = program.run(values, token)
         if top:
             self._compare_equal(program, inputs, numbers, comm)
-            self._replicas.traced(closed, inputs, equal, self._reader())
+            wide = functools.partial(equal, arrays=True)
+            self._replicas.traced(closed, inputs, wide, self._reader())
         if comm.alone:
             token = None  # a result more costs time on a GPU
         self._unchecked |= token is not None
@@ -256,6 +257,8 @@ class DataParallel:
         numbers: Sequence[int],
         shapes: Any,
         reader: Reader,
+        *,
+        arrays: bool = False,
     ) -> frozenset[int]:
         """Find the arguments that are the same on all ranks, if they were once.
 
@@ -265,10 +268,12 @@ class DataParallel:
           numbers: which of their leaves the jaxpr takes.
           shapes: of the results.
           reader: the function's.
+          arrays: whether a first argument that is an array by itself may be one. What
+            decides about collectives may not: it may well be this rank's data.
         """
         declared = self._declared(*arguments)
         known = {k for k, number in enumerate(numbers) if declared[number]}
-        carried = replicas.carried(arguments, numbers, shapes)
+        carried = replicas.carried(arguments, numbers, shapes, arrays=arrays)
         return kept_equal(closed, reader, known, carried)
 
     def _compare_equal(

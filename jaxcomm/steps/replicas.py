@@ -100,7 +100,9 @@ class Check:
                 )
 
 
-def carried(arguments: Any, numbers: Sequence[int], shapes: Any) -> dict[int, int]:
+def carried(
+    arguments: Any, numbers: Sequence[int], shapes: Any, *, arrays: bool
+) -> dict[int, int]:
     """Match arguments with the results that the next call is given for them.
 
     An argument is carried where the function gives back an array of the same shape and
@@ -110,6 +112,8 @@ def carried(arguments: Any, numbers: Sequence[int], shapes: Any) -> dict[int, in
       arguments: (args, kwargs).
       numbers: which of their leaves are meant.
       shapes: of the results.
+      arrays: whether a first argument that is an array by itself may be one; else it
+        must be part of a structure, or a counter.
 
     Returns:
       For the number of an argument among `numbers`, the number of the result.
@@ -131,7 +135,9 @@ def carried(arguments: Any, numbers: Sequence[int], shapes: Any) -> dict[int, in
             # An array by itself: only the first argument, or a counter, and only at
             # the same position.
             first = place == str(jax.tree_util.SequenceKey(0))
-            if not first and (leaf.shape or not np.issubdtype(leaf.dtype, np.integer)):
+            if not (first and arrays) and (
+                leaf.shape or not np.issubdtype(leaf.dtype, np.integer)
+            ):
                 continue
             matches = [m for m in matches if m[1] == place or (first and m[1] is None)]
         best = sorted(matches, key=lambda m: m[1] != place)
