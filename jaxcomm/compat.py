@@ -372,7 +372,10 @@ class _Block:
     def _parameter(self, key: str, value: Any) -> Any:
         found: Any = value
         if isinstance(value, tuple | list):
-            return type(value)(self._parameter("", v) for v in value)
+            kind: Any = type(value)
+            parts = [self._parameter("", v) for v in value]
+            # A named tuple, as convolutions have, takes its fields one by one.
+            return kind(*parts) if hasattr(kind, "_fields") else kind(parts)
         if hasattr(found, "jaxpr") and hasattr(found, "consts"):
             return found.replace(jaxpr=self._body(found.jaxpr))
         if isinstance(found, _core.Jaxpr):

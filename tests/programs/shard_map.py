@@ -92,6 +92,16 @@ def gathered(w: Any, x: Any, y: Any) -> Any:
     return lax.all_gather(x, "batch", tiled=True) @ w["a"]
 
 
+def convolved(w: Any, x: Any, y: Any) -> Any:
+    """A primitive with a named tuple among its parameters."""
+
+    def value(kernel: Any) -> Any:
+        found = lax.conv(x[:, None], kernel, (1,), "SAME")
+        return lax.pmean(jnp.mean(found**2), "batch")
+
+    return jax.grad(value)(w["a"].T[:, None])
+
+
 class Net(nn.Module):
     @nn.compact
     def __call__(self, x: Any) -> Any:
@@ -196,6 +206,7 @@ PROGRAMS: dict[str, Callable[[], Any]] = {
     "pieces": lambda: run(pieces, out=(SHARDED, P())),
     "pieces, local": lambda: run(pieces, vma=False, out=(SHARDED, P())),
     "gathered": lambda: run(gathered, vma=False),
+    "convolved": lambda: run(convolved),
     "trained": trained(vma=True),
     "trained, local": trained(vma=False),
     "outside": outside(vma=True, jitted=True),
