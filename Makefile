@@ -24,7 +24,7 @@ help:
 	@echo "make stemdl  the whole STEMDL example: simulate, train, evaluate, report"
 	@echo "make test   run the tests on 1, 2 and 4 ranks"
 	@echo "make test-all  the same on more ranks of more transports"
-	@echo "make examples  train three clients under jax.pmap and under jaxcomm, and compare"
+	@echo "make examples  train six clients under pmap and shard_map, JAX's and jaxcomm's, and compare"
 	@echo "make lint   ruff and pyright"
 	@echo "make test-mpich  the same native library over MPICH"
 	@echo "make nccl-abi  our declarations of NCCL against its releases' headers"
