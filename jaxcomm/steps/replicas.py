@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from jaxcomm import settings
@@ -135,9 +136,8 @@ def carried(
             # An array by itself: only the first argument, or a counter, and only at
             # the same position.
             first = place == str(jax.tree_util.SequenceKey(0))
-            if not (first and arrays) and (
-                leaf.shape or not np.issubdtype(leaf.dtype, np.integer)
-            ):
+            counter = not leaf.shape and jnp.issubdtype(leaf.dtype, jnp.integer)
+            if not counter and not (first and arrays):
                 continue
             matches = [m for m in matches if m[1] == place or (first and m[1] is None)]
         best = sorted(matches, key=lambda m: m[1] != place)

@@ -1,7 +1,7 @@
 """Each program under jax.shard_map on host devices (one process), or under ours.
 
-Usage: shard_map.py OUT [reference]. The reference writes what each of its devices has,
-of which XLA_FLAGS says how many there are; a rank of jaxcomm writes its own.
+Usage: shard_map.py OUT reference|ranks [NAME...]. The reference writes what each of its
+devices has, of which XLA_FLAGS says how many there are; a rank of jaxcomm writes its own.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from jax.sharding import PartitionSpec as P
 
 import jaxcomm
 
-REFERENCE = sys.argv[2:3] == ["reference"]
+REFERENCE = sys.argv[2] == "reference"
 if REFERENCE:
     RANKS = jax.device_count()
     MESH = jax.make_mesh((RANKS,), ("batch",), axis_types=(jax.sharding.AxisType.Auto,))
@@ -70,9 +70,12 @@ def mean_of_grad(w: Any, x: Any, y: Any) -> Any:
     return lax.pmean(jax.grad(loss)(w, x, y), "batch")
 
 
-def scanned(w: Any, x: Any, y: Any) -> Any:
+def scanned(w: Any, x: Any, y: Any, *, vma: bool = True) -> Any:
     def body(w: Any, pair: Any) -> tuple[Any, Any]:
-        g = jax.grad(lambda w: lax.pmean(loss(w, *pair), "batch"))(w)
+        if vma:
+            g = jax.grad(lambda w: lax.pmean(loss(w, *pair), "batch"))(w)
+        else:
+            g = lax.pmean(jax.grad(loss)(w, *pair), "batch")
         return jax.tree.map(lambda p, g: p - 0.1 * g, w, g), lax.psum(1.0, "batch")
 
     return lax.scan(body, w, (x[:, None], y[:, None]))
@@ -202,7 +205,7 @@ PROGRAMS: dict[str, Callable[[], Any]] = {
     "mean of grad": lambda: run(mean_of_grad),
     "mean of grad, local": lambda: run(mean_of_grad, vma=False),
     "scan": lambda: run(scanned),
-    "scan, local": lambda: run(scanned, vma=False),
+    "scan, local": lambda: run(functools.partial(scanned, vma=False), vma=False),
     "pieces": lambda: run(pieces, out=(SHARDED, P())),
     "pieces, local": lambda: run(pieces, vma=False, out=(SHARDED, P())),
     "gathered": lambda: run(gathered, vma=False),
@@ -219,8 +222,8 @@ PROGRAMS: dict[str, Callable[[], Any]] = {
 
 def main() -> None:
     results: dict[str, Any] = {}
-    for name, program in PROGRAMS.items():
-        for path, leaf in jax.tree_util.tree_leaves_with_path(program()):
+    for name in sys.argv[3:] or PROGRAMS:
+        for path, leaf in jax.tree_util.tree_leaves_with_path(PROGRAMS[name]()):
             key = f"{name}|{jax.tree_util.keystr(path)}"
             if REFERENCE:
                 for shard in leaf.addressable_shards:

@@ -15,19 +15,31 @@ from tests.jobs import ROOT, Launch, launch_ranks
 pytestmark = pytest.mark.long
 
 
+# Of each kind of program one; all are compared in `make test-all`.
+SOME = (
+    "grad of sum",
+    "mean of grad, local",
+    "scan",
+    "pieces",
+    "convolved",
+    "trained",
+    "outside, local",
+    "outside, blocks",
+)
+
+
 @pytest.mark.parametrize(
-    "ranks",
+    ("ranks", "names"),
     [
-        pytest.param(1, marks=pytest.mark.thorough),
-        2,
-        pytest.param(3, marks=pytest.mark.thorough),
+        (2, SOME),
+        *(pytest.param(n, (), marks=pytest.mark.thorough) for n in (1, 2, 3)),
     ],
 )
-def test_as_under_jax(ranks: int, tmp_path: Path) -> None:
+def test_as_under_jax(ranks: int, names: tuple[str, ...], tmp_path: Path) -> None:
     line = [sys.executable, "-m", "tests.programs.shard_map", str(tmp_path)]
     devices = f"--xla_force_host_platform_device_count={ranks}"
     done = subprocess.run(
-        [*line, "reference"],
+        [*line, "reference", *names],
         cwd=ROOT,
         env={**os.environ, "XLA_FLAGS": f"{os.environ['XLA_FLAGS']} {devices}"},
         capture_output=True,
@@ -36,7 +48,7 @@ def test_as_under_jax(ranks: int, tmp_path: Path) -> None:
         check=False,
     )
     assert done.returncode == 0, done.stderr
-    ours = launch_ranks(ranks, ["-m", *line[2:]], timeout=300)
+    ours = launch_ranks(ranks, ["-m", *line[2:], "ranks", *names], timeout=300)
     assert ours.returncode == 0, ours.stderr
     found: dict[str, np.ndarray] = {}
     for rank in range(ranks):
