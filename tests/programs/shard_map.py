@@ -1,7 +1,8 @@
 """Each program under jax.shard_map on host devices (one process), or under ours.
 
 Usage: shard_map.py OUT reference|ranks [NAME...]. The reference writes what each of its
-devices has, of which XLA_FLAGS says how many there are; a rank of jaxcomm writes its own.
+devices has, of which XLA_FLAGS says how many there are; a rank of jaxcomm writes its
+own.
 """
 
 from __future__ import annotations
