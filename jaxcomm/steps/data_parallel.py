@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any, cast, overload
 
 import jax
+import jax.numpy as jnp
 
 from jaxcomm import compat
 from jaxcomm.collectives import replication
@@ -69,6 +70,9 @@ class DataParallel:
         self._call = _Call()
         # Fingerprints of schedules whose predicates' arguments were compared.
         self._compared: set[str] = set()
+        # Comparisons for programs that were traced ahead of a call: which leaves they
+        # take, of what shapes and dtypes, and the comparison.
+        self._postponed: list[tuple[Any, Any, Callable[[], None]]] = []
 
         # jit reads argument names from the signature, which a bound method cannot take.
         @functools.wraps(fn)
@@ -123,6 +127,8 @@ class DataParallel:
         # For the trace, if this call makes one: it sees no values.
         self._call.given = (args, kwargs)
         try:
+            if self._postponed:
+                self._compare_postponed()
             out = program(*args, **kwargs)
             if self._unchecked:
                 # A failed check of this first run is ours to name; later runs stay
@@ -289,8 +295,14 @@ class DataParallel:
         compared.
         """
         fingerprint = program.schedule.fingerprint
-        wanted = program.equal_inputs and self._call.given is not None
-        if not wanted or comm.size == 1 or fingerprint in self._compared:
+        if not program.equal_inputs or comm.size == 1 or fingerprint in self._compared:
+            return
+        if self._call.given is None:  # lowered, or traced, ahead of the first call
+            shapes = [(leaf.shape, leaf.dtype) for _, leaf in inputs]
+            compare = functools.partial(
+                self._compare_equal, program, inputs, numbers, comm
+            )
+            self._postponed.append((numbers, shapes, compare))
             return
         leaves = jax.tree.leaves(self._call.given)
         mine = {
@@ -304,6 +316,17 @@ class DataParallel:
                 "it must be equal on all of them; nothing was sent"
             )
         self._compared.add(fingerprint)
+
+    def _compare_postponed(self) -> None:
+        """Compare what a program needs that was traced ahead of this call."""
+        leaves = jax.tree.leaves(self._call.given)
+        waiting, self._postponed = self._postponed, []
+        for numbers, shapes, compare in waiting:
+            found = [leaves[k] for k in numbers if k < len(leaves)]
+            if [(jnp.shape(x), jnp.result_type(x)) for x in found] == shapes:
+                compare()
+            else:
+                self._postponed.append((numbers, shapes, compare))
 
     def _plan(
         self,

@@ -74,8 +74,13 @@ except UnsupportedCollectiveError as error:
 else:
     raise AssertionError("not refused")
 
-# Declared, and not so: named on every rank before anything is sent.
+# Declared, and not so: named on every rank before anything is sent. Also where one rank
+# has lowered the step ahead.
+ahead = jaxcomm.data_parallel(update)
+if comm.rank == 1:
+    ahead.lower(State(x, jnp.int32(0)), x)
 for call in (
+    lambda n: ahead(State(x, n), x),
     lambda n: jaxcomm.pmap(sometimes, in_axes=(None, 0))(n, x[None]),
     lambda n: jaxcomm.shard_map(sometimes, **specs)(n, x),
     lambda n: jaxcomm.data_parallel(update)(State(x, n), x),
