@@ -21,8 +21,6 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from stemdl.model import layers
-
 LAYOUTS = ("freq2space", "probes")
 
 _HE = nn.initializers.he_normal()
@@ -85,7 +83,7 @@ class TransitionDown(nn.Module):
             dtype=self.dtype,
         )(x)
         x = _conv(x.shape[-1], 1, self.dtype)(nn.relu(x))
-        return layers.max_pool(x)
+        return nn.max_pool(x, (2, 2), strides=(2, 2))
 
 
 class StemNet(nn.Module):
@@ -135,19 +133,25 @@ class StemNet(nn.Module):
         """
         half = len(self.layers) // 2
         x = self._image(x)
-        x = nn.relu(layers.conv(self.growth, self.kernel, dtype=self.dtype)(x))
+        side = (self.kernel, self.kernel)
+        x = nn.relu(nn.Conv(self.growth, side, dtype=self.dtype)(x))
         skips = []
-        for k, depth in enumerate(self.layers[:half]):
-            x, _ = self._block(k, depth)(x)
+        for k, layers in enumerate(self.layers[:half]):
+            x, _ = self._block(k, layers)(x)
             skips.append(x)
             x = TransitionDown(self.axis_name, self.dtype)(x, train)
         x, new = self._block(half, self.layers[half])(x)
-        for k, depth in enumerate(self.layers[half + 1 :], half + 1):
-            raised = layers.ConvTranspose(
-                new.shape[-1], self.up_kernel, _HE, dtype=self.dtype
+        for k, layers in enumerate(self.layers[half + 1 :], half + 1):
+            raised = nn.ConvTranspose(
+                new.shape[-1],
+                (self.up_kernel, self.up_kernel),
+                strides=(2, 2),
+                use_bias=False,
+                kernel_init=_HE,
+                dtype=self.dtype,
             )(new)
             x = jnp.concatenate([raised, skips.pop()], axis=-1)
-            x, new = self._block(k, depth)(x)
+            x, new = self._block(k, layers)(x)
         y = _conv(1, 1, self.dtype)(x)[..., 0]
         return y if self.dtype is None else y.astype(jnp.float32)
 
@@ -232,4 +236,6 @@ def scopes(params: Any) -> dict[str, list[str]]:
 
 
 def _conv(features: int, kernel: int, dtype: Any) -> nn.Conv:
-    return layers.conv(features, kernel, use_bias=False, kernel_init=_HE, dtype=dtype)
+    return nn.Conv(
+        features, (kernel, kernel), use_bias=False, kernel_init=_HE, dtype=dtype
+    )
