@@ -161,7 +161,7 @@ print("all checked", flush=True)
 """
 
 
-@pytest.mark.parametrize("ranks", [2, 4])
+@pytest.mark.parametrize("ranks", [2, pytest.param(4, marks=pytest.mark.thorough)])
 def test_the_loop_in_the_documentation_ends_together(job: Launch, ranks: int) -> None:
     done = job(ranks, LOOP + documented("Uneven data") + CHECK)
     assert done.returncode == 0, done.stdout + done.stderr

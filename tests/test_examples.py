@@ -31,7 +31,7 @@ def test_everything_public_has_an_example(monkeypatch: pytest.MonkeyPatch) -> No
     assert without_example() == ["data.plain"]
 
 
-@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("ranks", [pytest.param(1, marks=pytest.mark.thorough), 2])
 def test_docstrings(launch: Launch, ranks: int) -> None:
     done = launch(ranks, [RANKS], timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr

@@ -16,11 +16,14 @@ WAYS = {
     "shared memory": {},
     "own thread": {"JAXCOMM_SHARED_MEMORY": "off", "JAXCOMM_OWN_THREAD": "on"},
 }
-# Of each kind one, over each way one at least.
-SEEDS = (0, 7, 9, 14, 15, 19, 20, 23)
+# Some of the kinds have tests of their own besides.
+SEEDS = (7, 9, 14, 23)
+MORE = (0, 15, 19, 20)
 
 
-@pytest.mark.parametrize("seed", SEEDS)
+@pytest.mark.parametrize(
+    "seed", [*SEEDS, *(pytest.param(s, marks=pytest.mark.thorough) for s in MORE)]
+)
 def test_a_fault_ends_in_a_report_or_in_right_results(seed: int) -> None:
     result = trials.run(trials.draw(seed))
     assert result["verdict"] in (trials.RIGHT, trials.REPORTED), result
@@ -34,7 +37,9 @@ def test_trials_come_again() -> None:
     assert {trial.culprit for trial in drawn} == {0, 1, 2, 3}
 
 
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize(
+    "way", [pytest.param("shared memory", marks=pytest.mark.thorough), "own thread"]
+)
 def test_nothing_grows(way: str) -> None:
     grown = trials.run_soak(4000, WAYS[way])
     assert not trials.grows(grown), grown

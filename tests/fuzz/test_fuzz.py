@@ -10,7 +10,7 @@ from tests.fuzz import run
 @pytest.mark.parametrize(
     ("ranks", "way"),
     [
-        (2, "mpi4jax"),
+        pytest.param(2, "mpi4jax", marks=pytest.mark.thorough),
         (3, "shared memory"),
         pytest.param(2, "MPI calls", marks=pytest.mark.thorough),
         pytest.param(3, "NCCL stand-in", marks=pytest.mark.thorough),

@@ -70,7 +70,14 @@ def test_modules_run_too(tmp_path: Path) -> None:
     assert done.stdout.count("module ['-x']") == 2
 
 
-@pytest.mark.parametrize("ranks", [1, 2, 4])
+@pytest.mark.parametrize(
+    "ranks",
+    [
+        pytest.param(1, marks=pytest.mark.thorough),
+        2,
+        pytest.param(4, marks=pytest.mark.thorough),
+    ],
+)
 def test_exit_codes_pass(job: Launch, ranks: int) -> None:
     text = "import jaxcomm, sys; c = jaxcomm.init(); sys.exit(7 * (c.rank == 0))"
     assert job(ranks, text).returncode == 7

@@ -157,7 +157,9 @@ jaxcomm.assert_replicated(jaxcomm.all_reduce(
 
 
 @pytest.mark.parametrize("ranks", [2, pytest.param(4, marks=pytest.mark.thorough)])
-@pytest.mark.parametrize("stores", ["ordinary", "streaming"])
+@pytest.mark.parametrize(
+    "stores", [pytest.param("ordinary", marks=pytest.mark.thorough), "streaming"]
+)
 def test_shared_memory_with_either_kind_of_stores(
     job: Job, ranks: int, stores: str
 ) -> None:
@@ -170,7 +172,14 @@ def test_ranks_that_share_no_memory_use_mpi(job: Job) -> None:
     assert done.returncode == 0, done.stderr
 
 
-@pytest.mark.parametrize("ranks", [2, 3, 4])
+@pytest.mark.parametrize(
+    "ranks",
+    [
+        pytest.param(2, marks=pytest.mark.thorough),
+        3,
+        pytest.param(4, marks=pytest.mark.thorough),
+    ],
+)
 def test_large_leaves_go_around_a_ring_between_hosts(job: Job, ranks: int) -> None:
     env = {"JAXCOMM_SHARED_MEMORY": "off", "JAXCOMM_OWN_THREAD": "on"}
     done = job(ranks, SHARED, "ring", env=env)
@@ -210,7 +219,7 @@ def test_unusable_staging_size(job: Job) -> None:
     assert "JAXCOMM_STAGING_BYTES: '8M'" in done.stderr
 
 
-@pytest.mark.parametrize("ranks", [2, 4])
+@pytest.mark.parametrize("ranks", [2, pytest.param(4, marks=pytest.mark.thorough)])
 def test_threads_take_turns_in_mpi(job: Job, ranks: int) -> None:
     done = job(ranks, SERIALIZED)
     assert done.returncode == 0, done.stderr
@@ -242,7 +251,9 @@ print("said so", flush=True)
 """
 
 
-@pytest.mark.parametrize("where", ["inline", "thread"])
+@pytest.mark.parametrize(
+    "where", [pytest.param("inline", marks=pytest.mark.thorough), "thread"]
+)
 def test_a_failed_allocation_is_an_exception(job: Job, where: str) -> None:
     env = {"JAXCOMM_SHARED_MEMORY": "off", "JAXCOMM_STAGING_BYTES": str(4 << 30)}
     env["JAXCOMM_OWN_THREAD"] = "on" if where == "thread" else "off"

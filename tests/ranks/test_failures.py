@@ -195,9 +195,14 @@ print("refused", len(everything), flush=True)
 @pytest.mark.parametrize(
     ("transport", "ranks", "env"),
     [
-        ("mpi", 2, {}),
+        pytest.param("mpi", 2, {}, marks=pytest.mark.thorough),
         ("mpi", 3, {"JAXCOMM_SHARED_MEMORY": "off", "JAXCOMM_OWN_THREAD": "on"}),
-        ("mpi", 2, {"MPI4PY_RC_THREAD_LEVEL": "serialized"}),
+        pytest.param(
+            "mpi",
+            2,
+            {"MPI4PY_RC_THREAD_LEVEL": "serialized"},
+            marks=pytest.mark.thorough,
+        ),
         ("nccl", 2, {}),
         pytest.param("mpi4jax", 2, {}, marks=pytest.mark.thorough),
     ],

@@ -57,8 +57,12 @@ def run_ranks(ranks: int, case: str, timeout: float = 300) -> list[dict[str, str
 @pytest.mark.parametrize(
     ("ranks", "case", "check"),
     [
-        pytest.param(ranks, case, check, id=f"{check}-{ranks}")
-        for case, ranks in [("all", 2), ("all", 4), ("stall", 3)]
+        pytest.param(ranks, case, check, id=f"{check}-{ranks}", marks=marks)
+        for case, ranks, marks in [
+            ("all", 2, pytest.mark.thorough),
+            ("all", 4, ()),
+            ("stall", 3, ()),
+        ]
         for check in [*(c.__name__ for c in CASES[case]), "end"]
     ],
 )

@@ -87,10 +87,10 @@ print("right", flush=True)
 @pytest.mark.parametrize(
     ("ranks", "kinds"),
     [
-        (2, "subgroup,subgroup"),
+        pytest.param(2, "subgroup,subgroup", marks=pytest.mark.thorough),
         (3, "subgroup,subgroup"),
         (2, "world,subgroup,wide"),
-        (4, "partition,subgroup,eager"),
+        pytest.param(4, "partition,subgroup,eager", marks=pytest.mark.thorough),
     ],
 )
 def test_threads_of_one_core_do_not_wait_for_each_other(

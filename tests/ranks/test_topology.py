@@ -45,7 +45,7 @@ assert step(x) == (comm.size - 1) / 2 and jaxcomm.all_reduce(x) == step(x)
 """
 
 
-@pytest.mark.parametrize("ranks", [2, 3])
+@pytest.mark.parametrize("ranks", [pytest.param(2, marks=pytest.mark.thorough), 3])
 def test_names_are_right(job: Launch, ranks: int) -> None:
     # gRPC would ask a proxy for the ranks' own addresses.
     mark = f"names {ranks}"
@@ -55,7 +55,9 @@ def test_names_are_right(job: Launch, ranks: int) -> None:
     _no_service_is_left(mark)
 
 
-@pytest.mark.parametrize("transport", ["mpi4jax", "mpi"])
+@pytest.mark.parametrize(
+    "transport", ["mpi4jax", pytest.param("mpi", marks=pytest.mark.thorough)]
+)
 def test_names_are_right_over(job: Launch, transport: str) -> None:
     done = job(2, PLACE.replace("init()", f"init({transport!r})"))
     assert done.returncode == 0, done.stderr
@@ -135,7 +137,9 @@ def test_a_backend_that_came_first_is_named_once(job: Launch) -> None:
     assert "process_index()" in done.stderr
 
 
-@pytest.mark.parametrize("how", ["argument", "variable"])
+@pytest.mark.parametrize(
+    "how", [pytest.param("argument", marks=pytest.mark.thorough), "variable"]
+)
 def test_off_leaves_jax_alone(job: Launch, how: str) -> None:
     script, env = EARLY.replace("jax.numpy.zeros(())\n", ""), {}
     if how == "argument":

@@ -39,6 +39,7 @@ def run(folder: Path, *options: str) -> dict[str, Any]:
     return json.loads((out / "equality.json").read_text())
 
 
+@pytest.mark.thorough  # test_demo compares with pmap
 @pytest.mark.timeout(300)
 def test_one_rank_and_two(tmp_path: Path) -> None:
     # All ways, and what is bitwise equal: thorough, below.

@@ -115,7 +115,11 @@ print("right", calls, inside, flush=True)
 """
 
 
-@pytest.mark.parametrize("way", [{}, MPI_CALLS], ids=["shared memory", "MPI calls"])
+@pytest.mark.parametrize(
+    "way",
+    [pytest.param({}, marks=pytest.mark.thorough), MPI_CALLS],
+    ids=["shared memory", "MPI calls"],
+)
 def test_a_running_program_is_not_disturbed(job: Launch, way: dict[str, str]) -> None:
     done = job(2, BUSY, env=way, timeout=200)
     assert done.returncode == 0, done.stdout + done.stderr

@@ -107,7 +107,11 @@ def vendor() -> str:
 
 @pytest.mark.parametrize(
     ("what", "way"),
-    [("sleep", "shared memory"), ("loop", "MPI calls"), ("sleep", "own thread")],
+    [
+        ("sleep", "shared memory"),
+        pytest.param("loop", "MPI calls", marks=pytest.mark.thorough),
+        pytest.param("sleep", "own thread", marks=pytest.mark.thorough),
+    ],
 )
 def test_a_rank_that_is_stuck_in_python(job: Launch, what: str, way: str) -> None:
     text = stalled(job, 2, what, 1, way)

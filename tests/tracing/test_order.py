@@ -9,7 +9,7 @@ import pytest
 from tests.jobs import Launch
 
 WAYS = ("bare", "nested", "inside", "inner", "axis")
-IN_ALL_RUNS = {("bare", 2), ("nested", 3), ("inside", 2)}
+IN_ALL_RUNS = {("bare", 2), ("nested", 2), ("inside", 3)}
 CASES = [
     pytest.param(
         *case,
@@ -132,7 +132,7 @@ print("right on rank", comm.rank)
 """
 
 
-@pytest.mark.parametrize("ranks", [3, 4])
+@pytest.mark.parametrize("ranks", [3, pytest.param(4, marks=pytest.mark.thorough)])
 def test_subgroups_keep_their_own_communicator(job: Launch, ranks: int) -> None:
     passed(job(ranks, SUBGROUPS, timeout=200), ranks)
 
@@ -173,7 +173,7 @@ print("right on rank", comm.rank)
 """
 
 
-@pytest.mark.parametrize("ranks", [2, 3])
+@pytest.mark.parametrize("ranks", [2, pytest.param(3, marks=pytest.mark.thorough)])
 def test_what_ranks_compute_besides_may_differ(job: Launch, ranks: int) -> None:
     passed(job(ranks, UNLIKE, timeout=200), ranks)
 

@@ -301,7 +301,14 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     subprocess.run(["umount", "-l", str(folder)], check=True)
 
 
-@pytest.mark.parametrize("ranks", [2, 3, pytest.param(4, marks=pytest.mark.thorough)])
+@pytest.mark.parametrize(
+    "ranks",
+    [
+        pytest.param(2, marks=pytest.mark.thorough),
+        3,
+        pytest.param(4, marks=pytest.mark.thorough),
+    ],
+)
 def test_on_ranks(launch: Launch, tmp_path: Path, ranks: int) -> None:
     # RLIMIT_FSIZE stands for a full disk.
     done = launch(ranks, ["-m", "tests.programs.checkpoint_ranks", tmp_path])

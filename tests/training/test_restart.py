@@ -183,7 +183,7 @@ def train_step(state, rows):
     ("number", "to"),
     [
         (signal.SIGTERM, "launcher"),
-        (signal.SIGINT, "launcher"),
+        pytest.param(signal.SIGINT, "launcher", marks=pytest.mark.thorough),
         (signal.SIGTERM, "rank"),
     ],
 )

@@ -106,7 +106,7 @@ def test_conformance(
     ("transport", "ranks"),
     [
         ("mpi", 3),
-        ("mpi", 4),
+        pytest.param("mpi", 4, marks=pytest.mark.thorough),
         pytest.param("mpi apart", 3, marks=pytest.mark.thorough),
         ("mpi4jax", 2),
     ],

@@ -151,9 +151,9 @@ print("no error", flush=True)
     ("call", "result"),
     [
         ("ncclAllReduce", "unhandledCudaError"),
-        ("ncclAllReduce", "invalidUsage"),
-        ("ncclGroupEnd", "systemError"),
-        ("ncclGroupEnd", "internalError"),
+        pytest.param("ncclAllReduce", "invalidUsage", marks=pytest.mark.thorough),
+        pytest.param("ncclGroupEnd", "systemError", marks=pytest.mark.thorough),
+        pytest.param("ncclGroupEnd", "internalError", marks=pytest.mark.thorough),
         ("ncclGroupEnd", "remoteError"),
     ],
 )
@@ -171,7 +171,11 @@ def test_an_error_of_nccl_names_itself(job: Launch, call: str, result: str) -> N
     ("rule", "says"),
     [
         ("rank=0,call=ncclAllReduce,after=3,result=stall", "was not done after 3 s"),
-        ("rank=0,call=ncclGroupEnd,after=3,result=neverDone", "not done after 3 s"),
+        pytest.param(
+            "rank=0,call=ncclGroupEnd,after=3,result=neverDone",
+            "not done after 3 s",
+            marks=pytest.mark.thorough,
+        ),
         (
             "rank=0,call=ncclAllReduce,after=2,result=async:remoteError",
             "failed in the background on rank 0",
@@ -231,7 +235,11 @@ INIT = "import jaxcomm; jaxcomm.init('nccl'); print('connected')"
             {"JAXCOMM_NCCL_LIBRARY": "/nowhere/libnccl.so.2"},
             ["finds no NCCL (/nowhere"],
         ),
-        ({"FAKE_NCCL_VERSION": "21703"}, ["2.17.3 (", "is too old"]),
+        pytest.param(
+            {"FAKE_NCCL_VERSION": "21703"},
+            ["2.17.3 (", "is too old"],
+            marks=pytest.mark.thorough,
+        ),
         ({"JAXCOMM_NCCL_HOST_MEMORY": "0"}, ["JAX runs on 'cpu'"]),
         (
             {"CUDA_VISIBLE_DEVICES": "0", "FAKE_NCCL_VERSION": "22703"},
@@ -337,7 +345,10 @@ def test_a_kernel_that_waits_for_ever_ends_the_job(job: Launch) -> None:
     assert "went on" not in done.stdout
 
 
-@pytest.mark.parametrize(("stops", "abort_after"), [("4", "1"), ("5", "0")])
+@pytest.mark.parametrize(
+    ("stops", "abort_after"),
+    [("4", "1"), pytest.param("5", "0", marks=pytest.mark.thorough)],
+)
 def test_other_kernels_may_take_their_time(
     job: Launch, stops: str, abort_after: str
 ) -> None:
@@ -388,7 +399,7 @@ assert float(jaxcomm.all_reduce(jnp.ones(3), op="sum")[0]) == comm.size
 """
 
 
-@pytest.mark.parametrize("ranks", [2, 4])
+@pytest.mark.parametrize("ranks", [2, pytest.param(4, marks=pytest.mark.thorough)])
 def test_a_mismatch_is_found_before_anything_is_sent(job: Launch, ranks: int) -> None:
     done = job(ranks, MISMATCH, env=on_fake_nccl())
     assert done.returncode == 0, done.stderr
@@ -459,7 +470,7 @@ def distributed(tmp_path: Path, ranks: int, what: str) -> list[tuple[int, str]]:
     return found
 
 
-@pytest.mark.parametrize("ranks", [2, 4])
+@pytest.mark.parametrize("ranks", [2, pytest.param(4, marks=pytest.mark.thorough)])
 def test_ranks_that_jax_distributed_connects(tmp_path: Path, ranks: int) -> None:
     for code, text in distributed(tmp_path, ranks, "run"):
         assert code == 0, text

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 
 import pytest
@@ -18,8 +19,15 @@ WAYS = {
 }
 
 
-@pytest.mark.parametrize("ranks", [2, 3, 4])
-@pytest.mark.parametrize("way", WAYS)
+# Uneven pieces; more in make test-all.
+IN_ALL_RUNS = {("shared", 3), ("apart", 4), ("ring", 3)}
+CASES = [
+    pytest.param(*case, marks=() if case in IN_ALL_RUNS else pytest.mark.thorough)
+    for case in itertools.product(WAYS, (2, 3, 4))
+]
+
+
+@pytest.mark.parametrize(("way", "ranks"), CASES)
 def test_means_over_many_segments(
     launch: Launch, tmp_path: Path, way: str, ranks: int
 ) -> None:
@@ -43,7 +51,7 @@ def test_means_over_many_segments(
     assert done.stdout.count("all checked") == ranks, done.stdout + done.stderr
 
 
-@pytest.mark.parametrize("ranks", [2, 3])
+@pytest.mark.parametrize("ranks", [pytest.param(2, marks=pytest.mark.thorough), 3])
 def test_arrays_that_are_moved_in_pieces(
     launch: Launch, tmp_path: Path, ranks: int
 ) -> None:

@@ -28,6 +28,7 @@ from typing import Any
 
 import click
 
+from jaxcomm import terminal
 from stemdl.model import losses
 from stemdl.model.network import LAYOUTS, NETWORKS
 from stemdl.physics.crystals import Preparation
@@ -446,7 +447,7 @@ def config_options(command: Callable[..., Any]) -> Callable[..., Any]:
     return resolve
 
 
-@click.command()
+@click.command(context_settings=terminal.HELP)
 def print_settings() -> None:
     """Print a TOML file of all settings of a training.
 
@@ -455,7 +456,7 @@ def print_settings() -> None:
     click.echo(Config().to_toml(), nl=False)
 
 
-@click.command()
+@click.command(context_settings=terminal.HELP)
 def print_microscope() -> None:
     """Print a TOML file of the microscope and the preparation.
 

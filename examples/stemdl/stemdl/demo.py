@@ -90,7 +90,7 @@ def show(console: Console, report: dict[str, Any]) -> None:
     )
 
 
-@click.command()
+@click.command(context_settings=terminal.HELP)
 @click.option(
     "--steps", type=click.IntRange(COMPARE_STEPS + 4), default=STEPS, show_default=True
 )

@@ -50,7 +50,7 @@ def trained_by(resolved: Config, samples: int, directory: Path) -> bool:
     return config.load(path) == dataclasses.replace(resolved, training=training)
 
 
-@click.command()
+@click.command(context_settings=terminal.HELP)
 @click.option(
     "--recipe",
     default="tiny",

@@ -30,7 +30,7 @@ from stemdl.training.backends import AXIS, BACKENDS, Backend
 from stemdl.training.telemetry import UNTIMED_STEPS, NonFiniteLossError, Telemetry
 
 
-@click.command()
+@click.command(context_settings=terminal.HELP)
 @click.option(
     "--backend",
     "backend_name",

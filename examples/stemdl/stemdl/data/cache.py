@@ -55,7 +55,7 @@ def simulate(
             progress.update(task, completed=done)
 
 
-@click.command()
+@click.command(context_settings=terminal.HELP)
 @click.option("--samples", default=SAMPLES, show_default=True, help="training samples")
 @data_option
 @click.option("--processes", default=os.cpu_count() or 1, show_default=True)

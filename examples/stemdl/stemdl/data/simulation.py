@@ -197,7 +197,7 @@ def configured(
     return comm.all_gather_object(together(comm, read))[0]
 
 
-@click.command()
+@click.command(context_settings=terminal.HELP)
 @click.option("--samples", default=SAMPLES, show_default=True, help="training samples")
 @click.option(
     "--shards",

@@ -14,6 +14,7 @@ from typing import Any
 
 import click
 
+from jaxcomm import terminal
 from stemdl import config
 from stemdl.evaluation.report import NETWORK
 
@@ -119,7 +120,7 @@ def markdown(found: dict[str, dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-@click.command()
+@click.command(context_settings=terminal.HELP)
 @click.argument(
     "folders", nargs=-1, required=True, type=click.Path(exists=True, path_type=Path)
 )

@@ -144,7 +144,7 @@ def _settings(
     }
 
 
-@click.command()
+@click.command(context_settings=terminal.HELP)
 @click.option(
     "--run",
     type=click.Path(path_type=Path),

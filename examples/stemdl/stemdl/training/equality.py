@@ -228,7 +228,7 @@ def draw(report: dict[str, Any], path: Path) -> None:
     figure.savefig(path, dpi=150)
 
 
-@click.command()
+@click.command(context_settings=terminal.HELP)
 @click.option("--network", type=click.Choice(list(NETWORKS)), default="tiny")
 @click.option("--steps", type=click.IntRange(UNTIMED_STEPS + 1), default=60)
 @click.option("--batch", type=click.IntRange(4), default=16, help="over all ranks")

@@ -46,7 +46,7 @@ MOST_CACHED = 6000
 """Training samples that rank 0 simulates alone while the others wait."""
 
 
-@click.command()
+@click.command(context_settings=terminal.HELP)
 @click.option(
     "--backend",
     "backend_name",
