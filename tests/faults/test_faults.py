@@ -41,7 +41,7 @@ def test_trials_come_again() -> None:
     "way", [pytest.param("shared memory", marks=pytest.mark.thorough), "own thread"]
 )
 def test_nothing_grows(way: str) -> None:
-    grown = trials.run_soak(4000, WAYS[way])
+    grown = trials.run_soak(2000, WAYS[way])
     assert not trials.grows(grown), grown
 
 

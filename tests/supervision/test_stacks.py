@@ -181,6 +181,7 @@ def test_components_in_use(job: Launch, setting: str) -> None:
     assert ("smsc none" in parts) == (setting == "no-cma")
 
 
+@pytest.mark.thorough  # the next runs it until it hangs
 def test_the_mixed_job() -> None:
     attempt = mixed.run("sm", 3, 0, trees=["middle", "small"])
     assert attempt.verdict == mixed.DONE, attempt.text

@@ -76,7 +76,8 @@ def stalled(job: Launch, ranks: int, what: str, culprit: int, way: str) -> str:
     assert done.returncode == 70, done.stdout + done.stderr
     assert "went on" not in done.stdout
     text = done.stderr
-    assert text.count("jaxcomm: no progress for") == 1, text
+    # One reports; on a crowded machine another may that has not heard of it in time.
+    assert "jaxcomm: no progress for" in text, text
     assert IN_STEP in text, text
     # A warning came first, from each rank that waits.
     assert "s for the other ranks in call 4" in text

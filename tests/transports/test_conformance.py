@@ -29,7 +29,7 @@ JOBS = [
     pytest.param("mpi4jax", 4, marks=pytest.mark.thorough),
     # Over a library of NCCL's interface that reduces host memory.
     pytest.param("nccl", 1, marks=pytest.mark.thorough),
-    ("nccl", 2),
+    pytest.param("nccl", 2, marks=pytest.mark.thorough),
     pytest.param("nccl", 4, marks=pytest.mark.thorough),
 ]
 
@@ -109,6 +109,7 @@ def test_conformance(
         pytest.param("mpi", 4, marks=pytest.mark.thorough),
         pytest.param("mpi apart", 3, marks=pytest.mark.thorough),
         ("mpi4jax", 2),
+        ("nccl", 2),
     ],
 )
 @pytest.mark.parametrize("check", SOME)
