@@ -21,6 +21,8 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from stemdl.model import layers
+
 LAYOUTS = ("freq2space", "probes")
 
 _HE = nn.initializers.he_normal()
@@ -83,7 +85,7 @@ class TransitionDown(nn.Module):
             dtype=self.dtype,
         )(x)
         x = _conv(x.shape[-1], 1, self.dtype)(nn.relu(x))
-        return nn.max_pool(x, (2, 2), strides=(2, 2))
+        return layers.max_pool(x)
 
 
 class StemNet(nn.Module):
@@ -133,25 +135,19 @@ class StemNet(nn.Module):
         """
         half = len(self.layers) // 2
         x = self._image(x)
-        side = (self.kernel, self.kernel)
-        x = nn.relu(nn.Conv(self.growth, side, dtype=self.dtype)(x))
+        x = nn.relu(layers.conv(self.growth, self.kernel, dtype=self.dtype)(x))
         skips = []
-        for k, layers in enumerate(self.layers[:half]):
-            x, _ = self._block(k, layers)(x)
+        for k, depth in enumerate(self.layers[:half]):
+            x, _ = self._block(k, depth)(x)
             skips.append(x)
             x = TransitionDown(self.axis_name, self.dtype)(x, train)
         x, new = self._block(half, self.layers[half])(x)
-        for k, layers in enumerate(self.layers[half + 1 :], half + 1):
-            raised = nn.ConvTranspose(
-                new.shape[-1],
-                (self.up_kernel, self.up_kernel),
-                strides=(2, 2),
-                use_bias=False,
-                kernel_init=_HE,
-                dtype=self.dtype,
+        for k, depth in enumerate(self.layers[half + 1 :], half + 1):
+            raised = layers.ConvTranspose(
+                new.shape[-1], self.up_kernel, _HE, dtype=self.dtype
             )(new)
             x = jnp.concatenate([raised, skips.pop()], axis=-1)
-            x, new = self._block(k, layers)(x)
+            x, new = self._block(k, depth)(x)
         y = _conv(1, 1, self.dtype)(x)[..., 0]
         return y if self.dtype is None else y.astype(jnp.float32)
 
@@ -236,6 +232,4 @@ def scopes(params: Any) -> dict[str, list[str]]:
 
 
 def _conv(features: int, kernel: int, dtype: Any) -> nn.Conv:
-    return nn.Conv(
-        features, (kernel, kernel), use_bias=False, kernel_init=_HE, dtype=dtype
-    )
+    return layers.conv(features, kernel, use_bias=False, kernel_init=_HE, dtype=dtype)
