@@ -12,14 +12,26 @@ from __future__ import annotations
 
 import importlib
 import select
+import signal
 import sys
 import time
 from typing import Any
 
 _POLL_SECONDS = 0.05
+# Slurm sends what ranks are asked to end by to all processes of a job, and JAX aborts
+# the ranks, which are saving their state, when this one has gone.
+_FOR_RANKS = (
+    signal.SIGTERM,
+    signal.SIGINT,
+    signal.SIGHUP,
+    signal.SIGUSR1,
+    signal.SIGUSR2,
+)
 
 
 def main() -> None:
+    for number in _FOR_RANKS:
+        signal.signal(number, signal.SIG_IGN)
     library: Any = importlib.import_module("jaxlib._jax")
     # The parent knows the address when the ranks have met; importing takes longer.
     address, _, ranks = sys.stdin.readline().partition(" ")

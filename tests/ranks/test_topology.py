@@ -86,6 +86,30 @@ def test_one_host_listens_on_the_loopback_alone(job: Launch) -> None:
     assert done.returncode == 0 and "listens" not in done.stdout, done.stdout
 
 
+SIGNALLED = """
+import signal, time
+import psutil
+import jaxcomm
+comm = jaxcomm.init()
+asked = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
+if comm.rank == 0:
+    children = psutil.Process().children()
+    [service] = [c for c in children if "coordination.py" in " ".join(c.cmdline())]
+    for number in asked:
+        service.send_signal(number)
+time.sleep(1)
+comm.barrier()
+print("saved", flush=True)
+"""
+
+
+def test_what_ranks_are_asked_to_end_by_does_not_end_the_service(job: Launch) -> None:
+    done = job(2, SIGNALLED, env={"MARK": "signalled"})
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("saved") == 2
+    _no_service_is_left("signalled")
+
+
 ORBAX = """
 import sys, pathlib
 import jax, jaxcomm, numpy as np
