@@ -24,7 +24,7 @@ def launch() -> Launch:
 def job(tmp_path: Path) -> Launch:
     """Return a function that runs a piece of Python text on some ranks."""
 
-    def run(ranks: int, text: str, *arguments: str, **options: object):
+    def run(ranks: int | None, text: str, *arguments: str, **options: object):
         script = tmp_path / "script.py"
         script.write_text(text)
         return launch_ranks(ranks, [script, *arguments], **options)  # type: ignore[arg-type]

@@ -35,7 +35,7 @@ os.environ.setdefault("XLA_FLAGS", QUICKLY)
 
 
 def launch_ranks(
-    ranks: int,
+    ranks: int | None,
     command: Sequence[str | Path],
     *,
     timeout: float = 120,
@@ -43,7 +43,8 @@ def launch_ranks(
     env: dict[str, str] | None = None,
 ) -> subprocess.CompletedProcess[str]:
     """Run `jaxcomm run`; after `timeout` it dumps all stacks and exits with 124."""
-    line = [sys.executable, "-m", "jaxcomm", "run", "-n", str(ranks)]
+    line = [sys.executable, "-m", "jaxcomm", "run"]
+    line += ["-n", str(ranks)] if ranks else []
     line += ["--timeout", str(timeout), *options, *map(str, command)]
     return subprocess.run(
         line,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import os
 import re
@@ -27,7 +28,8 @@ def main() -> None:
     "-n",
     "--ranks",
     type=click.IntRange(1),
-    help="Processes; one for each GPU of this host, or for each core, unless given.",
+    help="Processes. Unless given, what Slurm, PBS or LSF says in their jobs; else one "
+    "for each GPU of this host, or for each core.",
 )
 @click.option("-m", "module", is_flag=True, help="Run a module, as `python -m` does.")
 @click.option("--threads", type=click.IntRange(1), help="Cores (XLA threads) per rank.")
@@ -115,23 +117,20 @@ def run(
     from jaxcomm.launch import run as launcher
     from jaxcomm.launch import supervise
 
-    if ranks is None:
-        ranks, what = launcher.ranks_here(threads)
-        click.echo(f"jaxcomm: {ranks} ranks, one for each {what} (-n)", err=True)
     if module:
         command = ("-m", *command)
     elif re.fullmatch(r"python[\d.]*", Path(command[0]).name):
         rest = " ".join(command[1:]) or "SCRIPT"
         raise click.UsageError(
             f"leave out {command[0]!r}, which is started for each rank: "
-            f"jaxcomm run -n {ranks} {rest}"
+            f"jaxcomm run -n {ranks or 'RANKS'} {rest}"
         )
     elif not Path(command[0]).is_file():
         raise click.ClickException(
             f"no script {command[0]!r} in {os.getcwd()!r}; give a path, or -m MODULE"
         )
     job = launcher.Job(
-        ranks=ranks,
+        ranks=ranks or 1,
         command=command,
         threads=threads,
         output=output,
@@ -146,14 +145,18 @@ def run(
         verbose=verbose,
     )
     try:
+        if ranks is None:
+            ranks, why = launcher.default_ranks(job)
+            job = dataclasses.replace(job, ranks=ranks)
+            click.echo(f"jaxcomm: {ranks} ranks, {why} (-n)", err=True)
         if verbose:
             for name, value in launcher.environment(job).items():
                 click.echo(f"jaxcomm: {name}={value}", err=True)
             click.echo(f"jaxcomm: {' '.join(launcher.command_line(job))}", err=True)
-        cores = len(os.sched_getaffinity(0))
-        if ranks > cores and not (hosts or hostfile) and oversubscribe:
+        places, what = launcher.capacity(job)
+        if ranks > places and not (hosts or hostfile) and oversubscribe:
             click.echo(
-                f"jaxcomm: {ranks} ranks share {cores} cores; expect them to be slow",
+                f"jaxcomm: {ranks} ranks share {places} {what}; expect them to be slow",
                 err=True,
             )
         sys.exit(supervise.run(job))

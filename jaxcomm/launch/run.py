@@ -12,7 +12,8 @@ import sys
 import sysconfig
 from pathlib import Path
 
-from jaxcomm.launch import devices
+from jaxcomm.launch import allocation, devices
+from jaxcomm.launch.allocation import Allocation
 from jaxcomm.launch.worker import THREADS_VARIABLE
 
 MPIEXEC_VARIABLE = "JAXCOMM_MPIEXEC"
@@ -162,10 +163,26 @@ def on_this_host(job: Job) -> bool:
     )
 
 
+def allocated(job: Job) -> Allocation | None:
+    """Return the hosts that a batch system has given, unless the user names others.
+
+    Raises:
+      LaunchError: what the batch system says cannot be understood.
+    """
+    if job.hosts or job.hostfile:
+        return None
+    try:
+        return allocation.find()
+    except (OSError, ValueError) as error:
+        raise LaunchError(
+            f"the hosts that the batch system gave cannot be read: {error}. Name them "
+            "by --host or --hostfile"
+        ) from error
+
+
 def environment(job: Job) -> dict[str, str]:
     """Return the variables that the ranks get on top of the caller's own."""
-    cores = len(os.sched_getaffinity(0))
-    threads = job.threads or max(1, cores // job.ranks)
+    threads = job.threads or _cores_of_a_rank(job)
     added = {"PYTHONUNBUFFERED": "1", "PYTHONFAULTHANDLER": "1", **MALLOC}
     added["OMP_NUM_THREADS"] = str(threads)
     if job.pin and not (job.hosts or job.hostfile):
@@ -182,22 +199,34 @@ def environment(job: Job) -> dict[str, str]:
     return mine | {RESTART_VARIABLE: str(job.attempt)}
 
 
+def _cores_of_a_rank(job: Job) -> int:
+    given = allocated(job)
+    if given is not None and given.cores and job.ranks == given.ranks:
+        return given.cores
+    together = -(-job.ranks // len(given.hosts)) if given else job.ranks
+    return max(1, len(os.sched_getaffinity(0)) // together)
+
+
 def started_by_mpiexec(job: Job) -> bool:
     """Tell whether a job needs MPI, as all do but those of one rank on this host."""
-    return job.ranks > 1 or bool(job.hosts or job.hostfile)
+    given = allocated(job)
+    # salloc leaves the user where he was; Slurm names the node that a process is on.
+    elsewhere = (
+        given is not None
+        and given.scheduler == "Slurm"
+        and "SLURMD_NODENAME" not in os.environ
+    )
+    return job.ranks > 1 or bool(job.hosts or job.hostfile) or elsewhere
 
 
-def ranks_here(threads: int | None = None) -> tuple[int, str]:
-    """Return how many ranks suit this host, and what there is one for each of.
-
-    Args:
-      threads: cores that each rank is to have, if that is said.
-    """
-    gpus = len(devices.visible()) if devices.wanted() else 0
-    if gpus:
-        return gpus, "GPU"
-    cores = len(os.sched_getaffinity(0)) // (threads or 1)
-    return max(1, cores), "core" if (threads or 1) == 1 else f"{threads} cores"
+def default_ranks(job: Job) -> tuple[int, str]:
+    """Return how many ranks suit the batch job, or this host, and why so many."""
+    given = allocated(job)
+    if given is not None and (given.counted or len(given.hosts) > 1):
+        hosts = f"{len(given.hosts)} host{'s' if len(given.hosts) > 1 else ''}"
+        return given.ranks, f"on {hosts}, as {given.scheduler} says"
+    ranks, what = _ranks_here(job.threads)
+    return ranks, f"one for each {what}"
 
 
 def command_line(job: Job) -> list[str]:
@@ -209,14 +238,20 @@ def command_line(job: Job) -> list[str]:
     worker = [sys.executable, "-m", "jaxcomm.launch.worker", *job.command]
     if not started_by_mpiexec(job):
         return worker
-    cores = len(os.sched_getaffinity(0))
+    places, of_what = capacity(job)
     local = not (job.hosts or job.hostfile)
-    crowded = local and job.ranks > cores
-    if crowded and not job.oversubscribe:
+    given = allocated(job)
+    crowded = local and job.ranks > min(places, given.ranks if given else places)
+    if local and job.ranks > places and not job.oversubscribe:
         raise LaunchError(
-            f"{job.ranks} ranks on {cores} cores, and --no-oversubscribe: ask for at "
-            f"most {cores} ranks, or leave the option out to let them share cores"
+            f"{job.ranks} ranks on {places} {of_what}, and --no-oversubscribe: ask for "
+            f"at most {places} ranks, or leave the option out to let them share cores"
         )
+    # What Slurm gave, mpiexec sees itself and starts its daemons there by srun. The
+    # wheels' know nothing of LSF, and of PBS not how to start anything.
+    hosts = job.hosts
+    if given is not None and given.scheduler != "Slurm":
+        hosts, local = given.host_list(), len(given.hosts) == 1
     mpiexec = find_mpiexec()
     line = [mpiexec.path, "-n", str(job.ranks)]
     library = _loopback_library()
@@ -229,7 +264,7 @@ def command_line(job: Job) -> list[str]:
         line += ["--bind-to", "none"] if local else []
         line += ["--oversubscribe"] if crowded else []
         line += ["--output", "tag"] if job.output == "prefix" else []
-        line += ["--host", job.hosts] if job.hosts else []
+        line += ["--host", hosts] if hosts else []
         line += ["--hostfile", job.hostfile] if job.hostfile else []
         if not local:
             for name in environment(job):
@@ -237,9 +272,26 @@ def command_line(job: Job) -> list[str]:
     else:
         line += ["-bind-to", "none"] if local and mpiexec.vendor == "MPICH" else []
         line += ["-l"] if job.output == "prefix" else []
-        line += ["-hosts", job.hosts] if job.hosts else []
+        line += ["-hosts", hosts] if hosts else []
         line += ["-f", job.hostfile] if job.hostfile else []
     return [*line, *worker]
+
+
+def capacity(job: Job) -> tuple[int, str]:
+    """Return how many ranks have a place of their own, and what the places are."""
+    given = allocated(job)
+    if given is not None and given.counted:
+        return given.ranks, f"slots of the {given.scheduler} job"
+    return len(os.sched_getaffinity(0)), "cores"
+
+
+def _ranks_here(threads: int | None = None) -> tuple[int, str]:
+    """Return how many ranks suit this host, and what there is one for each of."""
+    gpus = len(devices.visible()) if devices.wanted() else 0
+    if gpus:
+        return gpus, "GPU"
+    cores = len(os.sched_getaffinity(0)) // (threads or 1)
+    return max(1, cores), "core" if (threads or 1) == 1 else f"{threads} cores"
 
 
 def _with_preloaded(own: str | None) -> list[str]:
