@@ -14,7 +14,7 @@ TESTS ?= tests
 # Two test files at once: a third of the time is waiting. PARALLEL= runs one after another.
 PARALLEL ?= -n 2 --dist loadfile --no-loadscope-reorder
 
-.PHONY: setup demo stemdl examples test test-all test-mpich nccl-abi lint fuzz sanitize faults \
+.PHONY: setup demo stemdl examples test test-all test-mpich test-slurm nccl-abi lint fuzz sanitize faults \
   mixed mutants bench bench-safety bench-stemdl bench-peers bench-horovod bench-overlap bench-tracing \
   bench-control scaling clean
 .DEFAULT_GOAL := help
@@ -27,6 +27,7 @@ help:
 	@echo "make examples  train six clients under pmap and shard_map, JAX's and jaxcomm's, and compare"
 	@echo "make lint   ruff and pyright"
 	@echo "make test-mpich  the same native library over MPICH"
+	@echo "make test-slurm  jobs under a real Slurm of two nodes, which it installs (root, apt)"
 	@echo "make nccl-abi  our declarations of NCCL against its releases' headers"
 	@echo "make sanitize  run the native code under Address-, UB- and ThreadSanitizer"
 	@echo "make fuzz  random compositions of collectives against exact sums"
@@ -79,16 +80,27 @@ lint: $(STAMP)
 	$(BIN)/lint-imports
 	$(BIN)/pyright
 
-# The same library file over MPICH, in an environment of its own.
-test-mpich: $(STAMP)
+.venv-mpich/.ready: $(STAMP)
 	test -x .venv-mpich/bin/python || $(PYTHON) -m venv .venv-mpich
 	$(BIN)/uv pip install --quiet --python .venv-mpich/bin/python --editable . \
 	  mpich mpi4py optax flax hypothesis pytest pytest-timeout
+	@touch $@
+
+# The same library file over MPICH, in an environment of its own.
+test-mpich: .venv-mpich/.ready
 	JAXCOMM_NATIVE_LIBRARY=$$($(BIN)/python -c \
 	  'from jaxcomm import native; print(native.library_path())') \
 	  .venv-mpich/bin/pytest \
 	  tests/transports/test_conformance.py tests/native/test_library.py \
 	  -k '(mpi-2 and conformance) or shared_memory or around_a_ring'
+
+# Where root and apt are there, what is missing is installed first.
+SLURM := slurmctld slurmd slurm-client munge libpmix2 libpmix-dev iproute2
+test-slurm: .venv-mpich/.ready
+	@command -v slurmctld >/dev/null || ! command -v apt-get >/dev/null || test "$$(id -u)" != 0 || \
+	  { apt-get update -qq && DEBIAN_FRONTEND=noninteractive \
+	    apt-get install -qq -y --no-install-recommends $(SLURM) >/dev/null; }
+	JAXCOMM_TEST_SLURM=1 $(BIN)/pytest -v tests/slurm
 
 # Our declarations of NCCL against the nccl.h of every release on the package index.
 nccl-abi: $(STAMP)

@@ -358,8 +358,8 @@ def _import_mpi(transport: str, launched: int) -> Any:
 def _leave_out_munge() -> None:
     """Tell the PMIx in Open MPI's wheel not to look for a component that it lacks.
 
-    Slurm's PMIx offers "munge,native" to a rank. The wheel's has the second alone, which
-    does, but complains of the first on every rank, by a text whose file it lacks too.
+    Slurm's PMIx offers "munge,native" to a rank. The wheel's has the second alone,
+    which does, but it complains of the first on every rank.
     """
     if "munge" not in os.environ.get("PMIX_SECURITY_MODE", "").split(","):
         return

@@ -1,8 +1,8 @@
 """A Slurm cluster of two nodes on this machine, for tests: needs root.
 
-Each node is a slurmd in network, UTS, process and mount namespaces of its own, so it has
-its own address, host name, processes and /dev/shm, as a machine has. The controller has a
-third set, from which commands are given. All files are in one temporary folder.
+Each node is a slurmd in network, UTS, process and mount namespaces of its own, so it
+has its own address, host name, processes and /dev/shm, as a machine has. The controller
+has a third set, from which commands are given. All files are in one temporary folder.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import contextlib
 import os
 import secrets
 import shutil
+import signal
 import subprocess
 import tempfile
 import time
@@ -18,7 +19,16 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-PROGRAMS = ("slurmctld", "slurmd", "srun", "munged", "ip", "nsenter", "unshare")
+PROGRAMS = (
+    "slurmctld",
+    "slurmd",
+    "srun",
+    "munged",
+    "ip",
+    "nsenter",
+    "setpriv",
+    "unshare",
+)
 NODES = 2
 CORES = 4  # each node says it has as many
 _NETWORK = "10.79.0."
@@ -29,6 +39,8 @@ ClusterName=jaxcomm
 SlurmctldHost={controller}({network}254)
 SlurmUser=root
 AuthType=auth/munge
+# A job that starts again waits for as long.
+AuthInfo=cred_expire=20
 CredType=cred/munge
 StateSaveLocation={folder}/state
 SlurmctldPidFile={folder}/slurmctld.pid
@@ -67,6 +79,8 @@ def missing() -> str | None:
     without = [name for name in PROGRAMS if shutil.which(name) is None]
     if without:
         return f"needs {', '.join(without)}: make test-slurm installs them"
+    if "JAXCOMM_TEST_SLURM" not in os.environ:
+        return "takes minutes: make test-slurm, or JAXCOMM_TEST_SLURM=1"
     return None
 
 
@@ -175,7 +189,7 @@ class Cluster:
 
     def stop(self) -> None:
         """End everything and remove the namespaces."""
-        for name in self._daemons:
+        for name in reversed(self._daemons):
             self._kill(name)
         for name in (*self.nodes, self.controller):
             subprocess.run(["ip", "netns", "del", name], capture_output=True)
@@ -211,7 +225,8 @@ class Cluster:
     def _start(self, name: str, command: list[str]) -> None:
         with (self.folder / f"{name}.out.log").open("ab") as log:
             self._daemons[name] = subprocess.Popen(
-                command,
+                # It shall not outlive this process, however that ends.
+                ["setpriv", "--pdeathsig", "KILL", *command],
                 env=self._environment,
                 stdin=subprocess.DEVNULL,
                 stdout=log,
@@ -230,12 +245,14 @@ def running() -> Iterator[Cluster]:
     """Give a cluster, and leave nothing of it behind."""
     folder = Path(tempfile.mkdtemp(prefix="js"))  # sockets' paths must be short
     cluster = Cluster(folder)
+    previous = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         cluster.start()
         yield cluster
     finally:
         cluster.stop()
         shutil.rmtree(folder, ignore_errors=True)
+        signal.signal(signal.SIGTERM, previous)
 
 
 def _ip(line: str) -> None:
@@ -247,7 +264,7 @@ def _wait_for(
     true: Callable[[], bool],
     what: str,
     explain: Callable[[], str] = str,
-    seconds: float = 60,
+    seconds: float = 120,
 ) -> None:
     end = time.monotonic() + seconds
     while not true():
