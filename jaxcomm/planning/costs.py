@@ -171,7 +171,7 @@ DEFAULT = CostModel(
 
 # Ranks on several hosts: a round guess at 10 Gbit/s Ethernet over TCP, for want of
 # better; `jaxcomm tune` replaces it. Messages are short: many are on their way at once
-# (mpi/ring.h), and a slow wire carries short ones better (docs/performance.md).
+# (mpi/exchange.h), and a slow wire carries short ones better (docs/performance.md).
 BETWEEN_HOSTS = CostModel(
     call=3e-6,
     curve=((8, 50e-6), (4096, 54e-6), (8 << 20, 50e-6 + (8 << 20) / 1.1e9)),

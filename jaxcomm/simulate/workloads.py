@@ -94,7 +94,7 @@ class Workload:
 def cost_model(machine: Machine, ranks: int) -> CostModel:
     """The planner's cost model for so many ranks of a machine.
 
-    A large leaf is one message here: its segments travel side by side (mpi/ring.h),
+    A large leaf is one message here: its segments travel side by side (mpi/exchange.h),
     so latency counts once.
     """
     wire = collectives.wire(machine)

@@ -201,7 +201,7 @@ int main(int argc, char** argv) {
                                                     size, 65536, 32768));
       if (way == kRing) {
         ours.back()->ring =
-            std::make_unique<Ring>(mpi.get(), Word(comms[k]), rank, size, 8192);
+            std::make_unique<Exchange>(mpi.get(), Word(comms[k]), rank, size, 8192);
       }
       if (way == kShared) ours.back()->node = ShareMemory(comms[k], rank, size);
     }

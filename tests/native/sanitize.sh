@@ -34,7 +34,7 @@ compile() {  # compile NAME SANITIZERS: the driver, and our objects
       -c $source/core/kernels.cc -o "$out/kernels_$target.o" &
   done
   local file
-  for file in core/{constants,deadline,progress,reduce,stacks,dispatch} mpi/{mpi_binding,ring} node/node; do
+  for file in core/{constants,deadline,progress,reduce,stacks,dispatch} mpi/{mpi_binding,exchange} node/node; do
     # shellcheck disable=SC2086
     c++ $common -c $source/$file.cc -o "$out/${file##*/}.o" &
   done
@@ -60,7 +60,7 @@ jaxlib=$("$bin/python" -c \
 c++ $include -std=c++17 -g -O1 -fPIC -fno-omit-frame-pointer -fsanitize=address,undefined \
   -isystem "$jaxlib/include" -fvisibility=hidden -shared \
   $source/mpi/handlers.cc $source/nccl/{gpu,nccl,nccl_handlers}.cc \
-  $build/address/{constants,deadline,mpi_binding,node,progress,reduce,ring,stacks,dispatch,kernels_*}.o -ldl \
+  $build/address/{constants,deadline,exchange,mpi_binding,node,progress,reduce,stacks,dispatch,kernels_*}.o -ldl \
   -o $build/libjaxcomm_native.so
 # Of NCCL's and CUDA's interface; its own memory is not of interest.
 c++ -std=c++17 -O2 -shared -fPIC -fvisibility=hidden tests/native/fake_*.cc -lrt -pthread \

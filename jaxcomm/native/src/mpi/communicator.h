@@ -14,7 +14,7 @@
 #include "callbacks.h"
 #include "mpi_binding.h"
 #include "progress.h"
-#include "ring.h"
+#include "exchange.h"
 #include "worker.h"
 
 namespace jaxcomm {
@@ -80,7 +80,7 @@ class Communicator {
   std::unique_ptr<Worker> answers;
   std::unique_ptr<Worker> calls;
   // Set when it is created, where large leaves wait for a network. Used under `mutex`.
-  std::unique_ptr<Ring> ring;
+  std::unique_ptr<Exchange> ring;
   // Set by Python before the first call, where all ranks are on one host. Used under
   // `mutex`, but for AllHere().
   std::unique_ptr<Node> node;

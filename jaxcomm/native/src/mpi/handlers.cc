@@ -434,7 +434,7 @@ JAXCOMM_API int jaxcomm_create_communicator(int64_t id, uint64_t handle, int ran
       comm->calls = std::make_unique<Worker>();  // ends before what it answers through
     }
     if (ring != 0) {
-      comm->ring = std::make_unique<Ring>(mpi.get(), handle, rank, size, segment_bytes);
+      comm->ring = std::make_unique<Exchange>(mpi.get(), handle, rank, size, segment_bytes);
     }
     std::lock_guard<std::mutex> lock(registry_mutex);
     communicators[id] = std::move(comm);

@@ -1,4 +1,4 @@
-#include "ring.h"
+#include "exchange.h"
 
 #include <algorithm>
 
@@ -6,7 +6,7 @@
 
 namespace jaxcomm {
 
-void Ring::Begin(DType dtype, Op op, const Where& where) {
+void Exchange::Begin(DType dtype, Op op, const Where& where) {
   dtype_ = dtype;
   op_ = op;
   const auto mixed = (static_cast<uint64_t>(where.schedule) ^
@@ -16,7 +16,7 @@ void Ring::Begin(DType dtype, Op op, const Where& where) {
   for (Flight& flight : flights_) flight.segment.data = nullptr;
 }
 
-int Ring::Start(Flight* flight, const Leaf& segment, size_t number) {
+int Exchange::Start(Flight* flight, const Leaf& segment, size_t number) {
   if (flight->received == nullptr) {
     flight->received.reset(new char[static_cast<size_t>(message_bytes_)]);
   }
@@ -33,7 +33,7 @@ int Ring::Start(Flight* flight, const Leaf& segment, size_t number) {
   return Step(flight);
 }
 
-int Ring::Advance(Flight* flight, bool* moved, bool* over) {
+int Exchange::Advance(Flight* flight, bool* moved, bool* over) {
   while (flight->open > 0) {
     bool done = false;
     const int code = mpi_->Test(&flight->requests[flight->open - 1], &done);
@@ -50,7 +50,7 @@ int Ring::Advance(Flight* flight, bool* moved, bool* over) {
   return Step(flight);
 }
 
-int Ring::Step(Flight* flight) {
+int Exchange::Step(Flight* flight) {
   const auto item = static_cast<int64_t>(kItemSize[dtype_]);
   const bool all = size_ == 2;
   const Leaf out = all ? flight->segment : Block(flight->segment, Sent(flight->step));
@@ -65,14 +65,14 @@ int Ring::Step(Flight* flight) {
 }
 
 // Adds up what a step has brought, if it is not a sum already.
-void Ring::Arrived(Flight* flight) {
+void Exchange::Arrived(Flight* flight) {
   if (flight->step >= size_ - 1) return;
   const Leaf block = size_ == 2 ? flight->segment
                                 : Block(flight->segment, Received(flight->step));
   ChosenKernels().combine[dtype_][op_](flight->received.get(), block.data, block.count);
 }
 
-Leaf Ring::Block(const Leaf& segment, int block) const {
+Leaf Exchange::Block(const Leaf& segment, int block) const {
   const int64_t start = segment.count * block / size_;
   const int64_t end = segment.count * (block + 1) / size_;
   return {segment.data + start * static_cast<int64_t>(kItemSize[dtype_]), end - start};

@@ -22,10 +22,10 @@ struct Leaf {
   int64_t count;
 };
 
-class Ring {
+class Exchange {
  public:
   // A message has at most `message_bytes`, a multiple of 16.
-  Ring(Mpi* mpi, uint64_t comm, int rank, int size, int64_t message_bytes)
+  Exchange(Mpi* mpi, uint64_t comm, int rank, int size, int64_t message_bytes)
       : mpi_(mpi), comm_(comm), rank_(rank), size_(size), message_bytes_(message_bytes) {}
 
   // Whether a leaf of so many bytes is worth so many messages.
