@@ -8,8 +8,6 @@
 namespace jaxcomm {
 namespace {
 
-// What is reduced at once: with its counterpart in a slot it fits the first-level cache.
-constexpr int64_t kBlock = 4096;
 // For how long a call waits before it is left to another thread, which takes as long to
 // wake.
 constexpr std::chrono::microseconds kMoment{50};
@@ -75,7 +73,7 @@ Node::Node(std::vector<char*> windows, int rank, int64_t window_bytes, bool crow
                   64),
       spins_(crowded ? 0 : 2000),
       forced_(ForcedStores()),
-      scratch_(static_cast<size_t>(kBlock) * (16 + 2)) {}
+      scratch_(Elements::kScratchBytes) {}
 
 // First without leaving the core, then letting others run, then sleeping: what lasts a
 // millisecond is a late rank, and XLA's threads have a use for the core meanwhile.
@@ -135,52 +133,11 @@ bool Node::AllHere() {
   return true;
 }
 
-// Cuts leaves into segments.
-class Node::Stream {
- public:
-  Stream(const std::vector<Leaf>& leaves, int64_t capacity, int64_t item)
-      : leaves_(leaves), capacity_(capacity), item_(item) {}
-
-  bool Next(Segment* segment) {
-    segment->count = 0;
-    segment->pieces.clear();
-    while (leaf_ < leaves_.size() && segment->count < capacity_) {
-      const Leaf& leaf = leaves_[leaf_];
-      const int64_t n = std::min(leaf.count - start_, capacity_ - segment->count);
-      if (n > 0) segment->pieces.push_back({leaf.data + start_ * item_, segment->count, n});
-      segment->count += n;
-      start_ += n;
-      if (start_ == leaf.count) {
-        ++leaf_;
-        start_ = 0;
-      }
-    }
-    return segment->count > 0;
-  }
-
- private:
-  const std::vector<Leaf>& leaves_;
-  const int64_t capacity_;
-  const int64_t item_;
-  size_t leaf_ = 0;
-  int64_t start_ = 0;
-};
-
 // One bucket's way through the slots.
-class Node::Call {
+class Node::Call : private Elements {
  public:
   Call(Node* node, const Reduction& how)
-      : node_(*node), how_(how), k_(ChosenKernels()),
-        item_(static_cast<int64_t>(kItemSize[how.dtype])),
-        wire_item_(static_cast<int64_t>(kItemSize[how.wire])),
-        encoded_(how.wire != how.dtype),
-        wide_((how.wire == kBF16 || how.wire == kF16) &&
-              (how.op == kSum || how.op == kProd)) {
-    // A number beyond float16's range may have a mean within it: such a mean travels
-    // divided by a power of two that is at least n.
-    if (encoded_ && how.wire == kF16 && how.divisor > 1) {
-      while (reserve_ < how.divisor) reserve_ *= 2;
-    }
+      : Elements(how, node->scratch_.data()), node_(*node) {
     // The last call's has been read by all: they came to its last segment.
     node->control(node->rank_).arrived.where = how.where;
   }
@@ -195,23 +152,15 @@ class Node::Call {
     write_ = streaming ? k_.stream : Copy;
     char* slot = node_.slot(node_.rank_, segment.number);
     // The own part stays where it is.
-    const auto put = [&](char* leaf, int64_t at, int64_t n) { Write(leaf, slot, at, n); };
-    ForEach(segment, 0, Bound(segment, node_.rank_), put);
-    ForEach(segment, Bound(segment, node_.rank_ + 1), segment.count, put);
+    Elements::Put(segment, 0, Bound(segment, node_.rank_), slot);
+    Elements::Put(segment, Bound(segment, node_.rank_ + 1), segment.count, slot);
     Node::Publish(&node_.control(node_.rank_).arrived, segment.number);
   }
 
   void Reduce(const Segment& segment) {
     const int64_t from = Bound(segment, node_.rank_), to = Bound(segment, node_.rank_ + 1);
-    ForEach(segment, from, to, [&](char* leaf, int64_t at, int64_t n) {
-      for (int64_t start = 0; start < n; start += kBlock) {
-        const int64_t count = std::min(kBlock, n - start);
-        if (wide_) {
-          ReduceWide(segment, leaf + start * item_, at + start, count);
-        } else {
-          ReduceBlock(segment, leaf + start * item_, at + start, count);
-        }
-      }
+    ForEachBlock(segment, from, to, [&](char* leaf, int64_t at, int64_t n) {
+      wide_ ? ReduceWide(segment, leaf, at, n) : ReduceBlock(segment, leaf, at, n);
     });
     Node::Publish(&node_.control(node_.rank_).reduced, segment.number);
   }
@@ -220,57 +169,15 @@ class Node::Call {
     for (int step = 1; step < node_.size_; ++step) {
       const int p = (node_.rank_ + step) % node_.size_;
       node_.Wait(node_.control(p).reduced.value, segment.number);
-      const char* slot = node_.slot(p, segment.number);
-      ForEach(segment, Bound(segment, p), Bound(segment, p + 1),
-              [&](char* leaf, int64_t at, int64_t n) {
-                const char* from = slot + at * wire_item_;
-                if (encoded_) {
-                  k_.decode[how_.wire](from, reinterpret_cast<float*>(leaf), n, 1.0f, 1);
-                } else {
-                  std::memcpy(leaf, from, static_cast<size_t>(n * item_));
-                }
-              });
+      Elements::Take(segment, Bound(segment, p), Bound(segment, p + 1),
+                     node_.slot(p, segment.number));
     }
   }
 
  private:
-  static void Copy(void* to, const void* from, int64_t bytes) {
-    std::memcpy(to, from, static_cast<size_t>(bytes));
-  }
-
-  // Where rank p's part begins; whole cache lines, so that no two ranks write into one.
+  // Where rank p's part begins.
   int64_t Bound(const Segment& segment, int p) const {
-    const int64_t line = 64 / wire_item_;
-    const int64_t even = segment.count * p / node_.size_;
-    return std::min((even + line - 1) / line * line, segment.count);
-  }
-
-  template <typename F>
-  void ForEach(const Segment& segment, int64_t from, int64_t to, F&& f) const {
-    for (const Piece& piece : segment.pieces) {
-      const int64_t start = std::max(from, piece.at);
-      const int64_t stop = std::min(to, piece.at + piece.count);
-      if (start < stop) f(piece.data + (start - piece.at) * item_, start, stop - start);
-    }
-  }
-
-  // Copies elements of a leaf to where they stand in a slot, encoding them if need be.
-  void Write(const char* leaf, char* slot, int64_t at, int64_t n) {
-    char* to = slot + at * wire_item_;
-    if (!encoded_) {
-      write_(to, leaf, n * item_);
-      return;
-    }
-    for (int64_t start = 0; start < n; start += kBlock) {
-      const int64_t count = std::min(kBlock, n - start);
-      Encode(leaf + start * item_, count);
-      write_(to + start * wire_item_, half(), count * wire_item_);
-    }
-  }
-
-  void Encode(const char* leaf, int64_t n) {
-    k_.encode[how_.wire](reinterpret_cast<const float*>(leaf), half(), n,
-                         1.0f / static_cast<float>(reserve_));
+    return Elements::Bound(segment, p, node_.size_);
   }
 
   const char* slot(const Segment& segment, int p, int64_t at) const {
@@ -302,18 +209,8 @@ class Node::Call {
 
   // Sums and products of 16-bit floats, in float32 and rounded once.
   void ReduceWide(const Segment& segment, char* leaf, int64_t at, int64_t n) {
-    const auto reserve = static_cast<float>(reserve_);
-    if (encoded_) Encode(leaf, n);
-    float* sum = reinterpret_cast<float*>(prefix());
-    for (int p = 0; p < node_.size_; ++p) {
-      const char* from = slot(segment, p, at);
-      if (p == node_.rank_) from = encoded_ ? half() : leaf;
-      if (p == 0) {
-        k_.decode[how_.wire](from, sum, n, reserve, 1);
-      } else {
-        k_.accumulate[how_.wire][how_.op](from, sum, n, reserve);
-      }
-    }
+    float* sum = SumWide(leaf, n, node_.rank_, node_.size_,
+                         [&](int p) { return slot(segment, p, at); });
     if (how_.divisor > 1) k_.divide[kF32](sum, n, how_.divisor);
     k_.encode[how_.wire](sum, half(), n, 1.0f);
     write_(node_.slot(node_.rank_, segment.number) + at * wire_item_, half(),
@@ -325,18 +222,7 @@ class Node::Call {
     }
   }
 
-  char* prefix() { return node_.scratch_.data(); }
-  char* half() { return node_.scratch_.data() + kBlock * 16; }
-
   Node& node_;
-  const Reduction how_;
-  const Kernels& k_;
-  const int64_t item_;
-  const int64_t wire_item_;
-  const bool encoded_;
-  const bool wide_;
-  int reserve_ = 1;
-  StreamFn write_ = Copy;
 };
 
 int64_t Node::AllReduce(const Reduction& reduction, const std::vector<Leaf>& leaves,

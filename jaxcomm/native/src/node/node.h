@@ -23,6 +23,7 @@
 
 #include "kernels.h"
 #include "reduce.h"
+#include "slots.h"
 
 namespace jaxcomm {
 
@@ -95,17 +96,6 @@ class Node {
     Flag streaming;  // whether slots are filled by streaming stores; rank 0's counts
     Flag here;       // how many calls of the rank have begun
   };
-  struct Piece {
-    char* data;
-    int64_t at;  // first element within the segment
-    int64_t count;
-  };
-  struct Segment {
-    int64_t number = 0;
-    int64_t count = 0;
-    std::vector<Piece> pieces;
-  };
-  class Stream;
   class Call;
 
   Control& control(int rank) const {
@@ -133,9 +123,7 @@ class Node {
   int64_t number_ = 0;        // of the last segment; the same on all ranks between calls
   int64_t calls_ = 0;         // how many have begun, by AllHere
   StoreChoice choice_;        // rank 0's counts
-  // For a block: what lower ranks' elements, of up to 16 bytes, come to; and 16-bit floats
-  // on their way into a slot.
-  std::vector<char> scratch_;
+  std::vector<char> scratch_;  // of Elements
 };
 
 }  // namespace jaxcomm
