@@ -117,6 +117,7 @@ def as_json(schedule: Schedule, costs: CostModel) -> str:
                     "dtype": bucket.dtype,
                     "wire": bucket.wire or bucket.dtype,
                     "nbytes": schedule.bucket_nbytes(bucket),
+                    "algorithm": bucket.algorithm,
                     "leaves": [schedule.leaves[i].path for i in bucket.leaves],
                     "packed": len(schedule.packed(bucket)),
                     "predicted_us": 1e6 * schedule.bucket_seconds(bucket, costs),

@@ -26,6 +26,11 @@ from jaxcomm.errors import InvalidOptionError
 FORMAT = 1
 PROFILE_VARIABLE = "JAXCOMM_PROFILE"
 _LATENCY_SHARE = 0.02
+# Of a message's latency, what keeps its sender from sending the next.
+_OVERHEAD_SHARE = 1 / 8
+
+# How buckets move between hosts whose ranks share memory (native/src/mpi/exchange.h).
+ALGORITHMS = ("doubling", "pairwise")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,6 +71,35 @@ class CostModel:
         if packed:
             seconds += self.in_place_seconds(packed) + packed / self.copy_bandwidth
         return seconds
+
+    def between_hosts_seconds(self, algorithm: str, nbytes: int, hosts: int) -> float:
+        """Time that a bucket takes between hosts.
+
+        The curve's first point is taken for the latency of a message, and its bandwidth
+        for that of an all-reduce that sends every byte 2 (hosts - 1) / hosts times.
+
+        Args:
+          algorithm: of `ALGORITHMS`.
+          nbytes: what travels of it.
+          hosts: how many there are, 2 or more.
+        """
+        latency = self.curve[0][1]
+        share = 2 * (hosts - 1) / hosts
+        if algorithm == "doubling":
+            steps = hosts.bit_length() - 1
+            if hosts > 1 << steps:  # the others give what they have to one of these
+                steps += 2
+            messages, sent = steps, steps * nbytes
+        else:
+            steps, messages, sent = 2, 2 * (hosts - 1), share * nbytes
+        wire = share * self.bandwidth
+        return latency * (steps + _OVERHEAD_SHARE * messages) + sent / wire
+
+    def algorithm(self, nbytes: int, hosts: int) -> str:
+        """Return the faster of `ALGORITHMS` for a bucket; as many bits come out."""
+        return min(
+            ALGORITHMS, key=lambda name: self.between_hosts_seconds(name, nbytes, hosts)
+        )
 
     @property
     def bandwidth(self) -> float:

@@ -44,6 +44,7 @@ def make_schedule(
     terms: Terms | tuple[Terms, ...] = Terms(),
     wire_dtype: str | None = None,
     costs: CostModel = costmodel.DEFAULT,
+    hosts: int = 1,
 ) -> Schedule:
     """Plan a tree, or all reductions of a program.
 
@@ -60,7 +61,10 @@ def make_schedule(
       bucket_bytes: fill buckets up to this size; None asks the cost model.
       terms: what else there is to say of the collective; or one per leaf.
       wire_dtype: "bfloat16" or "float16": what float32 leaves travel as.
-      costs: decides what is packed and how large buckets are.
+      costs: decides what is packed, how large buckets are and how they move between
+        hosts.
+      hosts: between how many hosts buckets move whose ranks share memory; 1 where the
+        transport has one way only.
 
     Returns:
       The schedule; equal inputs give the same object from a cache.
@@ -86,6 +90,7 @@ def make_schedule(
         terms,
         wire,
         costs,
+        hosts,
     )
 
 
@@ -276,6 +281,7 @@ def _plan(
     terms: Terms | tuple[Terms, ...],
     wire: str,
     costs: CostModel,
+    hosts: int,
 ) -> Schedule:
     ops = (op,) * len(leaves) if isinstance(op, str) else op
     each = (terms,) * len(leaves) if isinstance(terms, Terms) else terms
@@ -296,8 +302,14 @@ def _plan(
         for label, part in _split(leaves, members, labels, count, bucket_bytes, costs):
             name = label or term.label
             stage = max(stages[i] for i in part)
+            algorithm = ""
+            if hosts > 1 and kind_op in REDUCTIONS:
+                nbytes = sum(leaves[i].count for i in part) * item_bytes(
+                    encoded or dtype
+                )
+                algorithm = costs.algorithm(nbytes, hosts)
             buckets.append(
-                Bucket(kind_op, dtype, tuple(part), pack, name, stage, *rest)
+                Bucket(kind_op, dtype, tuple(part), pack, name, stage, *rest, algorithm)
             )
     # A bucket can go when its last leaf is ready.
     buckets.sort(

@@ -31,7 +31,7 @@ import numpy as np
 from jaxcomm.errors import InvalidOptionError
 from jaxcomm.planning.costs import CostModel
 
-FORMAT = 3
+FORMAT = 4
 
 # What adds up or compares; all else moves data as it is.
 REDUCTIONS = ("mean", "sum", "min", "max", "prod")
@@ -86,6 +86,8 @@ class Bucket:
       permutation: (source, target) ranks of a permutation.
       groups: the subgroups of ranks among which the collective takes place; empty for
         all ranks together.
+      algorithm: "doubling" or "pairwise", between hosts whose ranks share memory; ""
+        where the transport has one way only.
     """
 
     op: str
@@ -98,6 +100,7 @@ class Bucket:
     wire: str = ""
     permutation: tuple[tuple[int, int], ...] = ()
     groups: tuple[tuple[int, ...], ...] = ()
+    algorithm: str = ""
 
     @property
     def makes_equal(self) -> bool:
@@ -195,6 +198,7 @@ class Schedule:
                     b.wire,
                     b.permutation,
                     b.groups,
+                    b.algorithm,
                 ]
                 for b in self.buckets
             ],
@@ -231,6 +235,7 @@ class Schedule:
                     str(wire),
                     _pairs(permutation),
                     _pairs(groups),
+                    str(algorithm),
                 )
                 for (
                     op,
@@ -243,6 +248,7 @@ class Schedule:
                     wire,
                     permutation,
                     groups,
+                    algorithm,
                 ) in tree["buckets"]
             )
             if any(not 0 <= i < len(leaves) for b in buckets for i in b.leaves):
@@ -263,13 +269,13 @@ class Schedule:
           costs: a model whose predicted time is shown for every bucket.
         """
         rows = self._rows(range(len(self.buckets)), costs)
-        return "\n".join([self._title, *_aligned([_head(costs), *rows])])
+        return "\n".join([self._title, *_aligned([self._head(costs), *rows])])
 
     def __repr__(self) -> str:
         first, last = self._shown()
         try:
             rows = [*self._rows(first), *self._rows(last)]
-            lines = [self._title, *_aligned([_head(), *rows])]
+            lines = [self._title, *_aligned([self._head(), *rows])]
         except (IndexError, TypeError):
             # Also debuggers and failing tests show one, of leaves that do not exist.
             return f"<schedule of {self.leaves!r} in {self.buckets!r}>"
@@ -280,10 +286,10 @@ class Schedule:
     def _repr_html_(self) -> str:
         """Return the same for notebooks."""
         first, last = self._shown()
-        head = "".join(f"<th>{name}</th>" for name in _head())
+        head = "".join(f"<th>{name}</th>" for name in self._head())
         parts = [*map(_html_row, self._rows(first))]
         if left_out := self._left_out():
-            parts.append(f'<tr><td colspan="{len(_head())}">{left_out}</td></tr>')
+            parts.append(f'<tr><td colspan="{len(self._head())}">{left_out}</td></tr>')
         parts += map(_html_row, self._rows(last))
         return (
             f"<table><caption>{self._title}</caption>"
@@ -327,8 +333,18 @@ class Schedule:
                 str(len(self.packed(bucket))),
                 f"{self.bucket_nbytes(bucket) / 1024:.1f}",
                 *(f"{1e6 * x:.0f}" for x in seconds),
+                *([bucket.algorithm or "-"] if self._between_hosts else []),
                 what,
             )
+
+    @property
+    def _between_hosts(self) -> bool:
+        return any(bucket.algorithm for bucket in self.buckets)
+
+    def _head(self, costs: CostModel | None = None) -> tuple[str, ...]:
+        names = ("bucket", "stage", "op", "dtype", "leaves", "packed", "KiB")
+        hosts = ["algorithm"] if self._between_hosts else []
+        return (*names, *(["us"] if costs else []), *hosts, "what")
 
     def summary(self) -> str:
         """Return one line: how many leaves, from which on."""
@@ -367,11 +383,6 @@ class Schedule:
         if self.options != other.options:
             return f"options {dict(self.options)} against {dict(other.options)}"
         return ""
-
-
-def _head(costs: CostModel | None = None) -> tuple[str, ...]:
-    names = ("bucket", "stage", "op", "dtype", "leaves", "packed", "KiB")
-    return (*names, *(["us"] if costs else []), "what")
 
 
 def _aligned(rows: Sequence[tuple[str, ...]]) -> list[str]:

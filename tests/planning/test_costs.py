@@ -268,3 +268,14 @@ def test_profiles_decide_schedules() -> None:
         for model in (DEFAULT, SLOW_NETWORK, dataclasses.replace(DEFAULT, source="x"))
     }
     assert len(plans) == 3
+
+
+def test_small_buckets_are_doubled_between_hosts_and_large_ones_are_not() -> None:
+    for model in (costmodel.BETWEEN_HOSTS, SLOW_NETWORK):
+        for hosts in (4, 8, 64, 4608):
+            assert model.algorithm(8, hosts) == "doubling", hosts
+            assert model.algorithm(1 << 30, hosts) == "pairwise", hosts
+        # One exchange of all there is.
+        assert {model.algorithm(8 << k, 2) for k in range(28)} == {"doubling"}
+    small = costmodel.BETWEEN_HOSTS.between_hosts_seconds("doubling", 8, 4096)
+    assert small < 14 * costmodel.BETWEEN_HOSTS.curve[0][1]

@@ -201,6 +201,20 @@ def test_explain_is_a_table():
     assert len(rows) >= 1
 
 
+def test_the_algorithm_between_hosts_is_part_of_the_schedule():
+    leaf = LeafSpec("a", (10,), "float32", 0)
+    one, four = (
+        planner.make_schedule((leaf,), op="sum", size=8, hosts=h) for h in (1, 4)
+    )
+    assert (one.buckets[0].algorithm, four.buckets[0].algorithm) == ("", "doubling")
+    assert one.fingerprint != four.fingerprint
+    assert Schedule.from_json(four.to_json()) == four
+    assert "algorithm  against doubling" in one.diff(four)
+    assert "doubling" in four.explain() and "algorithm" not in one.explain()
+    moved = planner.make_schedule((leaf,), op="broadcast", size=8, hosts=4)
+    assert moved.buckets[0].algorithm == ""
+
+
 def cells(text: str) -> list[list[str]]:
     return [line.split() for line in text.splitlines()]
 
