@@ -120,6 +120,7 @@ def all_reduce(
             bucket_bytes=bucket_bytes,
             wire_dtype=wire_dtype,
             costs=comm.costs,
+            hosts=comm.tier_hosts,
         )
         if key is not None:
             planner.keep(key, schedule)
@@ -223,6 +224,7 @@ def plan(
         bucket_bytes=bucket_bytes,
         wire_dtype=wire_dtype,
         costs=world().costs,
+        hosts=world().tier_hosts if size in (None, world().size) else 1,
     )
 
 

@@ -7,12 +7,20 @@ from jaxcomm.native.communicators import (
     all_reduce_array,
     counters,
     create_communicator,
+    join_hosts,
     kernels,
     refuse,
     share_memory,
     window_bytes,
 )
-from jaxcomm.native.constants import DTYPES, MOVES, OPS, PLACE_BITS, STALLED
+from jaxcomm.native.constants import (
+    ALGORITHMS,
+    DTYPES,
+    MOVES,
+    OPS,
+    PLACE_BITS,
+    STALLED,
+)
 from jaxcomm.native.deadlines import deadline, deadline_at_end
 from jaxcomm.native.library import library_path, load
 from jaxcomm.native.mpi import (
@@ -34,6 +42,7 @@ from jaxcomm.native.reports import (
 )
 
 __all__ = [
+    "ALGORITHMS",
     "DTYPES",
     "MOVES",
     "MPI_TYPES",
@@ -51,6 +60,7 @@ __all__ = [
     "deadline_at_end",
     "dump_on_signal",
     "hash_at",
+    "join_hosts",
     "kernels",
     "library_path",
     "load",

@@ -42,11 +42,16 @@ def create_communicator(
     )
 
 
-def window_bytes(budget: int) -> int:
-    """Return the size of a rank's window whose slots take at most `budget` bytes."""
+def window_bytes(budget: int, kind: str = "window") -> int:
+    """Return the size of a rank's window whose slots take at most `budget` bytes.
+
+    Args:
+      budget: bytes.
+      kind: "window" for `share_memory`, "tiers" for `join_hosts`.
+    """
     found = constants()
-    slots, most = found["window.slots"], found["window.max_slot_bytes"]
-    return found["window.control_bytes"] + slots * min(budget // slots, most)
+    slots, most = found[f"{kind}.slots"], found[f"{kind}.max_slot_bytes"]
+    return found[f"{kind}.control_bytes"] + slots * min(budget // slots, most)
 
 
 def share_memory(
@@ -67,6 +72,28 @@ def share_memory(
         (ctypes.c_void_p * len(windows))(*windows) if windows else None,
         nbytes,
         crowded,
+    )
+
+
+def join_hosts(
+    key: int, hosts: Sequence[int], windows: Sequence[int], nbytes: int
+) -> None:
+    """Let the ranks of communicator `key`, on several hosts, reduce in two tiers.
+
+    Args:
+      key: a communicator whose ranks are on several hosts.
+      hosts: every rank's host, numbered in the order of their first ranks.
+      windows: addresses of the zero-filled windows of this host's ranks, in rank order;
+        none of them to let the ranks go one way all together again.
+      nbytes: size of a window.
+    """
+    call(
+        load().jaxcomm_join_hosts,
+        key,
+        (ctypes.c_int * len(hosts))(*hosts),
+        (ctypes.c_void_p * len(windows))(*windows) if windows else None,
+        len(windows),
+        nbytes,
     )
 
 

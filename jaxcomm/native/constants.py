@@ -11,7 +11,7 @@ from collections.abc import Mapping
 
 # Raised with every change of a C function's parameters or of what they mean, together
 # with kAbi in core/api.h.
-ABI = 1
+ABI = 2
 # In the order of the enumerations of core/types.h.
 DTYPES = (
     "float32",
@@ -32,6 +32,7 @@ DTYPES = (
 )
 OPS = ("sum", "min", "max", "prod")
 MOVES = ("all_gather", "reduce_scatter", "all_to_all", "permute")
+ALGORITHMS = ("ring", "pairwise", "doubling")
 # Order and values of nccl.h.
 NCCL_OPS = {"sum": 0, "prod": 1, "max": 2, "min": 3, "avg": 4}
 # Bits of a call's bucket; above them is its site (core/callbacks.h).
@@ -77,7 +78,8 @@ def differences(found: Mapping[str, int]) -> list[str]:
         "sizeof.Event": ctypes.sizeof(Event),
         **{f"nccl_op.{name}": value for name, value in NCCL_OPS.items()},
     }
-    for group, names in (("dtype", DTYPES), ("op", OPS), ("move", MOVES)):
+    groups = {"dtype": DTYPES, "op": OPS, "move": MOVES, "algorithm": ALGORITHMS}
+    for group, names in groups.items():
         own.update({f"{group}.{name}": k for k, name in enumerate(names)})
     # A member that only the library has makes a difference too.
     compared = {name.partition(".")[0] for name in own if "sizeof" not in name}

@@ -67,6 +67,10 @@ FUNCTIONS: dict[str, tuple[Any, tuple[Any, ...]]] = {
         c_int,
         (c_int64, POINTER(c_void_p), c_int64, c_int, *_ERROR),
     ),
+    "jaxcomm_join_hosts": (
+        c_int,
+        (c_int64, POINTER(c_int), POINTER(c_void_p), c_int, c_int64, *_ERROR),
+    ),
     "jaxcomm_op_handle": (c_uint64, (c_int, c_int)),
     "jaxcomm_kernels": (c_char_p, ()),
     "jaxcomm_lock_mpi": (None, ()),

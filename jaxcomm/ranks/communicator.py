@@ -45,6 +45,7 @@ class Communicator:
       size: number of ranks.
       local_rank: number among the ranks on this host.
       local_size: number of ranks on this host.
+      hosts: number of hosts.
       transport: "local", "mpi", "mpi4jax" or "nccl".
       backend: the transport itself.
       alone: whether its collectives are left out, because one rank needs none.
@@ -94,8 +95,7 @@ class Communicator:
         self.key = _key(lineage)
         self.rank, self.size = fabric.rank, fabric.size
         self.local_rank, self.local_size = fabric.local_rank, fabric.local_size
-        # How many hosts; None where that would have to be asked of the other ranks.
-        self._hosts = 1 if self.local_size == self.size else None
+        self.hosts = len(set(fabric.hosts))
         self.alone = self.size == 1 and not backend.calls_when_alone
         self.registry = Registry() if registry is None else registry
         self.agreement = Agreement(self.key, fabric.check, self.timeout, self.transport)
@@ -141,6 +141,15 @@ class Communicator:
         """
         return self.backend.shared_memory
 
+    @property
+    def tier_hosts(self) -> int:
+        """Between how many hosts plans choose how a bucket moves; 1 for no choice.
+
+        There is one where ranks of a host share memory and exchange sums with other
+        hosts, which is equal on all ranks.
+        """
+        return self.hosts if self.backend.two_tiers else 1
+
     def check_usable(self) -> None:
         """Raise BrokenCommunicatorError if the ranks have lost each other before."""
         self._fabric.fault.check()
@@ -148,8 +157,6 @@ class Communicator:
     def _find_settings(self) -> None:
         """Read the profile on rank 0 and give it to all, so that all plan alike."""
         local_sizes = self.all_gather_object(self.local_size)
-        # Ranks of one host make up one together.
-        self._hosts = round(sum(1 / ranks for ranks in local_sizes))
         self.topology = costmodel.topology(
             self.transport, self._fabric.name, local_sizes
         )
@@ -297,10 +304,12 @@ class Communicator:
 
         `calls` are custom calls, `nanoseconds` the time inside those that have ended,
         with waiting for other ranks; `mpi_all_reduce` and `mpi_broadcast` the MPI calls
-        they made. `segments` what went through shared memory instead, `moved` the
-        leaves gathered, scattered, exchanged or permuted, `bytes` the payload, and
-        `agreements` the schedule checks: the only control messages there are. Over
-        NCCL, `nccl_collectives` are its calls. Empty for one rank alone.
+        they made. `segments` what went through shared memory or around a ring
+        instead, `messages` what this rank sent to other hosts for them, and `sent` its
+        bytes, `moved` the leaves gathered, scattered, exchanged or permuted, `bytes`
+        the payload, and `agreements` the schedule checks: the only control messages
+        there are. Over NCCL, `nccl_collectives` are its calls. Empty for one rank
+        alone.
         """
         return self.backend.counters()
 
@@ -317,7 +326,7 @@ class Communicator:
     def __repr__(self) -> str:
         return (
             f"Communicator({self.lineage!r}, transport={self.transport!r}, "
-            f"rank={self.rank}, size={self.size}, hosts={self._hosts or 'several'})"
+            f"rank={self.rank}, size={self.size}, hosts={self.hosts})"
         )
 
 

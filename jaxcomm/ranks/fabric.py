@@ -5,13 +5,14 @@ Internal to `communicator`.
 
 from __future__ import annotations
 
+import os
 import socket
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from typing import Any, Protocol
 
 import numpy as np
 
-from jaxcomm import compat
+from jaxcomm import compat, settings
 from jaxcomm.errors import ScheduleMismatchError
 from jaxcomm.ranks import subgroups
 from jaxcomm.ranks.fault import Fault
@@ -41,6 +42,7 @@ class Fabric(Protocol):
       size: how many there are.
       local_rank: number among those on this host.
       local_size: how many are on this host.
+      hosts: every rank's host, numbered in the order of their first ranks.
       name: what it is and which version; the same on every rank.
       host: for objects of users and of `init`.
       check: for the one-time schedule check, which runs on XLA's threads.
@@ -56,6 +58,8 @@ class Fabric(Protocol):
     @property
     def local_size(self) -> int: ...
     @property
+    def hosts(self) -> tuple[int, ...]: ...
+    @property
     def name(self) -> str: ...
     @property
     def host(self) -> Channel: ...
@@ -67,6 +71,12 @@ class Fabric(Protocol):
     def subgroup(self, members: Sequence[int], lineage: str) -> Fabric:
         """Connect some of the ranks; only they call it."""
         ...
+
+
+def numbered(hosts: Sequence[Hashable]) -> tuple[int, ...]:
+    """Return the ranks' hosts as numbers from 0, in the order of their first ranks."""
+    order = list(dict.fromkeys(hosts))
+    return tuple(order.index(host) for host in hosts)
 
 
 class AloneChannel:
@@ -93,7 +103,7 @@ class AloneChannel:
 class Alone:
     """One process, started by itself."""
 
-    rank, size, local_rank, local_size = 0, 1, 0, 1
+    rank, size, local_rank, local_size, hosts = 0, 1, 0, 1, (0,)
     name = "one process"
 
     def __init__(self) -> None:
@@ -118,8 +128,12 @@ class MpiFabric:
         self._timeout = timeout
         self._lost: ScheduleMismatchError | None = None
         self.rank, self.size = comm.Get_rank(), comm.Get_size()
-        node = comm.Split_type(MPI.COMM_TYPE_SHARED)
+        if pretended := os.environ.get(settings.TEST_HOSTS_VARIABLE):
+            node = comm.Split(int(pretended.split(",")[MPI.COMM_WORLD.Get_rank()]))
+        else:
+            node = comm.Split_type(MPI.COMM_TYPE_SHARED)
         self.local_rank, self.local_size = node.Get_rank(), node.Get_size()
+        self.hosts = numbered(comm.allgather(node.bcast(self.rank)))
         node.Free()
         self.name = MPI.Get_library_version().splitlines()[0].strip(" \0")
         # Traffic of different kinds never meets.
@@ -151,6 +165,16 @@ class MpiFabric:
         """Return another MPI communicator of the same ranks."""
         return self._host.Dup()
 
+    def on_this_host(self, comm: Any, hosts: Sequence[int]) -> Any:
+        """Return an MPI communicator of the ranks of `comm` that share this host.
+
+        Args:
+          comm: an MPI communicator, as of `part`; all its ranks call this.
+          hosts: its ranks' hosts.
+        """
+        with self.host.turn():
+            return comm.Split(hosts[comm.Get_rank()], comm.Get_rank())
+
     def part(self, members: Sequence[int]) -> Any:
         """Return an MPI communicator of some ranks; for XLA's threads."""
         # All members are here, and other threads hold the turn for moments only.
@@ -171,9 +195,10 @@ class KeyValueFabric:
         self.host = KeyValueChannel(f"{lineage}|host", members, timeout, self.fault)
         self.check = KeyValueChannel(f"{lineage}|check", members, timeout, self.fault)
         self.rank, self.size = self.host.rank, self.host.size
-        hosts = self.host.all_gather(socket.gethostname())
-        self.local_rank = hosts[: self.rank].count(hosts[self.rank])
-        self.local_size = hosts.count(hosts[self.rank])
+        self.hosts = numbered(self.host.all_gather(socket.gethostname()))
+        host = self.hosts[self.rank]
+        self.local_rank = self.hosts[: self.rank].count(host)
+        self.local_size = self.hosts.count(host)
         self.name = "jax.distributed"
 
     @classmethod

@@ -228,6 +228,7 @@ def _call(ctx: Any, comm: Communicator, schedule: Schedule, index: int) -> Call:
         permutation=bucket.permutation,
         partition=comm.partition(groups) if groups else 0,
         groups=groups,
+        algorithm=bucket.algorithm,
     )
 
 

@@ -330,6 +330,7 @@ class _Planner:
             bucket_bytes=self.options.bucket_bytes,
             wire_dtype=self.options.wire_dtype,
             costs=self.options.comm.costs,
+            hosts=self.options.comm.tier_hosts,
         )
         planned = []
         for bucket in schedule.buckets:

@@ -40,6 +40,7 @@ class Call:
       partition: key of the communicator of this rank's subgroup, the same on every
         rank; 0 where all ranks take part together.
       groups: the subgroups, where there are any.
+      algorithm: between hosts, as in `schedule.Bucket`.
     """
 
     comm: int
@@ -54,6 +55,7 @@ class Call:
     permutation: tuple[tuple[int, int], ...] = ()
     partition: int = 0
     groups: tuple[tuple[int, ...], ...] = ()
+    algorithm: str = ""
 
     @property
     def place(self) -> int:
@@ -167,6 +169,8 @@ class Transport(abc.ABC):
       marks_operands: whether a timeline can record when a bucket's operands are there.
       rank_target: custom call that gives the rank.
       shared_memory: whether the connected ranks reduce through memory they share.
+      two_tiers: whether they are on several hosts, those of each share memory, and
+        what is reduced there is exchanged between hosts.
     """
 
     name: ClassVar[str]
@@ -181,6 +185,7 @@ class Transport(abc.ABC):
     marks_operands: ClassVar[bool] = True
     rank_target: ClassVar[str] = "jaxcomm_rank"
     shared_memory: bool = False
+    two_tiers: bool = False
 
     def default_costs(self, *, one_host: bool) -> CostModel:
         """Return the cost model of ranks that no profile was measured for."""

@@ -68,20 +68,29 @@ class Mpi(Transport):
         self._own_thread = self._ring or (
             not group.whole and not compat.async_dispatch()
         )
-        self.shared_memory = self._create(
-            group.key, self.fabric.data, group.segment_bytes
+        self.shared_memory, self.two_tiers = self._create(
+            group.key, self.fabric.data, self.fabric.hosts, group.segment_bytes
         )
 
     def split(self, key: int, members: Sequence[int], color: int, place: int) -> None:
         """Make an MPI communicator of a part, and the native one."""
-        self._create(key, self.fabric.part(members), self.group.segment_bytes)
+        found = [self.fabric.hosts[rank] for rank in members]
+        order = list(dict.fromkeys(found))  # of their first ranks
+        hosts = [order.index(host) for host in found]
+        self._create(key, self.fabric.part(members), hosts, self.group.segment_bytes)
 
     def duplicate(self, key: int, segment_bytes: int) -> None:
         """Make a native communicator with other segments."""
-        self._create(key, self.fabric.duplicate(), segment_bytes)
+        self._create(key, self.fabric.duplicate(), self.fabric.hosts, segment_bytes)
 
-    def _create(self, key: int, comm: Any, segment_bytes: int) -> bool:
-        """Make some ranks known to the native library; tell if they share memory."""
+    def _create(
+        self, key: int, comm: Any, hosts: Sequence[int], segment_bytes: int
+    ) -> tuple[bool, bool]:
+        """Make some ranks known to the native library, and memory that they share.
+
+        Returns:
+          As `shared_memory` and `two_tiers`.
+        """
         self._communicators.append(comm)
         native.create_communicator(
             key,
@@ -91,9 +100,17 @@ class Mpi(Transport):
             own_thread=self._own_thread,
             ring=self._ring,
         )
-        one_host = self.fabric.size == self.fabric.local_size
-        if not (self.group.may_share_memory and one_host and comm.Get_size() > 1):
-            return False
+        count = max(hosts) + 1
+        if not self.group.may_share_memory or count == len(hosts):
+            return False, False
+        return (
+            (self._share_memory(key, comm, segment_bytes), False)
+            if count == 1
+            else (False, self._join_hosts(key, comm, hosts))
+        )
+
+    def _share_memory(self, key: int, comm: Any, segment_bytes: int) -> bool:
+        """Let ranks of one host reduce through memory; tell if they do."""
 
         def attach(window: SharedWindow) -> None:
             native.share_memory(
@@ -101,10 +118,30 @@ class Mpi(Transport):
             )
 
         budget = min(self.group.staging_bytes, 3 * segment_bytes)
-        window = SharedWindow(comm, budget, attach)
+        window = SharedWindow(comm, native.window_bytes(budget), attach)
         if window.failure:
             native.share_memory(key, [], 0, crowded=False)
             log.info("reductions go through MPI: %s", window.failure)
+            return False
+        self._windows.append(window)
+        return True
+
+    def _join_hosts(self, key: int, comm: Any, hosts: Sequence[int]) -> bool:
+        """Let ranks of several hosts reduce in two tiers; tell if they do."""
+        local = self.fabric.on_this_host(comm, hosts)
+        self._communicators.append(local)
+
+        def attach(window: SharedWindow) -> None:
+            native.join_hosts(key, hosts, window.addresses, window.nbytes)
+
+        nbytes = native.window_bytes(self.group.staging_bytes, "tiers")
+        window = SharedWindow(local, nbytes, attach)
+        # On all hosts, or on none.
+        failures: list[str] = comm.allgather(window.failure)
+        failure = next(filter(None, failures), "")
+        if failure:
+            native.join_hosts(key, hosts, [], 0)
+            log.info("reductions go through MPI: %s", failure)
             return False
         self._windows.append(window)
         return True
@@ -136,6 +173,8 @@ class Mpi(Transport):
         attributes["pack_bytes"] = np.int64(call.pack_bytes)
         wire = native.DTYPES.index(call.wire) if call.wire else -1
         attributes["wire"] = np.int64(wire)
+        algorithm = native.ALGORITHMS.index(call.algorithm or "pairwise")
+        attributes["algorithm"] = np.int64(algorithm)
         return in_place_call("jaxcomm_mpi_all_reduce", ctx, values, attributes)
 
 

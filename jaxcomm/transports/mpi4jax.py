@@ -29,7 +29,7 @@ from jaxcomm import compat, native
 from jaxcomm.errors import InvalidOptionError, TransportUnavailableError
 from jaxcomm.planning.planner import WIRE_DTYPES
 from jaxcomm.planning.schedule import leaf_bytes
-from jaxcomm.transports.base import Call, map_values
+from jaxcomm.transports.base import Call, Group, map_values
 from jaxcomm.transports.mpi import Mpi, in_place_call
 
 if TYPE_CHECKING:
@@ -62,6 +62,11 @@ class Mpi4jax(Mpi):
                 f"transport 'mpi4jax': importing mpi4jax failed: {error}. Install it "
                 "against the same MPI as mpi4py, or use transport='mpi'."
             ) from error
+
+    def connect(self, group: Group) -> None:
+        """Connect the ranks; mpi4jax has one way between hosts."""
+        super().connect(group)
+        self.two_tiers = False
 
     def lower(self, ctx: Any, call: Call, values: Sequence[Any]) -> Sequence[Any]:
         """Emit gate, mpi4jax's call, gate, for every array of the bucket."""

@@ -10,8 +10,6 @@ from typing import Any
 
 import numpy as np
 
-from jaxcomm import native
-
 _NONCE_BYTES = 32
 
 
@@ -29,17 +27,17 @@ class SharedWindow:
       crowded: whether there are more ranks than cores for them.
     """
 
-    def __init__(self, comm: Any, budget: int, attach: Callable[[SharedWindow], None]):
-        """Map windows whose slots take at most `budget` bytes.
+    def __init__(self, comm: Any, nbytes: int, attach: Callable[[SharedWindow], None]):
+        """Map windows of `nbytes` bytes or a little more.
 
         Args:
           comm: an MPI communicator.
-          budget: bytes.
+          nbytes: of one rank's window.
           attach: begins to use the windows; called where all ranks have mapped them.
             If it raises on a rank, none has them.
         """
         self._comm, self._rank, self._size = comm, comm.Get_rank(), comm.Get_size()
-        pages = -(-native.window_bytes(budget) // mmap.PAGESIZE)
+        pages = -(-nbytes // mmap.PAGESIZE)
         self.nbytes = pages * mmap.PAGESIZE
         self.addresses: list[int] = []
         self.crowded, self.failure = False, ""

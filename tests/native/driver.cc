@@ -9,6 +9,7 @@
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <numeric>
 #include <thread>
 #include <vector>
 
@@ -200,8 +201,10 @@ int main(int argc, char** argv) {
       ours.push_back(std::make_unique<Communicator>(k, mpi.get(), Word(comms[k]), rank,
                                                     size, 65536, 32768));
       if (way == kRing) {
+        std::vector<int> members(static_cast<size_t>(size));
+        std::iota(members.begin(), members.end(), 0);
         ours.back()->ring =
-            std::make_unique<Exchange>(mpi.get(), Word(comms[k]), rank, size, 8192);
+            std::make_unique<Exchange>(mpi.get(), Word(comms[k]), members, rank, 8192);
       }
       if (way == kShared) ours.back()->node = ShareMemory(comms[k], rank, size);
     }

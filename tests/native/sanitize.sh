@@ -34,7 +34,7 @@ compile() {  # compile NAME SANITIZERS: the driver, and our objects
       -c $source/core/kernels.cc -o "$out/kernels_$target.o" &
   done
   local file
-  for file in core/{constants,deadline,progress,reduce,stacks,dispatch} mpi/{mpi_binding,exchange} node/node; do
+  for file in core/{constants,deadline,progress,reduce,stacks,tiers,dispatch} mpi/{mpi_binding,exchange} node/{node,tiers}; do
     # shellcheck disable=SC2086
     c++ $common -c $source/$file.cc -o "$out/${file##*/}.o" &
   done

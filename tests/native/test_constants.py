@@ -62,7 +62,7 @@ def test_what_is_installed_agrees() -> None:
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        ("constants.ABI += 1", "abi is 1 in the library and 2 in Python"),
+        ("constants.ABI += 1", "abi is 2 in the library and 3 in Python"),
         (
             "constants.OPS = ('sum', 'max', 'min', 'prod')",
             "op.max is 2 in the library and 1 in Python",
@@ -105,7 +105,7 @@ BEFORE_TABLES = "int jaxcomm_kernels(void) { return 0; }"
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        (TABLE, "abi is 999 in the library and 1 in Python"),
+        (TABLE, "abi is 999 in the library and 2 in Python"),
         (BEFORE_TABLES, "it has no jaxcomm_constants"),
     ],
 )

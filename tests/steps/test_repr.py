@@ -28,7 +28,7 @@ class Model:
 
 
 class TwoHosts(Alone):
-    size, local_size = 4, 2
+    size, local_size, hosts = 4, 2, (0, 0, 1, 1)
 
 
 def test_decorated_functions() -> None:
@@ -46,7 +46,7 @@ def test_decorated_functions() -> None:
 
 def test_hosts() -> None:
     comm = Communicator("somebody", Local(), Settings(), TwoHosts())
-    assert repr(comm).endswith("rank=0, size=4, hosts=several)")
+    assert repr(comm).endswith("rank=0, size=4, hosts=2)")
 
 
 REPRS = """

@@ -5,7 +5,7 @@ namespace jaxcomm {
 
 // Raised with every change of a function's parameters or of what they mean, together with
 // ABI in jaxcomm/native/constants.py.
-inline constexpr int kAbi = 1;
+inline constexpr int kAbi = 2;
 
 }  // namespace jaxcomm
 

@@ -11,6 +11,7 @@
 #include "nccl_abi.h"
 #include "node.h"
 #include "progress.h"
+#include "tiers.h"
 #include "timeline.h"
 #include "types.h"
 
@@ -26,6 +27,7 @@ namespace {
 #define JAXCOMM_DTYPE(enumerator, name, bytes) {"dtype." name, enumerator},
 #define JAXCOMM_OP(enumerator, name) {"op." name, enumerator},
 #define JAXCOMM_MOVE(enumerator, name) {"move." name, enumerator},
+#define JAXCOMM_ALGORITHM(enumerator, name) {"algorithm." name, enumerator},
 #define JAXCOMM_COUNTER(enumerator, name) {"counter." name, kFirstCounter + enumerator},
 #define JAXCOMM_NCCL_COUNTER(enumerator, name) \
   {"nccl_counter." name, kNcclFirstCounter + enumerator},
@@ -35,6 +37,7 @@ constexpr Constant kConstants[] = {
     JAXCOMM_DTYPES(JAXCOMM_DTYPE)
     JAXCOMM_OPS(JAXCOMM_OP)
     JAXCOMM_MOVES(JAXCOMM_MOVE)
+    JAXCOMM_ALGORITHMS(JAXCOMM_ALGORITHM)
     {"counter.calls", kCallsColumn},
     {"counter.nanoseconds", kNanosecondsColumn},
     JAXCOMM_COUNTERS(JAXCOMM_COUNTER)
@@ -51,6 +54,9 @@ constexpr Constant kConstants[] = {
     {"window.control_bytes", Node::kControlBytes},
     {"window.slots", Node::kSlots},
     {"window.max_slot_bytes", Node::kMaxSlotBytes},
+    {"tiers.control_bytes", Tiers::kControlBytes},
+    {"tiers.slots", Tiers::kSlots},
+    {"tiers.max_slot_bytes", Tiers::kMaxSlotBytes},
     {"sizeof.MpiHandles", sizeof(MpiHandles)},
     {"sizeof.Where", sizeof(Where)},
     {"sizeof.Event", sizeof(Event)},

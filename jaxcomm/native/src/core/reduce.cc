@@ -6,6 +6,7 @@
 #include "kernels.h"
 #include "node.h"
 #include "rounding.h"
+#include "tiers.h"
 
 namespace jaxcomm {
 namespace {
@@ -40,8 +41,12 @@ class Reducer {
   int Finish() {
     if (const int code = Flush(); code != 0 || queued_.empty()) return code;
     comm_->counters[kSegments] += static_cast<int64_t>(queued_.size());
-    return comm_->ring->AllReduce(queued_, how_.dtype, how_.op, how_.where,
-                                  [this](const Leaf& segment) { Settle(segment); });
+    const int code =
+        comm_->ring->AllReduce(queued_, {how_.dtype, how_.op}, how_.where,
+                               [this](const Leaf& segment) { Settle(segment); });
+    comm_->counters[kMessages] = comm_->ring->messages();
+    comm_->counters[kSent] = comm_->ring->bytes();
+    return code;
   }
 
  private:
@@ -184,14 +189,53 @@ class Reducer {
 
 }  // namespace
 
+Communicator::Communicator(int64_t id, Mpi* mpi, uint64_t handle, int rank, int size,
+                           int64_t staging_bytes, int64_t segment_bytes)
+    : id(id), mpi(mpi), handle(handle), rank(rank), size(size),
+      staging_bytes(staging_bytes), segment_bytes(segment_bytes),
+      progress(*ProgressOf(id)) {}
+
 Communicator::~Communicator() {
   if (staging_ != nullptr) munmap(staging_, static_cast<size_t>(staging_bytes));
 }
+
+namespace {
+
+void CountBytes(Communicator* comm, const Reduction& reduction,
+                const std::vector<Leaf>& leaves) {
+  for (const Leaf& leaf : leaves) {
+    comm->counters[kBytes] += leaf.count * static_cast<int64_t>(kItemSize[reduction.wire]);
+  }
+}
+
+int ThroughTiers(Communicator* comm, const Reduction& reduction,
+                 const std::vector<Leaf>& leaves) {
+  Tiers& tiers = *comm->tiers;
+  int stranger = -1;
+  const int code = tiers.AllReduce(reduction, leaves, &stranger);
+  comm->counters[kSegments] = tiers.segments();
+  comm->counters[kMessages] = tiers.messages();
+  comm->counters[kSent] = tiers.bytes();
+  CountBytes(comm, reduction, leaves);
+  if (stranger >= 0) {
+    comm->broken =
+        AskHowTheyDiffer(comm->id, reduction.where, stranger, tiers.where(stranger));
+  } else if (code == kBroken) {
+    comm->broken = "jaxcomm: this call has failed on another rank of this host";
+  } else if (code != 0) {  // the ranks no longer are in the same segment
+    comm->broken = "jaxcomm: an earlier call of this communicator failed: " +
+                   comm->mpi->ErrorText(code);
+  }
+  return code;
+}
+
+}  // namespace
 
 int AllReduce(Communicator* comm, const Reduction& reduction,
               const std::vector<Leaf>& leaves) {
   if (comm->size == 1) return 0;
   DefaultRounding scope;
+  if (comm->tiers != nullptr) return ThroughTiers(comm, reduction, leaves);
   if (comm->node != nullptr) {
     int stranger = -1;
     comm->counters[kSegments] += comm->node->AllReduce(reduction, leaves, &stranger);
@@ -200,10 +244,7 @@ int AllReduce(Communicator* comm, const Reduction& reduction,
                                       comm->node->where(stranger));
       return kBroken;
     }
-    for (const Leaf& leaf : leaves) {
-      comm->counters[kBytes] +=
-          leaf.count * static_cast<int64_t>(kItemSize[reduction.wire]);
-    }
+    CountBytes(comm, reduction, leaves);
     return 0;
   }
   Reducer reducer(comm, reduction);

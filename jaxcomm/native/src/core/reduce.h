@@ -16,6 +16,7 @@ struct Reduction {
   DType wire;          // what travels: dtype, or a 16-bit float for float32 leaves
   int64_t pack_bytes;  // leaves of at most this size share the staging buffer
   Where where = {};    // compared between ranks of one host
+  Algorithm algorithm = kPairwise;  // between hosts, where ranks of a host share memory
 };
 
 // In place of an MPI error code: comm->broken says what it was.

@@ -1,4 +1,4 @@
-// Element types, operations and moves. Python has the same names in the same order, and
+// Element types, operations, moves and algorithms. Python has the same names in the same order, and
 // compares them when it loads the library (constants.cc).
 #pragma once
 
@@ -23,12 +23,16 @@ namespace jaxcomm {
 #define JAXCOMM_MOVES(X)                                                                   \
   X(kAllGather, "all_gather")    X(kReduceScatter, "reduce_scatter")                       \
   X(kAllToAll, "all_to_all")     X(kPermute, "permute")
+// How the ranks of several hosts add up (mpi/exchange.h).
+#define JAXCOMM_ALGORITHMS(X) \
+  X(kRing, "ring") X(kPairwise, "pairwise") X(kDoubling, "doubling")
 // clang-format on
 
 #define JAXCOMM_ENUMERATOR(enumerator, ...) enumerator,
 
 enum DType : int { JAXCOMM_DTYPES(JAXCOMM_ENUMERATOR) kDTypes };
 enum Move : int { JAXCOMM_MOVES(JAXCOMM_ENUMERATOR) kMoves };
+enum Algorithm : int { JAXCOMM_ALGORITHMS(JAXCOMM_ENUMERATOR) kAlgorithms };
 enum Op : int {
   JAXCOMM_OPS(JAXCOMM_ENUMERATOR)
   kMpiOps,

@@ -12,9 +12,9 @@
 #include <string>
 
 #include "callbacks.h"
+#include "exchange.h"
 #include "mpi_binding.h"
 #include "progress.h"
-#include "exchange.h"
 #include "worker.h"
 
 namespace jaxcomm {
@@ -24,22 +24,20 @@ namespace jaxcomm {
 #define JAXCOMM_COUNTERS(X)                                                                \
   X(kMpiAllReduce, "mpi_all_reduce")    X(kMpiBroadcast, "mpi_broadcast")                  \
   X(kBytes, "bytes")                    X(kAgreements, "agreements")                       \
-  X(kSegments, "segments")              X(kMoved, "moved")
+  X(kSegments, "segments")              X(kMoved, "moved")                                 \
+  X(kMessages, "messages")              X(kSent, "sent")
 // clang-format on
 enum Counter : int { JAXCOMM_COUNTERS(JAXCOMM_ENUMERATOR) kCounters };
 // In what jaxcomm_counters writes, before them: calls, and the time in calls.
 enum CounterColumn : int { kCallsColumn, kNanosecondsColumn, kFirstCounter };
 
 class Node;
+class Tiers;
 
 class Communicator {
  public:
   Communicator(int64_t id, Mpi* mpi, uint64_t handle, int rank, int size,
-               int64_t staging_bytes, int64_t segment_bytes)
-      : id(id), mpi(mpi), handle(handle), rank(rank), size(size),
-        staging_bytes(staging_bytes), segment_bytes(segment_bytes),
-        progress(*ProgressOf(id)) {}
-
+               int64_t staging_bytes, int64_t segment_bytes);
   ~Communicator();
   Communicator(const Communicator&) = delete;
   Communicator& operator=(const Communicator&) = delete;
@@ -81,6 +79,9 @@ class Communicator {
   std::unique_ptr<Worker> calls;
   // Set when it is created, where large leaves wait for a network. Used under `mutex`.
   std::unique_ptr<Exchange> ring;
+  // Likewise, where the ranks are on several hosts and some share one: set by Python before
+  // the first call. All-reduces then go this way alone.
+  std::unique_ptr<Tiers> tiers;
   // Set by Python before the first call, where all ranks are on one host. Used under
   // `mutex`, but for AllHere().
   std::unique_ptr<Node> node;

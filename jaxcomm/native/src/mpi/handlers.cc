@@ -7,6 +7,7 @@
 
 #include <cstring>
 #include <map>
+#include <numeric>
 #include <string>
 #include <vector>
 
@@ -18,6 +19,7 @@
 #include "node.h"
 #include "reduce.h"
 #include "rounding.h"
+#include "tiers.h"
 #include "timeline.h"
 #include "xla/ffi/api/c_api.h"
 #include "xla/ffi/api/ffi.h"
@@ -231,7 +233,7 @@ ffi::Error NoSuchType() {
 ffi::Future AllReduceCall(ffi::RemainingArgs args, ffi::RemainingRets rets,
                           int64_t comm_id, int64_t schedule, int64_t bucket,
                           int64_t partition, Numbers groups, int64_t op, int64_t divisor,
-                          int64_t pack_bytes, int64_t wire) {
+                          int64_t pack_bytes, int64_t wire, int64_t algorithm) {
   auto leaves = Leaves(args, rets);
   if (leaves.has_error()) return Failed(leaves.error());
   if (leaves->empty()) return Done();
@@ -241,7 +243,8 @@ ffi::Future AllReduceCall(ffi::RemainingArgs args, ffi::RemainingRets rets,
   }
   const Reduction reduction{dtype, static_cast<Op>(op), static_cast<int>(divisor),
                             wire < 0 ? dtype : static_cast<DType>(wire), pack_bytes,
-                            {schedule, bucket}};
+                            {schedule, bucket},
+                            static_cast<Algorithm>(algorithm)};
   return InTurn(Place(comm_id, schedule, bucket, partition, groups), "MPI_Allreduce",
                 [reduction, leaves = std::move(*leaves)](Communicator* comm) {
                   return AllReduce(comm, reduction, leaves);
@@ -375,7 +378,8 @@ JAXCOMM_HANDLER(jaxcomm_mpi_all_reduce, AllReduceCall,
                     .Attr<int64_t>("op")
                     .Attr<int64_t>("divisor")
                     .Attr<int64_t>("pack_bytes")
-                    .Attr<int64_t>("wire"));
+                    .Attr<int64_t>("wire")
+                    .Attr<int64_t>("algorithm"));
 
 JAXCOMM_HANDLER(jaxcomm_mpi_broadcast, BroadcastCall,
                 JAXCOMM_COLLECTIVE(ffi::Ffi::Bind()).Attr<int64_t>("root"));
@@ -434,7 +438,10 @@ JAXCOMM_API int jaxcomm_create_communicator(int64_t id, uint64_t handle, int ran
       comm->calls = std::make_unique<Worker>();  // ends before what it answers through
     }
     if (ring != 0) {
-      comm->ring = std::make_unique<Exchange>(mpi.get(), handle, rank, size, segment_bytes);
+      std::vector<int> members(static_cast<size_t>(size));
+      std::iota(members.begin(), members.end(), 0);
+      comm->ring = std::make_unique<Exchange>(mpi.get(), handle, std::move(members), rank,
+                                              segment_bytes);
     }
     std::lock_guard<std::mutex> lock(registry_mutex);
     communicators[id] = std::move(comm);
@@ -454,6 +461,25 @@ JAXCOMM_API int jaxcomm_share_memory(int64_t id, char* const* windows, int64_t b
                      : std::make_unique<Node>(
                            std::vector<char*>(windows, windows + comm->size), comm->rank,
                            bytes, crowded != 0);
+    return std::string();
+  });
+}
+
+// Lets the ranks of a communicator, on several hosts, reduce through the memory that ranks
+// of a host share, and between hosts: `hosts` has every rank's host, numbered in the order
+// of their first ranks; `windows` are as in jaxcomm_share_memory, of the `locals` ranks of
+// this host. Without windows they do not. Returns as jaxcomm_open_mpi.
+JAXCOMM_API int jaxcomm_join_hosts(int64_t id, const int* hosts, char* const* windows,
+                                   int locals, int64_t bytes, char* error,
+                                   int64_t capacity) {
+  return Told(error, capacity, [&] {
+    Communicator* comm = FindCommunicator(id);
+    comm->tiers = windows == nullptr
+                      ? nullptr
+                      : std::make_unique<Tiers>(
+                            mpi.get(), comm->handle, comm->rank,
+                            std::vector<int>(hosts, hosts + comm->size),
+                            std::vector<char*>(windows, windows + locals), bytes);
     return std::string();
   });
 }

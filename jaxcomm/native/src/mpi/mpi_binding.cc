@@ -198,20 +198,28 @@ class MpiOf final : public Mpi {
     return code;
   }
 
-  int StartExchange(const void* from, int n, int target, void* to, int m, int source,
-                    int tag, uint64_t comm, uint64_t* requests) override {
+  int StartSend(const void* from, int n, int target, int tag, uint64_t comm,
+                uint64_t* request) override {
     const Handle byte = Narrow<Handle>(handles_.byte);
-    const Handle on = Narrow<Handle>(comm);
-    Handle received, sent;
+    Handle sent;
     int code = 0;
     Locked([&] {
-      code = mpi_.i_receive(to, m, byte, source, tag, on, &received);
-      if (code == 0) code = mpi_.i_send(from, n, byte, target, tag, on, &sent);
+      code = mpi_.i_send(from, n, byte, target, tag, Narrow<Handle>(comm), &sent);
     });
-    if (code != 0) return code;
-    requests[0] = Widen(received);
-    requests[1] = Widen(sent);
-    return 0;
+    if (code == 0) *request = Widen(sent);
+    return code;
+  }
+
+  int StartReceive(void* to, int n, int source, int tag, uint64_t comm,
+                   uint64_t* request) override {
+    const Handle byte = Narrow<Handle>(handles_.byte);
+    Handle received;
+    int code = 0;
+    Locked([&] {
+      code = mpi_.i_receive(to, n, byte, source, tag, Narrow<Handle>(comm), &received);
+    });
+    if (code == 0) *request = Widen(received);
+    return code;
   }
 
   int Test(uint64_t* request, bool* done) override {

@@ -55,9 +55,11 @@ class Mpi {
   // Sends n bytes to `target` and receives n from `source`; -1 for neither.
   virtual int Exchange(const void* from, int target, void* to, int source, int n,
                        uint64_t comm) = 0;
-  // Starts to send n bytes to `target` and to receive m from `source`; gives two requests.
-  virtual int StartExchange(const void* from, int n, int target, void* to, int m,
-                            int source, int tag, uint64_t comm, uint64_t* requests) = 0;
+  // Starts to send n bytes to `target`, or to receive n from `source`; gives a request.
+  virtual int StartSend(const void* from, int n, int target, int tag, uint64_t comm,
+                        uint64_t* request) = 0;
+  virtual int StartReceive(void* to, int n, int source, int tag, uint64_t comm,
+                           uint64_t* request) = 0;
   virtual int Test(uint64_t* request, bool* done) = 0;
   virtual std::string ErrorText(int code) = 0;
   // The MPI_Op that reduces this type: MPI's own, or one of ours.
