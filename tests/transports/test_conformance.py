@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from jaxcomm import settings
 from tests.jobs import launch_ranks, on_fake_nccl
 from tests.programs import conformance
 
@@ -24,6 +25,8 @@ JOBS = [
     # The ranks of a test share a host; these make the MPI calls of ranks that do not.
     pytest.param("mpi apart", 2, marks=pytest.mark.thorough),
     pytest.param("mpi apart", 4, marks=pytest.mark.thorough),
+    # And these pretend to have these hosts, on which they share memory.
+    pytest.param("mpi 0,1,1,0", 4, marks=pytest.mark.thorough),
     pytest.param("mpi4jax", 1, marks=pytest.mark.thorough),
     pytest.param("mpi4jax", 2, marks=pytest.mark.thorough),
     pytest.param("mpi4jax", 4, marks=pytest.mark.thorough),
@@ -52,9 +55,11 @@ def outcomes(transport: str, ranks: int, *names: str) -> dict[str, str]:
     with tempfile.TemporaryDirectory() as folder:
         results = Path(folder) / "results.json"
         name, _, apart = transport.partition(" ")
-        env = {"JAXCOMM_SHARED_MEMORY": "off" if apart else "on"}
+        env = {"JAXCOMM_SHARED_MEMORY": "off" if apart == "apart" else "on"}
         # Ranks on several hosts call MPI on a thread of their own.
         env["JAXCOMM_OWN_THREAD"] = "on" if apart and ranks == 4 else "off"
+        if apart[:1].isdigit():
+            env[settings.TEST_HOSTS_VARIABLE] = apart
         if name == "nccl":
             env |= on_fake_nccl()
         command = ["-m", "tests.programs.conformance", results, name, *names]
@@ -106,6 +111,7 @@ def test_conformance(
     ("transport", "ranks"),
     [
         ("mpi", 3),
+        ("mpi 0,1,0", 3),
         pytest.param("mpi", 4, marks=pytest.mark.thorough),
         pytest.param("mpi apart", 3, marks=pytest.mark.thorough),
         ("mpi4jax", 2),
