@@ -104,6 +104,7 @@ REPORTS = {
         pytest.param("lower", 4, 1, {}, marks=more),
         pytest.param("order", 2, 0, {}, marks=more),
         ("order", 4, 1, {}),
+        ("order", 4, 1, {"JAXCOMM_TEST_HOSTS": "0,0,1,1"}),
         ("same size", 2, 1, {"JAXCOMM_SHARED_MEMORY": "off"}),
         pytest.param("same size", 4, 2, {"JAXCOMM_SHARED_MEMORY": "off"}, marks=more),
         pytest.param("branch", 2, 1, {"JAXCOMM_SHARED_MEMORY": "off"}, marks=more),

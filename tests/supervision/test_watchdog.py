@@ -55,6 +55,8 @@ WAYS = {
     "shared memory": {},
     "MPI calls": {"JAXCOMM_SHARED_MEMORY": "off"},
     "own thread": {"JAXCOMM_SHARED_MEMORY": "off", "JAXCOMM_OWN_THREAD": "on"},
+    # Of four ranks on two hosts.
+    "two tiers": {"JAXCOMM_TEST_HOSTS": "0,0,1,1"},
 }
 
 
@@ -125,8 +127,9 @@ def test_a_rank_that_is_stuck_in_python(job: Launch, what: str, way: str) -> Non
     assert ("nanosleep (libc" in missing) == (what == "sleep"), missing
 
 
-def test_a_rank_that_is_stopped(job: Launch) -> None:
-    text = stalled(job, 4, "stop", 2, "shared memory")
+@pytest.mark.parametrize("way", ["shared memory", "two tiers"])
+def test_a_rank_that_is_stopped(job: Launch, way: str) -> None:
+    text = stalled(job, 4, "stop", 2, way)
     assert "waiting in this call: ranks 0-1, 3\n" in text
     assert "no answer from rank 2: ended, stopped" in text
 
@@ -138,7 +141,9 @@ def test_a_rank_that_calls_something_else(job: Launch) -> None:
     assert "not arrived: rank 0" in text or "not arrived: rank 1" in text
 
 
-@pytest.mark.parametrize(("ranks", "way"), [(2, "own thread"), (4, "shared memory")])
+@pytest.mark.parametrize(
+    ("ranks", "way"), [(2, "own thread"), (4, "shared memory"), (4, "two tiers")]
+)
 def test_a_rank_that_is_killed_ends_the_others(
     job: Launch, ranks: int, way: str
 ) -> None:

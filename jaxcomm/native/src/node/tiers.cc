@@ -104,9 +104,11 @@ class Tiers::Call : private Elements {
   int stranger() const { return stranger_; }
 
   // Whether another rank of the host has failed in this call, or in an earlier one.
-  bool OthersFailed() const {
+  bool OthersFailed() {
     for (int p = 0; p < size(); ++p) {
-      if (t_.control(p).failed.value.load(std::memory_order_acquire) != 0) return true;
+      if (t_.control(p).failed.value.load(std::memory_order_acquire) == 0) continue;
+      Compare(p);
+      return true;
     }
     return false;
   }
@@ -158,12 +160,14 @@ class Tiers::Call : private Elements {
         return false;
       }
     }
-    for (int p = 0; p < size(); ++p) {
-      if (t_.control(p).arrived.where != how_.where) {
-        stranger_ = t_.locals_[static_cast<size_t>(p)];
-      }
-    }
+    for (int p = 0; p < size(); ++p) Compare(p);
     return true;
+  }
+
+  void Compare(int p) {
+    if (t_.control(p).arrived.where != how_.where) {
+      stranger_ = t_.locals_[static_cast<size_t>(p)];
+    }
   }
 
   // Adds up the own part, in the own slot, and sends it on its way.
