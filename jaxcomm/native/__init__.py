@@ -11,6 +11,7 @@ from jaxcomm.native.communicators import (
     kernels,
     refuse,
     share_memory,
+    tiers_window_bytes,
     window_bytes,
 )
 from jaxcomm.native.constants import (
@@ -73,6 +74,7 @@ __all__ = [
     "set_partition",
     "share_memory",
     "stacks",
+    "tiers_window_bytes",
     "timeline_start",
     "timeline_take",
     "window_bytes",

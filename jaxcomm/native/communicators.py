@@ -42,16 +42,22 @@ def create_communicator(
     )
 
 
-def window_bytes(budget: int, kind: str = "window") -> int:
+def window_bytes(budget: int) -> int:
     """Return the size of a rank's window whose slots take at most `budget` bytes.
 
-    Args:
-      budget: bytes.
-      kind: "window" for `share_memory`, "tiers" for `join_hosts`.
+    It is for `share_memory`.
     """
     found = constants()
-    slots, most = found[f"{kind}.slots"], found[f"{kind}.max_slot_bytes"]
-    return found[f"{kind}.control_bytes"] + slots * min(budget // slots, most)
+    slots, most = found["window.slots"], found["window.max_slot_bytes"]
+    return found["window.control_bytes"] + slots * min(budget // slots, most)
+
+
+def tiers_window_bytes(budget: int, segment_bytes: int) -> int:
+    """Return the same for `join_hosts`, with slots for segments of at most a size."""
+    found = constants()
+    slots = found["tiers.slots"]
+    slot = min(budget // slots, segment_bytes, found["tiers.max_slot_bytes"])
+    return found["tiers.control_bytes"] + slots * slot
 
 
 def share_memory(

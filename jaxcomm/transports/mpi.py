@@ -106,7 +106,7 @@ class Mpi(Transport):
         return (
             (self._share_memory(key, comm, segment_bytes), False)
             if count == 1
-            else (False, self._join_hosts(key, comm, hosts))
+            else (False, self._join_hosts(key, comm, hosts, segment_bytes))
         )
 
     def _share_memory(self, key: int, comm: Any, segment_bytes: int) -> bool:
@@ -126,7 +126,9 @@ class Mpi(Transport):
         self._windows.append(window)
         return True
 
-    def _join_hosts(self, key: int, comm: Any, hosts: Sequence[int]) -> bool:
+    def _join_hosts(
+        self, key: int, comm: Any, hosts: Sequence[int], message_bytes: int
+    ) -> bool:
         """Let ranks of several hosts reduce in two tiers; tell if they do."""
         local = self.fabric.on_this_host(comm, hosts)
         self._communicators.append(local)
@@ -134,7 +136,13 @@ class Mpi(Transport):
         def attach(window: SharedWindow) -> None:
             native.join_hosts(key, hosts, window.addresses, window.nbytes)
 
-        nbytes = native.window_bytes(self.group.staging_bytes, "tiers")
+        # A segment is divided into a part for each lane, and that into blocks.
+        count = len(set(hosts))
+        lanes = min(map(list(hosts).count, set(hosts)))
+        blocks = lanes * (1 if count == 2 else count)
+        nbytes = native.tiers_window_bytes(
+            self.group.staging_bytes, blocks * message_bytes
+        )
         window = SharedWindow(local, nbytes, attach)
         # On all hosts, or on none.
         failures: list[str] = comm.allgather(window.failure)

@@ -4,6 +4,7 @@
 #include <dlfcn.h>
 #include <mpi.h>
 
+#include <algorithm>
 #include <atomic>
 #include <chrono>
 #include <cstdio>
@@ -17,6 +18,7 @@
 #include "node.h"
 #include "reduce.h"
 #include "stacks.h"
+#include "tiers.h"
 
 namespace {
 
@@ -85,7 +87,8 @@ bool Meaningful(DType dtype, Op op) {
 // buffer, one of several segments.
 constexpr int64_t kCounts[] = {1, 37, 5000, 40000};
 
-int Check(Communicator* comm, DType dtype, Op op, bool mean, DType wire) {
+int Check(Communicator* comm, DType dtype, Op op, bool mean, DType wire,
+          Algorithm algorithm) {
   const auto item = static_cast<int64_t>(kItemSize[dtype]);
   std::vector<std::vector<char>> data;
   std::vector<Leaf> leaves;
@@ -98,7 +101,7 @@ int Check(Communicator* comm, DType dtype, Op op, bool mean, DType wire) {
   }
   const int divisor = mean ? comm->size : 1;
   std::lock_guard<std::mutex> lock(comm->mutex);
-  if (AllReduce(comm, {dtype, op, divisor, wire, 20000}, leaves) != 0) return 1;
+  if (AllReduce(comm, {dtype, op, divisor, wire, 20000, {}, algorithm}, leaves) != 0) return 1;
   for (size_t k = 0; k < leaves.size(); ++k) {
     for (int64_t i = 0; i < leaves[k].count; ++i) {
       double want = Expected(op, comm->size, i) / divisor;
@@ -115,19 +118,19 @@ int Check(Communicator* comm, DType dtype, Op op, bool mean, DType wire) {
   return 0;
 }
 
-int CheckAll(Communicator* comm) {
+int CheckAll(Communicator* comm, Algorithm algorithm) {
   int failures = 0;
   for (int d = 0; d < kDTypes; ++d) {
     for (int o = 0; o < kMpiOps; ++o) {
       const auto dtype = static_cast<DType>(d);
       const auto op = static_cast<Op>(o);
       if (!Meaningful(dtype, op)) continue;
-      failures += Check(comm, dtype, op, false, dtype);
-      if (op == kSum) failures += Check(comm, dtype, op, true, dtype);
+      failures += Check(comm, dtype, op, false, dtype, algorithm);
+      if (op == kSum) failures += Check(comm, dtype, op, true, dtype, algorithm);
       if (dtype != kF32) continue;
       for (const DType wire : {kBF16, kF16}) {
-        failures += Check(comm, dtype, op, false, wire);
-        if (op == kSum) failures += Check(comm, dtype, op, true, wire);
+        failures += Check(comm, dtype, op, false, wire, algorithm);
+        if (op == kSum) failures += Check(comm, dtype, op, true, wire, algorithm);
       }
     }
   }
@@ -137,12 +140,14 @@ int CheckAll(Communicator* comm) {
   return failures;
 }
 
-std::unique_ptr<Node> ShareMemory(MPI_Comm comm, int rank, int size) {
-  constexpr int64_t kBytes = 1 << 16;
+constexpr int64_t kWindowBytes = 1 << 16;
+
+// Zero-filled windows of the ranks of `comm`, which are on one host.
+std::vector<char*> Windows(MPI_Comm comm, int size) {
   MPI_Win window;
   void* own = nullptr;
-  MPI_Win_allocate_shared(kBytes, 1, MPI_INFO_NULL, comm, &own, &window);
-  std::memset(own, 0, kBytes);
+  MPI_Win_allocate_shared(kWindowBytes, 1, MPI_INFO_NULL, comm, &own, &window);
+  std::memset(own, 0, kWindowBytes);
   std::vector<char*> windows;
   for (int p = 0; p < size; ++p) {
     MPI_Aint bytes;
@@ -152,7 +157,23 @@ std::unique_ptr<Node> ShareMemory(MPI_Comm comm, int rank, int size) {
     windows.push_back(static_cast<char*>(address));
   }
   MPI_Barrier(comm);
-  return std::make_unique<Node>(windows, rank, kBytes, false);
+  return windows;
+}
+
+std::unique_ptr<Node> ShareMemory(MPI_Comm comm, int rank, int size) {
+  return std::make_unique<Node>(Windows(comm, size), rank, kWindowBytes, false);
+}
+
+// The ranks pretend to be on up to three hosts, neighbours on the same.
+std::unique_ptr<Tiers> JoinHosts(Mpi* mpi, MPI_Comm comm, int rank, int size) {
+  std::vector<int> hosts;
+  for (int p = 0; p < size; ++p) hosts.push_back(p * std::min(size, 3) / size);
+  MPI_Comm host;
+  int locals;
+  MPI_Comm_split(comm, hosts[static_cast<size_t>(rank)], rank, &host);
+  MPI_Comm_size(host, &locals);
+  return std::make_unique<Tiers>(mpi, Word(comm), rank, hosts, Windows(host, locals),
+                                 kWindowBytes);
 }
 
 }  // namespace
@@ -180,8 +201,8 @@ int main(int argc, char** argv) {
       std::this_thread::sleep_for(std::chrono::milliseconds(20));
     }
   });
-  enum Way : int { kBlocking, kSerialized, kRing, kShared };
-  for (const Way way : {kBlocking, kSerialized, kRing, kShared}) {
+  enum Way : int { kBlocking, kSerialized, kRing, kShared, kTiers };
+  for (const Way way : {kBlocking, kSerialized, kRing, kShared, kTiers}) {
     handles.serialized = way == kSerialized;
     std::string error;
     auto mpi = OpenMpi(info.dli_fname, sizeof(MPI_Comm), handles, &error);
@@ -200,16 +221,22 @@ int main(int argc, char** argv) {
       MPI_Comm_dup(MPI_COMM_WORLD, &comms[k]);
       ours.push_back(std::make_unique<Communicator>(k, mpi.get(), Word(comms[k]), rank,
                                                     size, 65536, 32768));
+      std::vector<int> members(static_cast<size_t>(size));
+      std::iota(members.begin(), members.end(), 0);
       if (way == kRing) {
-        std::vector<int> members(static_cast<size_t>(size));
-        std::iota(members.begin(), members.end(), 0);
         ours.back()->ring =
             std::make_unique<Exchange>(mpi.get(), Word(comms[k]), members, rank, 8192);
       }
       if (way == kShared) ours.back()->node = ShareMemory(comms[k], rank, size);
+      if (way == kTiers) ours.back()->tiers = JoinHosts(mpi.get(), comms[k], rank, size);
     }
     for (int k = 0; k < 2; ++k) {
-      threads.emplace_back([&, k] { found[k] = CheckAll(ours[static_cast<size_t>(k)].get()); });
+      threads.emplace_back([&, k] {
+        for (const Algorithm algorithm : {kPairwise, kDoubling}) {
+          found[k] += CheckAll(ours[static_cast<size_t>(k)].get(), algorithm);
+          if (way != kTiers) break;  // there is nothing to choose
+        }
+      });
     }
     for (auto& thread : threads) thread.join();
     failures += found[0] + found[1];

@@ -7,6 +7,7 @@ import pytest
 from tests.jobs import Launch
 
 
+@pytest.mark.timeout(600)
 @pytest.mark.parametrize(
     "hosts",
     [
@@ -24,7 +25,7 @@ def test_bits_and_bytes_between_pretended_hosts(launch: Launch, hosts: str) -> N
         ["-m", "tests.programs.tiers_ranks", hosts],
         # Slots of 128 KiB: many segments, of several lanes.
         env={"JAXCOMM_TEST_HOSTS": hosts, "JAXCOMM_STAGING_BYTES": str(1 << 20)},
-        timeout=300,
+        timeout=500,
     )
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.count("all checked") == ranks, done.stdout + done.stderr

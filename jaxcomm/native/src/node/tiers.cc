@@ -6,8 +6,8 @@
 namespace jaxcomm {
 namespace {
 
-// Less than this is not divided any further.
-constexpr int64_t kLeastPart = 32 << 10;
+// Messages between hosts should not become smaller by it that a segment has many parts.
+constexpr int64_t kLeastMessage = 16 << 10;
 
 std::vector<int> RanksOf(const std::vector<int>& hosts, int host) {
   std::vector<int> ranks;
@@ -51,6 +51,7 @@ Tiers::Tiers(Mpi* mpi, uint64_t comm, int rank, const std::vector<int>& hosts,
       windows_(std::move(windows)),
       local_(NumberAmong(locals_, rank)),
       lanes_(Lanes(hosts)),
+      least_part_(kLeastMessage * NumberOfHosts(hosts)),
       slot_bytes_(std::min((window_bytes - kControlBytes) / kSlots, kMaxSlotBytes) / 64 *
                   64),
       exchange_(mpi, comm, LaneOf(hosts, local_), hosts[static_cast<size_t>(rank)],
@@ -121,7 +122,7 @@ class Tiers::Call : private Elements {
   // Small segments take fewer lanes: the same ones on all hosts.
   int Parts(const Segment& segment) const {
     return static_cast<int>(
-        std::clamp<int64_t>(segment.count * wire_item_ / kLeastPart, 1, t_.lanes_));
+        std::clamp<int64_t>(segment.count * wire_item_ / t_.least_part_, 1, t_.lanes_));
   }
   int64_t Bound(const Segment& segment, int p) const {
     return Elements::Bound(segment, p, Parts(segment));
@@ -174,6 +175,7 @@ class Tiers::Call : private Elements {
   int Sum() {
     const Segment& now = segment(++summed_);
     if (t_.local_ >= Parts(now)) return 0;
+    if (InPlace(now)) return Start(now, {now.pieces[0].data, now.count});
     const int64_t from = Bound(now, t_.local_), to = Bound(now, t_.local_ + 1);
     ForEachBlock(now, from, to, [&](char* leaf, int64_t at, int64_t n) {
       const auto slot = [&](int p) { return t_.slot(p, now.number) + at * wire_item_; };
@@ -194,7 +196,17 @@ class Tiers::Call : private Elements {
       }
     });
     const Leaf part{t_.slot(t_.local_, now.number) + from * wire_item_, to - from};
-    return t_.exchange_.Start(&Flight(now.number), part, static_cast<size_t>(now.number));
+    return Start(now, part);
+  }
+
+  int Start(const Segment& segment, const Leaf& part) {
+    return t_.exchange_.Start(&Flight(segment.number), part,
+                              static_cast<size_t>(segment.number));
+  }
+
+  // Whether a segment can travel from where it lies: nobody else of the host adds to it.
+  bool InPlace(const Segment& segment) const {
+    return size() == 1 && segment.pieces.size() == 1 && !encoded_ && wire_reserve_ == 1;
   }
 
   Exchange::Flight& Flight(int64_t number) {
@@ -224,7 +236,7 @@ class Tiers::Call : private Elements {
 
   void Take() {
     const Segment& now = segment(taken_ + 1);
-    for (int p = 0; p < Parts(now); ++p) {
+    for (int p = 0; p < Parts(now) && !InPlace(now); ++p) {
       Elements::Take(now, Bound(now, p), Bound(now, p + 1), t_.slot(p, now.number));
     }
     own_.taken.value.store(++taken_, std::memory_order_release);

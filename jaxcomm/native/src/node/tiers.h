@@ -32,7 +32,7 @@ class Tiers {
  public:
   static constexpr int64_t kControlBytes = 4096;
   static constexpr int kSlots = 8;
-  static constexpr int64_t kMaxSlotBytes = 512 << 10;
+  static constexpr int64_t kMaxSlotBytes = 4 << 20;
 
   // `hosts`: by rank, the number of its host, as the order of their first ranks has it.
   // `windows`: of this host's ranks, each of `window_bytes` zero-filled bytes.
@@ -81,6 +81,7 @@ class Tiers {
   const std::vector<char*> windows_;   // theirs; Python keeps them mapped
   const int local_;                    // this rank's number among them
   const int lanes_;                    // ranks of the host with the fewest
+  const int64_t least_part_;           // less than so many bytes are not divided further
   const int64_t slot_bytes_;           // a multiple of 64
   Exchange exchange_;                  // of this rank's lane, if it is in one
   std::vector<Exchange::Flight> flights_;  // by slot
