@@ -15,26 +15,38 @@ import pytest
 from ase import Atoms
 from click.testing import CliRunner
 
-from stemdl.classification import classify, data, scores, space_groups, training
+from stemdl.classification import (
+    classify,
+    data,
+    network,
+    scores,
+    space_groups,
+    training,
+)
 from stemdl.classification.network import NETWORKS
+from stemdl.data import augmentation
 from stemdl.data.dataset import CacheError
-from stemdl.physics import crystals
-from stemdl.physics.optics import Optics
+from stemdl.physics import crystals, prototypes
 from stemdl.physics.symmetry import space_group
 from stemdl.training import parameters
+from stemdl.training.backends import Devices
 from tests.jobs import ROOT, launch_ranks
 
 COMMAND = ("-m", "stemdl", "classify")
-CONFIG = data.PatternConfig(train=16, test=8)
-TINY = ("--samples", "16", "--test-samples", "8", "--network", "toy", "--steps", "5")
+GROUPS = (136, 223)
+CONFIG = data.PatternConfig(groups=GROUPS, materials=10, repeats=1)
+TINY = (
+    *("--group", "136", "--group", "223", "--materials", "10", "--repeats", "1"),
+    *("--network", "toy", "--steps", "5"),
+)
 
 
 @pytest.fixture(scope="module")
 def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with CONFIG's patterns, simulated as three ranks would."""
+    """A folder with CONFIG's patterns, simulated as two ranks would."""
     folder = tmp_path_factory.mktemp("patterns")
-    for rank in range(3):
-        assert list(data.ensure(CONFIG, folder, rank, 3))[-1] == 1.0
+    for rank in range(2):
+        assert list(data.ensure(CONFIG, folder, rank, 2)) == [1.0]
     return folder
 
 
@@ -63,34 +75,55 @@ def test_a_cell_that_is_no_crystal_is_named() -> None:
         space_group(twice)
 
 
-def test_every_group_is_trained_on_and_tested_and_no_material_is_both() -> None:
-    train, test = space_groups.materials(False), space_groups.materials(True)
-    assert train.keys() == test.keys() == set(space_groups.present())
-    assert space_groups.present() == (136, 186, 194, 216, 221, 225, 227, 229)
-    seen = {name for names in train.values() for name in names}
-    unseen = {name for names in test.values() for name in names}
-    assert not seen & unseen and unseen == space_groups.HELD_OUT
-    # What the reconstruction never sees is not seen here either.
-    assert set(crystals.HELD_OUT) < unseen
-    # The only ones of groups 141, 167 and 205.
-    alone = {"TiO2 anatase", "Al2O3", "FeS2"}
-    assert alone == set(crystals.crystals()) - seen - unseen
-    assert {space_group(crystals.crystals()[n]) for n in alone} == {
-        141,
-        167,
-        205,
-    }
+def test_classes_of_space_groups() -> None:
+    for number, system, laue, point in (
+        (14, "monoclinic", "2/m", "2/m"),
+        (62, "orthorhombic", "mmm", "mmm"),
+        (122, "tetragonal", "4/mmm", "-42m"),
+        (152, "trigonal", "-3m", "32"),
+        (187, "hexagonal", "6/mmm", "-62m"),
+        (198, "cubic", "m-3", "23"),
+        (216, "cubic", "m-3m", "-43m"),
+    ):
+        assert space_groups.crystal_system(number) == system
+        assert space_groups.laue_class(number) == laue
+        # Settings of one group write its point group in two ways.
+        found = space_groups.point_group(number)
+        assert found in (point, {"-62m": "-6m2"}.get(point))
+    assert all(space_groups.laue_class(number) for number in range(1, 231))
 
 
-def test_samples_go_round_groups_and_materials() -> None:
-    config = data.PatternConfig(train=160, test=80)
-    kinds = [config.kind(index) for index in range(config.samples)]
-    for rows, held_out in ((kinds[:160], False), (kinds[160:], True)):
-        numbers = [number for number, _ in rows]
-        assert {numbers.count(n) for n in space_groups.present()} == {len(rows) // 8}
-        for number, name in rows:
-            assert name in space_groups.materials(held_out)[number]
-    assert len(set(kinds)) == len(crystals.crystals()) - 3
+@pytest.mark.parametrize("rule", space_groups.RULES)
+def test_a_split_has_no_material_twice(rule: str) -> None:
+    for number in (194, 225, 230):
+        types = [
+            *(m.prototype for m in prototypes.group_materials(number, 20)),
+            *([""] * 3),
+        ]
+        found = space_groups.split(number, types, rule)
+        assert found[-3:] == ["textbook"] * 3
+        assert set(found[:-3]) <= {"train", "validation", "test"}
+        of_types = {
+            name: {
+                part for part, each in zip(found, types, strict=True) if each == name
+            }
+            for name in set(types) - {""}
+        }
+        if rule == "materials":
+            # Every type is learned, and the test has two of ten materials.
+            assert all("train" in parts for parts in of_types.values())
+            assert (found.count("test"), found.count("validation")) == (4, 2)
+        else:
+            held_out = [name for name, parts in of_types.items() if "test" in parts]
+            # Garnet is the only one of its group.
+            assert len(held_out) == (number != 230)
+            assert all(of_types[name] == {"test"} for name in held_out)
+
+
+def test_textbook_crystals_are_in_groups_that_are_trained_on() -> None:
+    textbook = space_groups.textbook()
+    assert set(textbook) <= set(space_groups.present())
+    assert sum(map(len, textbook.values())) == len(crystals.crystals())
 
 
 def test_log_scaling() -> None:
@@ -101,20 +134,36 @@ def test_log_scaling() -> None:
 
 
 def test_a_sample_is_the_same_whoever_simulates_it(cache: Path) -> None:
-    train, test = data.load(CONFIG, cache)
-    assert train.x.shape == (16, 3, 43, 43) and test.x.shape == (8, 3, 43, 43)
+    parts = data.load(CONFIG, cache)
+    assert {name: len(p.y) for name, p in parts.items()} == {
+        "train": 14,
+        "validation": 2,
+        "test": 4,
+        "textbook": 2,
+    }
+    train = parts["train"]
+    assert train.x.shape == (14, 3, 43, 43)
     assert train.x.dtype == np.float32 and train.y.dtype == np.int32
     assert (train.x.mean(), train.x.std()) == pytest.approx((0, 1), abs=1e-4)
-    assert [(y, name) for y, name in zip(train.y, train.material, strict=True)] == [
-        CONFIG.kind(index) for index in range(16)
-    ]
-    index = 18  # a held-out one
-    pattern = data.simulate_sample(CONFIG, index)
+    assert parts["textbook"].material.tolist() == ["TiO2", "SnO2"]
+    names = [name for part in parts.values() for name in part.material]
+    assert len(set(names)) == len(names) == 22
+    # The one of group 223 that is there last.
+    name = train.material[-1]
+    subjects = [subject for subject, _, _ in data.subjects(CONFIG, 223)]
+    pattern = data.simulate_sample(CONFIG, 223, subjects.index(name), 0)
     # No more than the beam, and most of it.
     assert np.all((pattern.sum((-2, -1)) > 0.8) & (pattern.sum((-2, -1)) < 1.001))
     scaled = data.log_scaled(pattern)
-    line = np.polyfit(scaled.ravel(), test.x[index - 16].ravel(), 1)
-    np.testing.assert_allclose(np.polyval(line, scaled), test.x[2], atol=1e-4)
+    line = np.polyfit(scaled.ravel(), train.x[-1].ravel(), 1)
+    # Stored in half precision.
+    np.testing.assert_allclose(np.polyval(line, scaled), train.x[-1], atol=0.01)
+
+
+def test_held_out_prototypes_are_not_trained_on(cache: Path) -> None:
+    parts = data.load(CONFIG, cache, "prototypes")
+    seen, unseen = (set(parts[name].prototype) for name in ("train", "test"))
+    assert not seen & unseen and len(unseen) == len(GROUPS)
 
 
 @pytest.mark.parametrize(
@@ -133,32 +182,36 @@ def test_a_zone_may_be_given(zone: tuple[int, int, int], spacing: float) -> None
 def test_bad_caches_and_configurations_are_named(cache: Path, tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"simulate it with .*stemdl classify"):
         data.load(CONFIG, tmp_path)
-    for part in range(data.PARTS):
-        path = CONFIG.path(cache, part)
+    for number in GROUPS:
+        path = CONFIG.path(cache, number)
         (tmp_path / path.name).write_bytes(path.read_bytes())
-    path = CONFIG.path(tmp_path, 3)
+    path = CONFIG.path(tmp_path, 136)
     path.write_bytes(path.read_bytes()[:300])
     with pytest.raises(CacheError, match=rf"{path.name} is not a readable.*delete it"):
         data.load(CONFIG, tmp_path)
-    path.write_bytes(CONFIG.path(cache, 4).read_bytes())
-    with pytest.raises(CacheError, match=rf"{path.name} holds other.*found part 4 of"):
+    path.write_bytes(CONFIG.path(cache, 223).read_bytes())
+    with pytest.raises(CacheError, match=rf"{path.name} holds other.*found .*223"):
         data.load(CONFIG, tmp_path)
-    with pytest.raises(ValueError, match=r"optics\.probes=4.*give 1"):
-        data.PatternConfig(optics=Optics())
-    with pytest.raises(ValueError, match=r"train=0, test=280: give one"):
-        data.PatternConfig(train=0)
+    with pytest.raises(ValueError, match=r"materials=9, repeats=2: give 10 or more"):
+        data.PatternConfig(materials=9)
+    with pytest.raises(ValueError, match=r"groups=\[3\]: no prototypes; .* 225"):
+        data.PatternConfig(groups=(3, 225))
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (("--batch", "49"), "--batch 49 exceeds the 48 training patterns"),
+        (("--batch", "15"), "--batch 15 exceeds the 14 training samples"),
+        (("--group", "2"), "groups=[2]: no prototypes"),
         (("--lr", "0"), "'--lr': 0.0 is not in the range"),
         (("--network", "resnet50"), "'--network': 'resnet50' is not one of"),
     ],
 )
-def test_bad_options_are_named(options: tuple[str, ...], message: str) -> None:
-    done = CliRunner().invoke(classify.main, [*TINY, "--backend", "pmap", *options])
+def test_bad_options_are_named(
+    options: tuple[str, ...], message: str, cache: Path
+) -> None:
+    arguments = [*TINY, "--backend", "pmap", "--data", str(cache), *options]
+    done = CliRunner().invoke(classify.main, arguments)
     assert done.exit_code == 2
     assert message in " ".join(done.output.replace("│", " ").split())
 
@@ -168,33 +221,97 @@ def test_scores() -> None:
     found = scores.score(truth, np.array([225, 227, 216, 225]))
     # F1 of 216: 2 / 3, of 225: 1 / 2. Nothing here is a 227.
     assert found == pytest.approx({"top1": 0.5, "macro_f1": (2 / 3 + 1 / 2) / 2})
-    logits = np.zeros((4, 3, space_groups.OUTPUTS))
-    logits[:, 0, 227] = 1
-    logits[np.arange(4), 1, truth] = logits[np.arange(4), 2, truth] = 0.6
+    logits = np.zeros((4, space_groups.OUTPUTS))
+    logits[:, 230] = 1
+    logits[np.arange(4), truth] = [2, 2, 0.5, 2]
     scored = scores.score_logits(logits, truth)
-    # The mean over projections decides, and the first of them is outvoted.
-    assert scored["top1"] == 1
-    assert scored["top1_of_each_projection"] == [0, 1, 1]
+    assert (scored["top1"], scored["top5"]) == (0.75, 1)
     train = np.array([225, 216, 216])
     majority = scores.most_frequent(train, truth)
     assert majority == pytest.approx({"top1": 0.5, "macro_f1": 1 / 3})
 
 
-def test_the_forest_tells_what_radii_tell() -> None:
+def test_baselines_tell_what_radii_tell() -> None:
     rng = np.random.default_rng(0)
     distance = np.hypot(*(np.indices((9, 9)) - 4))
     y = np.array([225, 216] * 10, np.int32)
     x = np.exp(-((distance[None, None] - y[:, None, None, None] % 5) ** 2) / 2)
     x = np.repeat(x, 3, 1) + 0.1 * rng.normal(size=(20, 3, 9, 9))
-    assert scores.radial_forest(x[:10], y[:10], x[10:], y[10:])["top1"] == 1
     flat = np.broadcast_to(x.mean((0, 1)), x.shape)
-    assert scores.radial_forest(flat[:10], y[:10], flat[10:], y[10:])["top1"] == 0.5
+    names = np.full(20, "")
+
+    def found(patterns: np.ndarray) -> set[float]:
+        seen, unseen = (
+            data.Patterns(patterns[rows], y[rows], names[rows], names[rows])
+            for rows in (slice(10), slice(10, None))
+        )
+        figures = scores.baselines(seen, unseen, {"test": unseen})
+        assert len(figures) == 4
+        return {figure["test"]["top1"] for figure in figures.values()}
+
+    assert found(x) == {1.0}
+    assert found(flat) == {0.5}
     rings = scores.radial_profiles(distance)
     np.testing.assert_allclose(rings, np.arange(4), atol=0.25)
 
 
+def test_errors_are_explained() -> None:
+    truth = np.array([225, 225, 216, 194])
+    said = scores.explain(truth, np.array([225, 229, 227, 0]))
+    assert said["errors"] == 0.75
+    # Both answers that are space groups are cubic ones of the Laue class m-3m.
+    assert said["of_errors_right"] == pytest.approx(
+        {"crystal_system": 1, "laue_class": 1, "point_group": 0.5}
+    )
+    assert said["of_all_pairs_right"]["crystal_system"] == pytest.approx(2 / 6)
+    assert said["f1_of_group"] == pytest.approx({"194": 0, "216": 0, "225": 2 / 3})
+    assert said["commonest"][0] == {
+        "truth": 225,
+        "taken_for": 229,
+        "share": 0.5,
+        "point_groups": ["m-3m", "m-3m"],
+    }
+
+
+def test_rings_turn_with_the_pattern() -> None:
+    x, y = np.indices((21, 21)) - 10.0
+    pattern = x + 2 * y
+    angle = 2 * np.pi * np.arange(network.ANGLES) / network.ANGLES
+    wanted = np.arange(11)[:, None] * (np.cos(angle) + 2 * np.sin(angle))
+    np.testing.assert_allclose(network.rings(pattern), wanted, atol=1e-9)
+    quarter = network.rings(np.rot90(pattern))
+    np.testing.assert_allclose(
+        quarter, np.roll(wanted, network.ANGLES // 4, -1), atol=1e-9
+    )
+
+
+def test_the_spectral_network_does_not_see_turns_and_mirrors() -> None:
+    model = NETWORKS["toy"]
+    x = np.random.default_rng(0).normal(size=(2, 3, 43, 43)).astype(np.float32)
+    variables = model.init(jax.random.key(0), x)
+
+    def logits(patterns: np.ndarray) -> np.ndarray:
+        return np.asarray(model.apply(variables, patterns))
+
+    once = logits(x)
+    for symmetry in range(augmentation.SYMMETRIES):
+        turned = augmentation.transform_label(x, symmetry)
+        np.testing.assert_allclose(logits(turned), once, atol=1e-3)
+    around = np.random.default_rng(1).normal(size=(5, network.ANGLES))
+    phase = network.fourier(np.roll(around, 3, -1))
+    np.testing.assert_allclose(
+        np.hypot(*phase), np.hypot(*network.fourier(around)), atol=1e-9
+    )
+    wanted = np.fft.rfft(around)[:, : network.ORDERS] / network.ANGLES
+    np.testing.assert_allclose(
+        network.fourier(around), [wanted.real, wanted.imag], atol=1e-9
+    )
+    # Projections are told apart.
+    assert np.abs(logits(x[:, ::-1]) - once).max() > 1e-2
+
+
 def test_resnet18_is_the_published_one_but_for_stem_and_outputs() -> None:
-    x = jax.ShapeDtypeStruct((1, 43, 43), np.float32)
+    x = jax.ShapeDtypeStruct((1, 3, 43, 43), np.float32)
     shapes = jax.eval_shape(NETWORKS["resnet18"].init, jax.random.key(0), x)["params"]
     leaves = jax.tree.leaves(shapes)
     # torchvision's resnet18 has 62 parameters too, 11,689,512 elements in all.
@@ -262,12 +379,14 @@ def test_two_ranks_train_as_one_device(
     assert alone["schedule"] is None
     planned = together["schedule"]
     # Each normalisation reduces once forward and once backward, and then the loss.
-    assert together["gradients"] == 11
-    assert planned["leaves"] == 11 + 2 * 3 + 1
+    assert together["gradients"] == 12
+    assert planned["leaves"] == 12 + 2 * 4 + 1
     assert 1 <= planned["buckets_with_gradients"] < planned["buckets"]
     assert (on_two_ranks / "confusion.png").stat().st_size > 10_000
-    assert together["chance"] == pytest.approx(1 / 8)
-    assert set(together["held_out"]) <= space_groups.HELD_OUT
+    assert together["materials"] == {
+        "train": 14, "validation": 2, "test": 4, "textbook": 2
+    }  # fmt: skip
+    assert set(together["scores"]["network"]) == set(space_groups.SPLITS)
 
 
 @pytest.mark.thorough
@@ -283,3 +402,21 @@ def test_one_rank_and_two_devices_train_alike(
     environment = os.environ | {"XLA_FLAGS": flags}
     subprocess.run(command, env=environment, check=True, timeout=120, cwd=ROOT)
     assert_same_training(tmp_path / "devices", on_two_ranks)
+
+
+def test_projections_of_one_material_are_mixed() -> None:
+    x = np.arange(6.0)[:, None, None, None] + np.zeros((6, 3, 5, 5))
+    names = np.array(["a", "a", "a", "b", "b", "c"])
+    patterns = data.Patterns(x, np.arange(6, dtype=np.int32), names, names)
+    backend = Devices()
+    drawn = [
+        (int(i), pattern)
+        for _, (batch, rows) in zip(
+            range(40), training.batches(patterns, backend, 6, 0), strict=False
+        )
+        for pattern, i in zip(batch[0], rows[0], strict=True)
+    ]
+    mixed = {tuple(pattern[:, 0, 0].astype(int)) for _, pattern in drawn}
+    assert len(mixed) > 20 and (5, 5, 5) in mixed
+    for i, pattern in drawn:
+        assert {names[int(value)] for value in pattern.flat} == {names[i]}

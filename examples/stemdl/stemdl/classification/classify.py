@@ -1,4 +1,4 @@
-r"""Train a ResNet to tell space groups from diffraction patterns, data-parallel.
+r"""Train a network to tell space groups from diffraction patterns, data-parallel.
 
 jaxcomm run -n 2 -m stemdl classify --out out/classify
 XLA_FLAGS=--xla_force_host_platform_device_count=2 \
@@ -39,26 +39,64 @@ from stemdl.training.telemetry import UNTIMED_STEPS, NonFiniteLossError, Telemet
     show_default=True,
 )
 @click.option(
-    "--steps", type=click.IntRange(UNTIMED_STEPS + 1), default=700, show_default=True
+    "--steps", type=click.IntRange(UNTIMED_STEPS + 1), default=1000, show_default=True
 )
 @click.option(
     "--batch",
     type=click.IntRange(1),
     default=64,
     show_default=True,
-    help="patterns, over all ranks together",
+    help="samples, over all ranks together",
 )
 @click.option(
     "--lr",
     type=click.FloatRange(0, min_open=True),
     default=1e-3,
     show_default=True,
-    help=f"for {training.SAMPLES_PER_RATE} patterns of a batch",
+    help=f"for {training.SAMPLES_PER_RATE} samples of a batch",
 )
-@click.option("--samples", type=click.IntRange(1), default=1400, show_default=True)
-@click.option("--test-samples", type=click.IntRange(1), default=280, show_default=True)
 @click.option(
-    "--network", type=click.Choice(list(NETWORKS)), default="small", show_default=True
+    "--group",
+    "groups",
+    type=int,
+    multiple=True,
+    help="a space group; may be repeated; without it all that there are prototypes of",
+)
+@click.option(
+    "--materials",
+    type=click.IntRange(10),
+    default=30,
+    show_default=True,
+    help="generated materials of each space group",
+)
+@click.option(
+    "--repeats",
+    type=click.IntRange(1),
+    default=2,
+    show_default=True,
+    help="samples of each material",
+)
+@click.option(
+    "--hold-out",
+    "rule",
+    type=click.Choice(space_groups.RULES),
+    default="materials",
+    show_default=True,
+    help="materials: elements that their structure type does not have in training; "
+    "prototypes: whole structure types",
+)
+@click.option(
+    "--test/--no-test",
+    "tested",
+    default=True,
+    show_default=True,
+    help="score the test materials too; leave that out while you choose settings",
+)
+@click.option(
+    "--network",
+    type=click.Choice(list(NETWORKS)),
+    default="spectral",
+    show_default=True,
 )
 @click.option("--seed", type=click.IntRange(0), default=0, show_default=True)
 @click.option("--float64", is_flag=True, help="train in double precision")
@@ -78,15 +116,18 @@ def main(
     steps: int,
     batch: int,
     lr: float,
-    samples: int,
-    test_samples: int,
+    groups: tuple[int, ...],
+    materials: int,
+    repeats: int,
+    rule: str,
+    tested: bool,
     network: str,
     seed: int,
     float64: bool,
     data_dir: Path,
     out: Path,
 ) -> None:
-    """Train a ResNet.
+    """Train a network to tell space groups.
 
     Rank 0 writes classify.json and confusion.png to --out.
     """
@@ -98,25 +139,29 @@ def main(
         raise click.UsageError(
             f"--batch {batch} does not divide over {backend.size} devices"
         )
-    wanted = data.PatternConfig(train=samples, test=test_samples)
-    if batch > samples * len(data.ZONES):
-        raise click.UsageError(
-            f"--batch {batch} exceeds the {samples * len(data.ZONES)} training "
-            "patterns; give fewer, or more --samples"
-        )
+    try:
+        wanted = data.PatternConfig(groups, materials, repeats)
+    except ValueError as error:
+        raise click.UsageError(str(error)) from error
     simulated = time.perf_counter()
     _simulate(wanted, data_dir, backend, console)
     backend.barrier()
     simulated = time.perf_counter() - simulated
     try:
-        train, test = data.load(wanted, data_dir)
+        parts = data.load(wanted, data_dir, rule)
     except CacheError as error:
         raise click.UsageError(str(error)) from error
+    train = parts["train"]
+    if batch > len(train.y):
+        raise click.UsageError(
+            f"--batch {batch} exceeds the {len(train.y)} training samples; give fewer, "
+            "or more --repeats"
+        )
 
     dtype = jnp.float64 if float64 else jnp.float32
     model = NETWORKS[network].clone(axis_name=AXIS)
     tx = training.optimizer(lr, batch, steps)
-    state = training.initial_state(model, tx, train.x.shape[-1], seed, dtype)
+    state = training.initial_state(model, tx, train.x.shape[1:], seed, dtype)
     leaves = jax.tree.leaves(state.params)
     state = backend.replicate(state)
     step_of = backend.compile(training.make_train_step(model, tx))
@@ -143,9 +188,16 @@ def main(
     params, batch_stats = backend.fetch((state.params, state.batch_stats))
     variables = {"params": params, "batch_stats": batch_stats}
     parameters.save(out / "params.npz", variables)
-    logits = training.classify(model, variables, test.x)
-    predicted = logits.mean(1).argmax(-1)
-    scores.draw_confusion(out / "confusion.png", test.y, predicted)
+    logits = {
+        name: training.classify(model, variables, samples.x)
+        for name, samples in parts.items()
+        if len(samples.y) and (tested or name in ("train", "validation"))
+    }
+    judged = "test" if "test" in logits else "validation"
+    unseen = {name: parts[name] for name in logits if name != "train"}
+    truth = parts[judged].y
+    predicted = logits[judged].argmax(-1)
+    scores.draw_confusion(out / "confusion.png", truth, predicted)
     report = {
         "backend": backend.name,
         "ranks": backend.size,
@@ -153,18 +205,27 @@ def main(
         "parameters": sum(leaf.size for leaf in leaves),
         "gradients": len(leaves),
         "schedule": _planned(schedule),
-        "space_groups": space_groups.present(),
-        "train_samples": len(train.y),
-        "test_samples": len(test.y),
-        "held_out": sorted(set(test.material.tolist())),
-        **scores.score_logits(logits, test.y),
-        "on_training_samples": scores.score_logits(
-            training.classify(model, variables, train.x[: len(test.y)]),
-            train.y[: len(test.y)],
-        ),
-        "chance": 1 / len(np.unique(test.y)),
-        "most_frequent": scores.most_frequent(train.y, test.y),
-        "radial_forest": scores.radial_forest(train.x, train.y, test.x, test.y),
+        "held_out": rule,
+        "space_groups": wanted.numbers,
+        "samples": {name: len(samples.y) for name, samples in parts.items()},
+        "materials": {
+            name: len(np.unique(samples.material)) for name, samples in parts.items()
+        },
+        "prototypes": {
+            name: len(np.unique(samples.prototype)) for name, samples in parts.items()
+        },
+        "scores": {
+            "network": {
+                name: scores.score_logits(found, parts[name].y)
+                for name, found in logits.items()
+            },
+            "most frequent group": {
+                name: scores.most_frequent(train.y, samples.y)
+                for name, samples in unseen.items()
+            },
+            **scores.baselines(train, parts["validation"], unseen),
+        },
+        "confusion": {"of": judged, **scores.explain(truth, predicted)},
         "simulation_seconds": simulated,
         **telemetry.report(),
         "versions": config.versions(),
@@ -179,7 +240,9 @@ def _simulate(
     """Simulate what is not cached, every rank its share."""
     process, processes = backend.process, backend.processes
     with Progress(console=console, transient=True, disable=process > 0) as shown:
-        task = shown.add_task(f"simulating {wanted.samples} samples", total=1.0)
+        task = shown.add_task(
+            f"simulating {len(wanted.numbers)} space groups", total=1.0
+        )
         for done in data.ensure(wanted, directory, process, processes):
             shown.update(task, completed=done)
 
@@ -192,17 +255,13 @@ def _show(report: dict[str, Any], console: Console) -> None:
             f"{report['gradients']} gradients in {planned['buckets_with_gradients']} "
             f"of {planned['buckets']} buckets; the others hold batch statistics"
         )
-    table = Table("on held-out materials", "top-1", "macro-F1")
-    for name, found in (
-        ("chance", {"top1": report["chance"]}),
-        ("most frequent group", report["most_frequent"]),
-        ("random forest on radial profiles", report["radial_forest"]),
-        (f"network, {report['steps']} steps", report),
-    ):
-        f1 = f"{found['macro_f1']:.3f}" if "macro_f1" in found else ""
-        table.add_row(name, f"{found['top1']:.3f}", f1)
+    tests = [name for name in report["scores"]["network"] if name != "train"]
+    table = Table("top-1, macro-F1", *tests)
+    for method, found in report["scores"].items():
+        pairs = [(found[name]["top1"], found[name]["macro_f1"]) for name in tests]
+        table.add_row(method, *(f"{top1:.3f}  {f1:.3f}" for top1, f1 in pairs))
     console.print(table)
-    console.print(f"{report['samples_per_s']:.0f} patterns/s")
+    console.print(f"{report['samples_per_s']:.0f} samples/s")
 
 
 def _planned(schedule: Any) -> dict[str, Any] | None:

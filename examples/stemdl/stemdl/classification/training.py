@@ -6,6 +6,7 @@ over the named axis, whoever supplies that.
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Iterator
 from typing import Any
@@ -17,16 +18,29 @@ import optax
 
 from jaxcomm.data import Batches
 from stemdl.classification.data import Patterns
-from stemdl.classification.network import ResNet
+from stemdl.classification.network import ResNet, SpectralNet
 from stemdl.data import augmentation
 from stemdl.training.backends import AXIS, Backend, Step
 from stemdl.training.recipe import State
 
+Model = SpectralNet | ResNet
+
 SAMPLES_PER_RATE = 32
-"""Patterns of a global batch that one --lr is for: the batch per rank of ORNL's code,
+"""Samples of a global batch that one --lr is for: the batch per rank of ORNL's code,
 whose rate is 1e-3 times the ranks."""
 
 WEIGHT_DECAY = 1e-2
+
+SMOOTHING = 0.1
+"""Share of each label that is spread over all outputs (Szegedy et al.,
+arXiv:1512.00567)."""
+
+
+_STREAM = 1
+"""Keeps draws of projections apart from those of `augmentation.draw`."""
+
+AT_ONCE = 32
+"""Samples that `classify` gives to the network together."""
 
 
 def optimizer(lr: float, batch: int, steps: int) -> optax.GradientTransformation:
@@ -44,17 +58,28 @@ def optimizer(lr: float, batch: int, steps: int) -> optax.GradientTransformation
 
 
 def initial_state(
-    model: ResNet, tx: optax.GradientTransformation, side: int, seed: int, dtype: Any
+    model: Model,
+    tx: optax.GradientTransformation,
+    shape: tuple[int, ...],
+    seed: int,
+    dtype: Any,
 ) -> State:
-    """The same in every process that calls it with the same arguments."""
-    shape = jnp.zeros((1, side, side), dtype)
-    variables = jax.jit(model.init)(jax.random.key(seed), shape)
+    """The same in every process that calls it with the same arguments.
+
+    Args:
+      model: the network.
+      tx: the optimiser.
+      shape: of one sample.
+      seed: of the parameters.
+      dtype: of the parameters.
+    """
+    variables = jax.jit(model.init)(jax.random.key(seed), jnp.zeros((1, *shape), dtype))
     variables = jax.tree.map(lambda leaf: leaf.astype(dtype), variables)
     params = variables["params"]
     return State(params, variables["batch_stats"], tx.init(params))
 
 
-def make_train_step(model: ResNet, tx: optax.GradientTransformation) -> Step:
+def make_train_step(model: Model, tx: optax.GradientTransformation) -> Step:
     """Return `(state, (patterns, groups)) -> (state, loss)` of one device's samples."""
 
     def train_step(state: State, batch: Any) -> tuple[State, jax.Array]:
@@ -65,8 +90,11 @@ def make_train_step(model: ResNet, tx: optax.GradientTransformation) -> Step:
             logits, updated = model.apply(
                 variables, x, train=True, mutable=["batch_stats"]
             )
-            each = optax.softmax_cross_entropy_with_integer_labels(logits, y)
-            return each.mean(), updated["batch_stats"]
+            labels = jax.nn.one_hot(y, logits.shape[-1], dtype=logits.dtype)
+            labels = optax.smooth_labels(labels, SMOOTHING)
+            return optax.softmax_cross_entropy(logits, labels).mean(), updated[
+                "batch_stats"
+            ]
 
         (loss, batch_stats), grads = jax.value_and_grad(loss_of, has_aux=True)(
             state.params
@@ -82,27 +110,55 @@ def make_train_step(model: ResNet, tx: optax.GradientTransformation) -> Step:
 def batches(
     patterns: Patterns, backend: Backend, batch: int, seed: int
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Endless augmented batches of single patterns, the same for any number of ranks.
+    """Endless augmented batches of samples, the same for any number of ranks.
 
     Yields:
       This process's part: patterns and space groups; pmap's with a device axis.
     """
-    projections = patterns.x.shape[1]
-    x = patterns.x.reshape(-1, *patterns.x.shape[2:])
-    y = np.repeat(patterns.y, projections)
+    x, y = patterns.x, patterns.y
     order = Batches(len(x), batch, seed, rank=0, size=1)
     for step in itertools.count():
         rows = backend.share(order.at(step).indices)
         # Turned or mirrored, a crystal keeps its space group, unless that is one of the
-        # 22 chiral ones: none here is.
+        # 22 chiral ones: it is then the other of its pair, and of each pair only one is
+        # there.
         symmetries = augmentation.draw(seed, order.epoch(step), len(x))
+        chosen = _projections(seed, order.epoch(step), patterns)
         drawn = [
-            augmentation.transform_label(x[i], int(symmetries[i])) for i in rows.flat
+            augmentation.transform_label(
+                x[chosen[i], np.arange(x.shape[1])], int(symmetries[i])
+            )
+            for i in rows.flat
         ]
         yield np.reshape(drawn, (*rows.shape, *x.shape[1:])), y[rows]
 
 
-def classify(model: ResNet, variables: Any, x: np.ndarray) -> np.ndarray:
-    """Logits of samples: (n, projections, side, side) to (n, projections, outputs)."""
+@functools.lru_cache(maxsize=2)
+def _projections(seed: int, epoch: int, patterns: Patterns) -> np.ndarray:
+    """Samples (n, projections) of the same material: each projection from one of them.
+
+    Projections are simulated independently, so such a sample is as valid as they are.
+    """
+    _, first, inverse, count = np.unique(
+        patterns.material, return_index=True, return_inverse=True, return_counts=True
+    )
+    rng = np.random.default_rng([seed, epoch, _STREAM])
+    shape = (len(patterns.y), patterns.x.shape[1])
+    # A material's samples follow one another.
+    return first[inverse][:, None] + (
+        rng.integers(1 << 30, size=shape) % count[inverse][:, None]
+    )
+
+
+def classify(model: Model, variables: Any, x: np.ndarray) -> np.ndarray:
+    """Logits of samples: (n, projections, side, side) to (n, outputs)."""
     apply = jax.jit(model.apply)
-    return np.stack([apply(variables, sample) for sample in x])
+    logits = []
+    for start in range(0, len(x), AT_ONCE):
+        part = x[start : start + AT_ONCE]
+        # Filled up, so that one program serves the last ones too.
+        filled = np.concatenate(
+            [part, np.zeros((AT_ONCE - len(part), *x.shape[1:]), x.dtype)]
+        )
+        logits.append(np.asarray(apply(variables, filled))[: len(part)])
+    return np.concatenate(logits)
