@@ -28,7 +28,6 @@ from stemdl.data import augmentation
 from stemdl.data.dataset import CacheError
 from stemdl.physics import crystals, prototypes
 from stemdl.physics.symmetry import space_group
-from stemdl.training import parameters
 from stemdl.training.backends import Devices
 from tests.jobs import ROOT, launch_ranks
 
@@ -356,10 +355,12 @@ def assert_same_training(one: Path, two: Path) -> None:
     losses = [report["losses"] for report in reports]
     assert len(set(losses[0])) == 5
     np.testing.assert_allclose(*losses, rtol=1e-10)
-    difference = parameters.max_relative_difference(
-        one / "params.npz", two / "params.npz"
-    )
-    assert difference < 1e-10
+    with np.load(one / "params.npz") as first, np.load(two / "params.npz") as second:
+        assert first.files == second.files
+        for key in first.files:
+            # Not relative to each leaf: some are zero but for rounding, such as means
+            # of what a layer makes of standardised values, and Adam enlarges rounding.
+            np.testing.assert_allclose(first[key], second[key], atol=1e-8, err_msg=key)
 
 
 @pytest.mark.thorough

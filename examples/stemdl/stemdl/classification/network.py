@@ -90,10 +90,11 @@ class SpectralNet(nn.Module):
           (n, outputs) logits.
         """
         norm = functools.partial(_norm, train, self.axis_name)
-        parts = fourier(rings(x))
-        shape = (x.shape[1], ORDERS, parts.shape[-2], self.mixtures)
+        shape = (x.shape[1], ORDERS, x.shape[-1] // 2 + 1, self.mixtures)
         mix = self.param("mix", nn.initializers.normal(shape[2] ** -0.5), shape)
-        mixed = jnp.einsum("cnprm,pmrk->cnpkm", parts, mix.astype(x.dtype))
+        # In the parameters' precision, as layers of Flax do.
+        parts = fourier(rings(x.astype(mix.dtype)))
+        mixed = jnp.einsum("cnprm,pmrk->cnpkm", parts, mix)
         moduli = [
             0.5 * jnp.log(jnp.square(part).sum(0) + 1e-4) for part in (parts, mixed)
         ]
