@@ -161,6 +161,7 @@ TYPES = {
     "PartitionFn": declarations.PARTITION_FN,
     "int64_t*": ctypes.POINTER(ctypes.c_int64),
     "char* const*": ctypes.POINTER(ctypes.c_void_p),
+    "const int*": ctypes.POINTER(ctypes.c_int),
     "const MpiHandles*": ctypes.POINTER(constants.MpiHandles),
     "const Constant*": ctypes.POINTER(declarations.Constant),
     "Event*": ctypes.POINTER(constants.Event),

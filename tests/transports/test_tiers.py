@@ -11,7 +11,7 @@ from tests.jobs import Launch
 @pytest.mark.parametrize(
     "hosts",
     [
-        "0,1,1,0",
+        pytest.param("0,1,1,0", marks=pytest.mark.thorough),
         "1,0,2,0",
         pytest.param("0,0,0,1", marks=pytest.mark.thorough),
         pytest.param("0,1,2,3,4,0", marks=pytest.mark.thorough),
